@@ -1,0 +1,405 @@
+"""The KL autoencoder of latent diffusion (Rombach et al. 2022, https://arxiv.org/abs/2112.10752, section 3.1).
+
+    pixels (B, 3, H, W) -> Encoder -> moments (B, 2C, h, w) -> posterior -> latents (B, C, h, w) -> Decoder -> pixels
+
+with h = H / f, w = W / f and f = 2 ** (levels - 1). A level is a stack of residual blocks and, but for the last one,
+a halving (encoder) or doubling (decoder) of the size; between the two lies a middle with attention.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from diffusers.utils.torch_utils import randn_tensor
+from torch import nn
+
+from hubgen.layers.attention import AttnProcessor, SpatialAttention
+from hubgen.layers.resnet import Downsample2D, ResnetBlock2D, Upsample2D
+
+
+@dataclass
+class DecoderOutput(BaseOutput):
+    """Pixels (B, 3, H, W), about in [-1, 1]."""
+
+    sample: torch.Tensor
+
+
+class DiagonalGaussianDistribution:
+    """The encoder's posterior N(mean, diag(std²)) over latents.
+
+    Args:
+        parameters: Mean and log variance side by side, (B, 2C, h, w); the log variance is clamped to [-30, 20].
+    """
+
+    def __init__(self, parameters: torch.Tensor):
+        self.parameters = parameters
+        self.mean, logvar = parameters.chunk(2, dim=1)
+        self.logvar = logvar.clamp(-30.0, 20.0)
+        self.std = torch.exp(0.5 * self.logvar)
+        self.var = torch.exp(self.logvar)
+
+    def sample(self, generator: torch.Generator | list[torch.Generator] | None = None) -> torch.Tensor:
+        """mean + std · noise, (B, C, h, w)."""
+        noise = randn_tensor(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
+        return self.mean + self.std * noise
+
+    def mode(self) -> torch.Tensor:
+        """The mean, (B, C, h, w)."""
+        return self.mean
+
+    def kl(self) -> torch.Tensor:
+        """KL divergence from the standard normal distribution in nats, summed over an image's latents: (B,)."""
+        return 0.5 * (self.mean.square() + self.var - 1.0 - self.logvar).sum(dim=[1, 2, 3])
+
+
+class MidBlock(nn.Module):
+    """Residual block, attention over all pixels, residual block."""
+
+    def __init__(self, channels: int, groups: int, add_attention: bool):
+        super().__init__()
+        self.resnets = nn.ModuleList([ResnetBlock2D(channels, channels, groups=groups) for _ in range(2)])
+        self.attentions = nn.ModuleList([SpatialAttention(channels, groups)] if add_attention else [])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.resnets[0](x)
+        for attention in self.attentions:
+            x = attention(x)
+        return self.resnets[1](x)
+
+
+class DownEncoderBlock2D(nn.Module):
+    """`num_layers` residual blocks, then half the size."""
+
+    def __init__(self, in_channels: int, out_channels: int, num_layers: int, groups: int, downsample: bool):
+        super().__init__()
+        widths = [in_channels] + [out_channels] * num_layers
+        self.resnets = nn.ModuleList(
+            [ResnetBlock2D(i, o, groups=groups) for i, o in zip(widths[:-1], widths[1:], strict=True)]
+        )
+        self.downsamplers = nn.ModuleList([Downsample2D(out_channels, padding=0)]) if downsample else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for resnet in self.resnets:
+            x = resnet(x)
+        return x if self.downsamplers is None else self.downsamplers[0](x)
+
+
+class UpDecoderBlock2D(nn.Module):
+    """`num_layers` residual blocks, then twice the size."""
+
+    def __init__(self, in_channels: int, out_channels: int, num_layers: int, groups: int, upsample: bool):
+        super().__init__()
+        widths = [in_channels] + [out_channels] * num_layers
+        self.resnets = nn.ModuleList(
+            [ResnetBlock2D(i, o, groups=groups) for i, o in zip(widths[:-1], widths[1:], strict=True)]
+        )
+        self.upsamplers = nn.ModuleList([Upsample2D(out_channels)]) if upsample else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for resnet in self.resnets:
+            x = resnet(x)
+        return x if self.upsamplers is None else self.upsamplers[0](x)
+
+
+class Encoder(nn.Module):
+    """Pixels (B, `in_channels`, H, W) -> mean and log variance (B, 2 · `latent_channels`, H / f, W / f)."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        latent_channels: int,
+        block_out_channels: tuple[int, ...],
+        layers_per_block: int,
+        groups: int,
+        mid_block_add_attention: bool,
+    ):
+        super().__init__()
+        self.gradient_checkpointing = False
+        widths = (block_out_channels[0], *block_out_channels)
+        last = len(block_out_channels) - 1
+        self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            [
+                DownEncoderBlock2D(widths[i], widths[i + 1], layers_per_block, groups, downsample=i < last)
+                for i in range(last + 1)
+            ]
+        )
+        self.mid_block = MidBlock(block_out_channels[-1], groups, mid_block_add_attention)
+        self.conv_norm_out = nn.GroupNorm(groups, block_out_channels[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(block_out_channels[-1], 2 * latent_channels, 3, padding=1)
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        x = self.conv_in(sample)  # (B, D0, H, W)
+        for block in [*self.down_blocks, self.mid_block]:  # (B, D, h, w)
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                x = self._gradient_checkpointing_func(block, x)
+            else:
+                x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))  # (B, 2C, h, w)
+
+
+class Decoder(nn.Module):
+    """Latents (B, `latent_channels`, h, w) -> pixels (B, `out_channels`, h · f, w · f)."""
+
+    def __init__(
+        self,
+        latent_channels: int,
+        out_channels: int,
+        block_out_channels: tuple[int, ...],
+        layers_per_block: int,
+        groups: int,
+        mid_block_add_attention: bool,
+    ):
+        super().__init__()
+        self.gradient_checkpointing = False
+        widths = (block_out_channels[-1], *reversed(block_out_channels))
+        last = len(block_out_channels) - 1
+        self.conv_in = nn.Conv2d(latent_channels, block_out_channels[-1], 3, padding=1)
+        self.mid_block = MidBlock(block_out_channels[-1], groups, mid_block_add_attention)
+        self.up_blocks = nn.ModuleList(
+            [
+                UpDecoderBlock2D(widths[i], widths[i + 1], layers_per_block + 1, groups, upsample=i < last)
+                for i in range(last + 1)
+            ]
+        )
+        self.conv_norm_out = nn.GroupNorm(groups, block_out_channels[0], eps=1e-6)
+        self.conv_out = nn.Conv2d(block_out_channels[0], out_channels, 3, padding=1)
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        x = self.conv_in(sample)  # (B, D, h, w)
+        for block in [self.mid_block, *self.up_blocks]:  # (B, D0, H, W)
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                x = self._gradient_checkpointing_func(block, x)
+            else:
+                x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))  # (B, 3, H, W)
+
+
+class AutoencoderKL(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+    """Autoencoder with a Gaussian posterior over latents; same name, same checkpoint as diffusers' class.
+
+    Latents enter a diffusion model as `(latents - shift_factor) * scaling_factor`; both are measured from data by
+    `training/train_autoencoder.py`.
+
+    Args:
+        in_channels: Channels of the pixels that are encoded.
+        out_channels: Channels of the pixels that are decoded.
+        down_block_types: One `"DownEncoderBlock2D"` a level.
+        up_block_types: One `"UpDecoderBlock2D"` a level.
+        block_out_channels: Width of each level, from the pixels inwards.
+        layers_per_block: Residual blocks of a level of the encoder; the decoder has one more.
+        act_fn: `"silu"`, the only one that any published checkpoint uses.
+        latent_channels: Channels C of the latents.
+        norm_num_groups: Groups of every GroupNorm.
+        sample_size: Height and width in pixels of the training pictures; tiles have this size.
+        scaling_factor: One over the standard deviation of the latents.
+        shift_factor: Mean of the latents, `None` for 0.
+        latents_mean: Mean of each channel, kept for pipelines that normalise by channel.
+        latents_std: Standard deviation of each channel, likewise.
+        force_upcast: Whether half precision overflows, so that pipelines decode in float32.
+        use_quant_conv: Whether a 1x1 convolution follows the encoder.
+        use_post_quant_conv: Whether a 1x1 convolution precedes the decoder.
+        mid_block_add_attention: Whether the middles attend over all pixels.
+
+    Raises:
+        ValueError: A block type or activation is not one that the architecture knows, or lengths disagree.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["ResnetBlock2D", "SpatialAttention"]
+    _repeated_blocks = ["ResnetBlock2D"]
+    _group_offload_block_modules = ["quant_conv", "post_quant_conv", "encoder", "decoder"]
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",),
+        up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",),
+        block_out_channels: tuple[int, ...] = (64,),
+        layers_per_block: int = 1,
+        act_fn: str = "silu",
+        latent_channels: int = 4,
+        norm_num_groups: int = 32,
+        sample_size: int = 32,
+        scaling_factor: float = 0.18215,
+        shift_factor: float | None = None,
+        latents_mean: tuple[float, ...] | None = None,
+        latents_std: tuple[float, ...] | None = None,
+        force_upcast: bool = True,
+        use_quant_conv: bool = True,
+        use_post_quant_conv: bool = True,
+        mid_block_add_attention: bool = True,
+    ):
+        super().__init__()
+        for name, types, known in (
+            ("down_block_types", down_block_types, "DownEncoderBlock2D"),
+            ("up_block_types", up_block_types, "UpDecoderBlock2D"),
+        ):
+            if tuple(types) != (known,) * len(block_out_channels):
+                raise ValueError(f"`{name}` must be {len(block_out_channels)} times '{known}', got {tuple(types)}.")
+        if act_fn not in ("silu", "swish"):
+            raise ValueError(f"`act_fn` must be 'silu', got {act_fn!r}.")
+        widths = tuple(block_out_channels)
+        if any(width % norm_num_groups for width in widths):
+            raise ValueError(f"`norm_num_groups` {norm_num_groups} must divide all of `block_out_channels` {widths}.")
+
+        shared = (widths, layers_per_block, norm_num_groups, mid_block_add_attention)
+        self.encoder = Encoder(in_channels, latent_channels, *shared)
+        self.decoder = Decoder(latent_channels, out_channels, *shared)
+        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if use_quant_conv else None
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if use_post_quant_conv else None
+
+        self.use_slicing = False
+        self.use_tiling = False
+        size = sample_size if isinstance(sample_size, int) else sample_size[0]
+        self.tile_sample_min_size = size
+        self.tile_latent_min_size = size // self.spatial_compression_ratio
+        self.tile_overlap_factor = 0.25
+
+    @property
+    def spatial_compression_ratio(self) -> int:
+        """f: pixels of an image's side per latent."""
+        return 2 ** (len(self.config.block_out_channels) - 1)
+
+    def set_default_attn_processor(self) -> None:
+        """Puts the standard attention processor back."""
+        self.set_attn_processor(AttnProcessor())
+
+    @apply_forward_hook
+    def encode(
+        self, x: torch.Tensor, return_dict: bool = True
+    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+        """Posterior over the latents of pixels.
+
+        Args:
+            x: Pixels (B, in_channels, H, W) in [-1, 1]; H and W multiples of `spatial_compression_ratio`.
+            return_dict: Whether to return an output object rather than a tuple.
+
+        Returns:
+            `latent_dist`, a `DiagonalGaussianDistribution` over (B, C, h, w).
+
+        Raises:
+            ValueError: Channels or size are not what the model takes.
+        """
+        ratio = self.spatial_compression_ratio
+        if x.ndim != 4 or x.shape[1] != self.config.in_channels or x.shape[2] % ratio or x.shape[3] % ratio:
+            raise ValueError(
+                f"`x` must have shape (B, {self.config.in_channels}, H, W) with H and W multiples of {ratio}, "
+                f"got {tuple(x.shape)}."
+            )
+        moments = self._sliced(self._encode, x)
+        posterior = DiagonalGaussianDistribution(moments)
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    @apply_forward_hook
+    def decode(
+        self, z: torch.Tensor, return_dict: bool = True, generator: torch.Generator | None = None
+    ) -> DecoderOutput | tuple[torch.Tensor]:
+        """Pixels of latents.
+
+        Args:
+            z: Latents (B, C, h, w) at the autoencoder's own scale (`scaling_factor` and `shift_factor` undone).
+            return_dict: Whether to return an output object rather than a tuple.
+            generator: Not used; decoding is deterministic. Part of the signature that pipelines call.
+
+        Returns:
+            `sample`, pixels (B, out_channels, h · f, w · f), about in [-1, 1].
+
+        Raises:
+            ValueError: The channels are not what the model takes.
+        """
+        if z.ndim != 4 or z.shape[1] != self.config.latent_channels:
+            raise ValueError(f"`z` must have shape (B, {self.config.latent_channels}, h, w), got {tuple(z.shape)}.")
+        sample = self._sliced(self._decode, z)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> DecoderOutput | tuple[torch.Tensor]:
+        """Encodes pixels (B, 3, H, W) and decodes the posterior's mode, or a sample of it."""
+        posterior = self.encode(sample).latent_dist
+        latents = posterior.sample(generator) if sample_posterior else posterior.mode()
+        return self.decode(latents, return_dict=return_dict)
+
+    def enable_slicing(self) -> None:
+        """Encode and decode one image at a time: less memory at the same result."""
+        self.use_slicing = True
+
+    def disable_slicing(self) -> None:
+        """Encode and decode whole batches."""
+        self.use_slicing = False
+
+    def enable_tiling(self) -> None:
+        """Encode and decode large images tile by tile: constant memory, and a result that differs at the seams."""
+        self.use_tiling = True
+
+    def disable_tiling(self) -> None:
+        """Encode and decode whole images."""
+        self.use_tiling = False
+
+    def _encode(self, x: torch.Tensor) -> torch.Tensor:
+        def encode_tile(tile: torch.Tensor) -> torch.Tensor:
+            moments = self.encoder(tile)
+            return moments if self.quant_conv is None else self.quant_conv(moments)
+
+        if self.use_tiling and max(x.shape[-2:]) > self.tile_sample_min_size:
+            return self._tiled(encode_tile, x, self.tile_sample_min_size, self.tile_latent_min_size)
+        return encode_tile(x)
+
+    def _decode(self, z: torch.Tensor) -> torch.Tensor:
+        def decode_tile(tile: torch.Tensor) -> torch.Tensor:
+            return self.decoder(tile if self.post_quant_conv is None else self.post_quant_conv(tile))
+
+        if self.use_tiling and max(z.shape[-2:]) > self.tile_latent_min_size:
+            return self._tiled(decode_tile, z, self.tile_latent_min_size, self.tile_sample_min_size)
+        return decode_tile(z)
+
+    def _sliced(self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        if self.use_slicing and len(x) > 1:
+            return torch.cat([function(part) for part in x.split(1)])
+        return function(x)
+
+    def _tiled(
+        self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, size_in: int, size_out: int
+    ) -> torch.Tensor:
+        """Applies `function` to overlapping tiles of `size_in` and blends its outputs of `size_out` linearly."""
+        stride = int(size_in * (1 - self.tile_overlap_factor))
+        overlap = int(size_out * self.tile_overlap_factor)
+        keep = size_out - overlap
+        rows: list[list[torch.Tensor]] = []
+        for top in range(0, x.shape[2], stride):
+            row = [
+                function(x[:, :, top : top + size_in, left : left + size_in]) for left in range(0, x.shape[3], stride)
+            ]
+            for j, tile in enumerate(row):
+                if rows:
+                    blend_edge(rows[-1][j], tile, overlap, dim=2)
+                if j > 0:
+                    blend_edge(row[j - 1], tile, overlap, dim=3)
+            rows.append(row)
+        return torch.cat([torch.cat([tile[:, :, :keep, :keep] for tile in row], dim=3) for row in rows], dim=2)
+
+
+def blend_edge(before: torch.Tensor, tile: torch.Tensor, extent: int, dim: int) -> None:
+    """Fades in place from the last `extent` lines of `before` to the first ones of `tile` along `dim`."""
+    extent = min(before.shape[dim], tile.shape[dim], extent)
+    shape = [1, 1, 1, 1]
+    shape[dim] = extent
+    weight = (torch.arange(extent, device=tile.device, dtype=tile.dtype) / max(extent, 1)).view(shape)
+    end = before.narrow(dim, before.shape[dim] - extent, extent)
+    start = tile.narrow(dim, 0, extent)
+    start.copy_(end * (1 - weight) + start * weight)

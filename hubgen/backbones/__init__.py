@@ -1,0 +1,1 @@
+"""Networks from (x_t, t, condition) to a prediction."""

@@ -1,0 +1,303 @@
+"""MM-DiT: text and image tokens, each with weights of their own, meet in one attention (SD3, 2403.03206, figure 2).
+
+           x_t                    t, pooled text            text tokens
+            |                            |                       |
+        pos_embed                 time_text_embed         context_embedder
+            |                            |                       |
+            x ------> transformer block: adaLN, joint <------ context
+            |         attention, adaLN, MLP; n times
+      norm_out, proj_out
+            |
+      the prediction (SD3: velocity)
+
+Shapes: B batch, C channels, H and W height and width of the latents, T image tokens (patches), L text tokens,
+D features of a token.
+"""
+
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import apply_lora_scale
+from torch import nn
+
+from hubgen.layers.attention import Attention, JointAttnProcessor
+from hubgen.layers.embeddings import CombinedTimestepTextProjEmbeddings, PatchEmbed
+from hubgen.layers.feed_forward import FeedForward
+from hubgen.layers.normalization import AdaLayerNormContinuous, AdaLayerNormZero, SD35AdaLayerNormZeroX, modulate
+
+
+def add_gated(x: torch.Tensor, gate: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
+    """x + gate * update, the same gate for all tokens: (B, T, D), (B, D), (B, T, D) -> (B, T, D)."""
+    return torch.addcmul(x, gate[:, None], update)
+
+
+class JointTransformerBlock(nn.Module):
+    """One block of figure 2b: both streams are modulated, attend jointly, and pass MLPs of their own.
+
+    Args:
+        dim: Features of a token, image and text alike.
+        num_attention_heads: Heads of the joint attention.
+        attention_head_dim: Features of a head.
+        context_pre_only: Whether the text only informs this attention and is not computed further (the last block).
+        qk_norm: `"rms_norm"` or `None`, see `Attention`.
+        use_dual_attention: Whether the image tokens have a second attention among themselves (SD3.5 medium).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_attention_heads: int,
+        attention_head_dim: int,
+        context_pre_only: bool = False,
+        qk_norm: str | None = None,
+        use_dual_attention: bool = False,
+    ):
+        super().__init__()
+        self.context_pre_only = context_pre_only
+        self.use_dual_attention = use_dual_attention
+        attention: dict[str, Any] = {
+            "query_dim": dim,
+            "heads": num_attention_heads,
+            "dim_head": attention_head_dim,
+            "bias": True,
+            "qk_norm": qk_norm,
+        }
+
+        self.norm1 = SD35AdaLayerNormZeroX(dim) if use_dual_attention else AdaLayerNormZero(dim)
+        self.norm1_context = (
+            AdaLayerNormContinuous(dim, dim, elementwise_affine=False, eps=1e-6)
+            if context_pre_only
+            else AdaLayerNormZero(dim)
+        )
+        self.attn = Attention(**attention, added_kv_proj_dim=dim, context_pre_only=context_pre_only)
+        self.attn2 = Attention(**attention, processor=JointAttnProcessor()) if use_dual_attention else None
+        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.ff = FeedForward(dim, activation_fn="gelu-approximate")
+        self.norm2_context = None if context_pre_only else nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.ff_context = None if context_pre_only else FeedForward(dim, activation_fn="gelu-approximate")
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        temb: torch.Tensor,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, T, D), (B, L, D), (B, D) -> text (B, L, D), image (B, T, D); a pre-only block hands the text on as is."""
+        x, context, kwargs = hidden_states, encoder_hidden_states, joint_attention_kwargs or {}
+
+        if self.use_dual_attention:
+            x_in, gate, shift_mlp, scale_mlp, gate_mlp, x_in2, gate2 = self.norm1(x, temb)
+        else:
+            x_in, gate, shift_mlp, scale_mlp, gate_mlp = self.norm1(x, temb)
+        if self.context_pre_only:
+            context_in = self.norm1_context(context, temb)
+        else:
+            context_in, c_gate, c_shift_mlp, c_scale_mlp, c_gate_mlp = self.norm1_context(context, temb)
+
+        x_out, context_out = self.attn(x_in, context_in, **kwargs)  # (B, T, D), (B, L, D)
+        x = add_gated(x, gate, x_out)
+        if self.use_dual_attention:
+            x = add_gated(x, gate2, self.attn2(x_in2, **kwargs))
+        x = add_gated(x, gate_mlp, self.ff(modulate(self.norm2(x), scale_mlp, shift_mlp)))
+
+        if not self.context_pre_only:
+            context = add_gated(context, c_gate, context_out)
+            c_in = modulate(self.norm2_context(context), c_scale_mlp, c_shift_mlp)
+            context = add_gated(context, c_gate_mlp, self.ff_context(c_in))
+        return context, x
+
+
+class SD3Transformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
+    """The multimodal diffusion transformer of Stable Diffusion 3 and 3.5 (2403.03206).
+
+    Args:
+        sample_size: Height and width of the latents that the model is made for; sets the scale of the positions.
+        patch_size: Latent pixels along each side of a token.
+        in_channels: Channels of the latents.
+        num_layers: Blocks.
+        attention_head_dim: Features of a head.
+        num_attention_heads: Heads; the width D is heads times features.
+        joint_attention_dim: Features of the text tokens.
+        caption_projection_dim: Features that the text tokens are projected to; must be D.
+        pooled_projection_dim: Features of the pooled text embedding.
+        out_channels: Channels of the prediction; `None` for `in_channels`.
+        pos_embed_max_size: Largest height and width in tokens that the table of positions serves.
+        dual_attention_layers: Indices of the blocks with a second, image-only attention (SD3.5 medium).
+        qk_norm: `"rms_norm"` normalises queries and keys (SD3.5, section 5.3.2), `None` does not (SD3).
+
+    Raises:
+        ValueError: `caption_projection_dim` is not D, or `dual_attention_layers` names a block that there is not.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["JointTransformerBlock"]
+    _repeated_blocks = ["JointTransformerBlock"]
+    _skip_layerwise_casting_patterns = ["pos_embed", "norm"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 128,
+        patch_size: int = 2,
+        in_channels: int = 16,
+        num_layers: int = 18,
+        attention_head_dim: int = 64,
+        num_attention_heads: int = 18,
+        joint_attention_dim: int = 4096,
+        caption_projection_dim: int = 1152,
+        pooled_projection_dim: int = 2048,
+        out_channels: int | None = 16,
+        pos_embed_max_size: int = 96,
+        dual_attention_layers: tuple[int, ...] = (),
+        qk_norm: str | None = None,
+    ):
+        super().__init__()
+        self.inner_dim = num_attention_heads * attention_head_dim
+        self.out_channels = in_channels if out_channels is None else out_channels
+        if caption_projection_dim != self.inner_dim:
+            raise ValueError(
+                f"`caption_projection_dim` must be `num_attention_heads` * `attention_head_dim` = {self.inner_dim}, "
+                f"got {caption_projection_dim}."
+            )
+        if not set(dual_attention_layers) <= set(range(num_layers)):
+            raise ValueError(
+                f"`dual_attention_layers` must be among the layers 0 to {num_layers - 1}, got {dual_attention_layers}."
+            )
+
+        self.pos_embed = PatchEmbed(
+            height=sample_size,
+            width=sample_size,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            embed_dim=self.inner_dim,
+            pos_embed_max_size=pos_embed_max_size,
+        )
+        self.time_text_embed = CombinedTimestepTextProjEmbeddings(self.inner_dim, pooled_projection_dim)
+        self.context_embedder = nn.Linear(joint_attention_dim, caption_projection_dim)
+        self.transformer_blocks = nn.ModuleList(
+            JointTransformerBlock(
+                dim=self.inner_dim,
+                num_attention_heads=num_attention_heads,
+                attention_head_dim=attention_head_dim,
+                context_pre_only=i == num_layers - 1,
+                qk_norm=qk_norm,
+                use_dual_attention=i in dual_attention_layers,
+            )
+            for i in range(num_layers)
+        )
+        self.norm_out = AdaLayerNormContinuous(self.inner_dim, self.inner_dim, elementwise_affine=False, eps=1e-6)
+        self.proj_out = nn.Linear(self.inner_dim, patch_size * patch_size * self.out_channels)
+        self.gradient_checkpointing = False
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """adaLN-Zero (2212.09748): every block starts as the identity, and the prediction as exactly 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.pos_embed.proj.weight.flatten(1))  # a linear layer on patches
+        nn.init.zeros_(self.pos_embed.proj.bias)
+        for embedder in (self.time_text_embed.timestep_embedder, self.time_text_embed.text_embedder):
+            nn.init.normal_(embedder.linear_1.weight, std=0.02)
+            nn.init.normal_(embedder.linear_2.weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, AdaLayerNormZero | SD35AdaLayerNormZeroX | AdaLayerNormContinuous):
+                nn.init.zeros_(module.linear.weight)
+        nn.init.zeros_(self.proj_out.weight)
+
+    def enable_cache(self, config: Any) -> None:
+        """Reuses features between steps, an approximation (diffusers' `FirstBlockCacheConfig` and the like)."""
+        # Registered here rather than at import, because the registry imports every transformer of diffusers.
+        from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+
+        metadata = TransformerBlockMetadata(return_hidden_states_index=1, return_encoder_hidden_states_index=0)
+        TransformerBlockRegistry.register(JointTransformerBlock, metadata)
+        super().enable_cache(config)
+
+    @apply_lora_scale("joint_attention_kwargs")
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        pooled_projections: torch.Tensor | None = None,
+        timestep: torch.Tensor | None = None,
+        block_controlnet_hidden_states: list[torch.Tensor] | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+        skip_layers: list[int] | None = None,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """Predicts from noisy latents (SD3: the velocity, noise minus data).
+
+        Args:
+            hidden_states: x_t, (B, in_channels, H, W); H and W multiples of `patch_size`.
+            encoder_hidden_states: Text tokens, (B, L, joint_attention_dim).
+            pooled_projections: Pooled text, (B, pooled_projection_dim).
+            timestep: (B,), or (1,) for all; 0 (data) to 1000 (noise), fractions allowed.
+            block_controlnet_hidden_states: A ControlNet's features, each (B, T, D), added after blocks; fewer than
+                the blocks are spread over them evenly.
+            joint_attention_kwargs: Keywords for the attention processors, and `scale`, the strength of LoRA layers.
+            return_dict: Whether to return an output object rather than a tuple of one.
+            skip_layers: Indices of blocks to leave out (skip-layer guidance).
+
+        Returns:
+            `sample`: (B, out_channels, H, W).
+
+        Raises:
+            ValueError: An input is missing or its shape does not fit the config.
+        """
+        self._check_inputs(hidden_states, encoder_hidden_states, pooled_projections, timestep)
+        height, width = hidden_states.shape[-2:]
+
+        x = self.pos_embed(hidden_states)  # (B, T, D)
+        context = self.context_embedder(encoder_hidden_states)  # (B, L, D)
+        temb = self.time_text_embed(timestep, pooled_projections)  # (B, D)
+
+        for i, block in enumerate(self.transformer_blocks):
+            if skip_layers is None or i not in skip_layers:
+                if torch.is_grad_enabled() and self.gradient_checkpointing:
+                    context, x = self._gradient_checkpointing_func(block, x, context, temb, joint_attention_kwargs)
+                else:
+                    context, x = block(x, context, temb, joint_attention_kwargs)
+            if block_controlnet_hidden_states is not None and not block.context_pre_only:
+                interval = len(self.transformer_blocks) / len(block_controlnet_hidden_states)
+                x = x + block_controlnet_hidden_states[int(i / interval)]
+
+        x = self.proj_out(self.norm_out(x, temb))  # (B, T, patch * patch * C)
+        sample = self.unpatchify(x, height, width)  # (B, C, H, W)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def unpatchify(self, x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """(B, T, patch * patch * C) -> (B, C, height, width)."""
+        p = self.config.patch_size
+        x = x.reshape(-1, height // p, width // p, p, p, self.out_channels)  # (B, h, w, p, p, C)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, height, width)
+
+    def _check_inputs(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None,
+        pooled_projections: torch.Tensor | None,
+        timestep: torch.Tensor | None,
+    ) -> None:
+        batch, config = len(hidden_states), self.config
+        steps = 1 if timestep is not None and timestep.shape == (1,) else batch
+        for name, value, expected in (
+            ("hidden_states", hidden_states, (batch, config.in_channels, "height", "width")),
+            ("encoder_hidden_states", encoder_hidden_states, (batch, "tokens", config.joint_attention_dim)),
+            ("pooled_projections", pooled_projections, (batch, config.pooled_projection_dim)),
+            ("timestep", timestep, (steps,)),
+        ):
+            shape = None if value is None else tuple(value.shape)
+            if shape is None or len(shape) != len(expected) or any(
+                isinstance(e, int) and e != n for e, n in zip(expected, shape, strict=True)
+            ):
+                wanted = ", ".join(str(e) for e in expected)
+                raise ValueError(f"`{name}` must have the shape ({wanted}), got {shape}.")

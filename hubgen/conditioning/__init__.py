@@ -1,0 +1,1 @@
+"""From a prompt to embeddings, and from two predictions to one: guidance."""

@@ -1,0 +1,1 @@
+"""Image-text data: folders, the emoji builder, samplers and caches."""

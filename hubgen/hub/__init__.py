@@ -1,0 +1,1 @@
+"""Publishing and loading: the bundled model, cards, registration with diffusers' loader."""

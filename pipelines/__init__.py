@@ -1,0 +1,1 @@
+"""Pipelines around the one denoising loop; installed as `hubgen.pipelines`."""

@@ -1,0 +1,52 @@
+"""Signals end a training run at a step's border, after a save, not in the middle of one."""
+
+import os
+import signal
+from types import FrameType, TracebackType
+
+
+class Interrupted(Exception):
+    """The run was asked to stop by a signal and has saved; the exit code is 128 + the signal's number (SIGTERM: 143)."""
+
+    def __init__(self, signal_number: int, message: str):
+        super().__init__(message)
+        self.signal_number = signal_number
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + self.signal_number
+
+
+class Interruption:
+    """Context in which SIGTERM, SIGINT and SIGUSR1 are noted instead of obeyed; a second one exits at once.
+
+    The loop asks `requested` once per step, saves, and raises `Interrupted`.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+        self._previous: dict[signal.Signals, object] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has arrived in this process."""
+        return self.signal_number is not None
+
+    def _note(self, signal_number: int, frame: FrameType | None) -> None:
+        if self.signal_number is not None:
+            os._exit(128 + signal_number)
+        self.signal_number = signal_number
+
+    def __enter__(self) -> "Interruption":
+        for number in self.SIGNALS:
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._previous.clear()
