@@ -1,1 +1,85 @@
-"""hubgen."""
+"""Diffusion and flow-matching image models as Hugging Face components.
+
+    autoencoders/    pixels <-> latents: KL; perceptual loss and patch discriminator for its training
+    layers/          the small parts that two models share: attention and its processors, residual blocks, norms
+    backbones/       (x_t, t, condition) -> prediction: MM-DiT, U-Net
+    paths/           x_t and its target: probability paths, prediction types, timestep densities, loss weightings
+    schedulers/      the way back: DDPM, flow-match Euler
+    conditioning/    prompts -> embeddings; guidance, how two predictions become one
+    data/            image-text data: folders with metadata.jsonl, the emoji builder, caches
+    hub/             the bundled model, model cards, hubgen's classes in diffusers' loader
+    pipelines/       prompt -> embeddings -> denoising loop -> decode, one file a pipeline
+    training/        one script a task, run by `accelerate launch`
+    cli.py           the `hubgen` command
+
+Imports point one way: cli, training, pipelines, then the rest; `layers` and `paths` are the ground.
+
+`import hubgen` is light: the public names below load when first used. It also tells diffusers' loader where hubgen's
+classes are, so that `diffusers.DiffusionPipeline.from_pretrained` loads what hubgen saved.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from hubgen.hub.registration import register
+
+if TYPE_CHECKING:
+    from hubgen.autoencoders.autoencoder_kl import AutoencoderKL as AutoencoderKL
+    from hubgen.backbones.mmdit import SD3Transformer2DModel as SD3Transformer2DModel
+    from hubgen.backbones.unet_condition import UNet2DConditionModel as UNet2DConditionModel
+    from hubgen.conditioning.guidance import ClassifierFreeGuidance as ClassifierFreeGuidance
+    from hubgen.conditioning.text import TextCondition as TextCondition
+    from hubgen.conditioning.text import TextEmbeddings as TextEmbeddings
+    from hubgen.hub.bundled import bundled_model as bundled_model
+    from hubgen.paths.path import RectifiedFlowPath as RectifiedFlowPath
+    from hubgen.paths.path import VariancePreservingPath as VariancePreservingPath
+    from hubgen.paths.timesteps import LogitNormalDensity as LogitNormalDensity
+    from hubgen.paths.timesteps import UniformDensity as UniformDensity
+    from hubgen.pipelines.text_to_image import TextToImagePipeline as TextToImagePipeline
+    from hubgen.schedulers.ddpm import DDPMScheduler as DDPMScheduler
+    from hubgen.schedulers.flow_match_euler import FlowMatchEulerDiscreteScheduler as FlowMatchEulerDiscreteScheduler
+
+HOMES = {
+    "AutoencoderKL": "hubgen.autoencoders.autoencoder_kl",
+    "ClassifierFreeGuidance": "hubgen.conditioning.guidance",
+    "DDPMScheduler": "hubgen.schedulers.ddpm",
+    "FlowMatchEulerDiscreteScheduler": "hubgen.schedulers.flow_match_euler",
+    "LogitNormalDensity": "hubgen.paths.timesteps",
+    "RectifiedFlowPath": "hubgen.paths.path",
+    "SD3Transformer2DModel": "hubgen.backbones.mmdit",
+    "TextCondition": "hubgen.conditioning.text",
+    "TextEmbeddings": "hubgen.conditioning.text",
+    "TextToImagePipeline": "hubgen.pipelines.text_to_image",
+    "UNet2DConditionModel": "hubgen.backbones.unet_condition",
+    "UniformDensity": "hubgen.paths.timesteps",
+    "VariancePreservingPath": "hubgen.paths.path",
+    "bundled_model": "hubgen.hub.bundled",
+}
+# diffusers' loader looks for the base classes of a component in the component's library.
+BASE_CLASSES = {
+    "DiffusionPipeline": "diffusers.pipelines.pipeline_utils",
+    "ModelMixin": "diffusers.models.modeling_utils",
+    "SchedulerMixin": "diffusers.schedulers.scheduling_utils",
+}
+
+__all__ = ["__version__", *HOMES]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: Any = version("hubgen")
+    elif (home := HOMES.get(name) or BASE_CLASSES.get(name)) is not None:
+        value = getattr(importlib.import_module(home), name)
+    else:
+        raise AttributeError(f"module 'hubgen' has no attribute '{name}'")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register(pipelines=("TextToImagePipeline",))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
+import logging
 import math
 import os
 import re
@@ -23,19 +23,26 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from hubgen.hub.provenance import (
+    DTYPES,
+    FORMATS,
+    LARGEST_SEED,
+    LARGEST_SIDE,
+    Request,
+    read_request,
+    versions,
+    write_picture,
+)
+
 if TYPE_CHECKING:
     import torch
-    from diffusers import DiffusionPipeline
     from PIL import Image
+
+    from hubgen.pipelines.text_to_image import TextToImagePipeline
 
 EXIT_OK, EXIT_ERROR, EXIT_INTERRUPTED = 0, 2, 130
 
 BUNDLED = "bundled"
-DTYPES = ("float32", "float16", "bfloat16")
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-METADATA_KEY = "hubgen"
-LARGEST_SIDE = 8192  # pixels; above it a typing error is likelier than a wish
-LARGEST_SEED = 2**63 - 1
 
 DESCRIPTION = """\
 hubgen makes pictures from words with diffusion and flow-matching models, and builds data to train such models on.
@@ -87,7 +94,7 @@ exit status:
 """
 
 EMOJI_DESCRIPTION = """\
-Build an image-text folder from emoji: DIR/train and DIR/held_out, each with pictures and a metadata.jsonl of captions,
+Build an image-text folder from emoji: DIR/train and DIR/test, each with pictures and a metadata.jsonl of captions,
 and the licence of the art beside them. The folder loads with `datasets` (imagefolder) and with hubgen's trainers.
 
 Running it again after an interruption finishes what is missing.
@@ -214,7 +221,7 @@ def add_generate(commands: Any) -> None:
         "--out",
         type=Path,
         metavar="FILE",
-        help="the picture to write: .png, .jpg or .webp (default: a PNG here, named after the prompt); replaced if there",
+        help="the picture to write: .png, .jpg or .webp (default: a new PNG named after the prompt)",
     )
     parser.add_argument(
         "--from",
@@ -282,8 +289,8 @@ def add_data(commands: Any) -> None:
 
 def positive(text: str) -> int:
     number = whole(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
+    if not 1 <= number <= 10_000:  # more would be a slip of the keyboard, and days of work
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 10000, found {text!r}")
     return number
 
 
@@ -325,93 +332,66 @@ def size(text: str) -> tuple[int, int]:
 # hubgen generate
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """Everything that decides how a picture comes out, as written into its file.
-
-    None in a sampling setting means that the model's own default was used.
-    """
-
-    prompts: list[str]
-    """One or more, none of them blank."""
-    negative_prompt: str | None
-    n: int
-    """Pictures of each prompt."""
-    num_inference_steps: int | None
-    guidance_scale: float | None
-    seed: int
-    """Picture j of each prompt starts from seed + j."""
-    width: int | None
-    """Pixels of one picture, not of the grid."""
-    height: int | None
-    model: str
-    """`bundled`, a folder, or owner/name on the Hub."""
-    revision: str | None
-    """The commit of a model from the Hub."""
-    device: str
-    dtype: str
-    batch_size: int
-    """Pictures made at a time; other batches round differently."""
-
-    @property
-    def size(self) -> str:
-        return f"{self.width}x{self.height}"
-
-
 def generate(arguments: argparse.Namespace) -> None:
     """`hubgen generate`: prompts to a picture file."""
     started = time.perf_counter()
-    stored: dict[str, Any] = {}
+    source = None
     if arguments.source is not None:
-        stored, made_with = read_request(arguments.source)
+        source, made_with = read_request(arguments.source)
         tell_other_versions(arguments.source, made_with)
-    prompts = check_prompts(arguments.prompts or stored.get("prompts", []))
+
+    def chosen(name: str, default: Any = None) -> Any:
+        """What the command line says, else what the picture to repeat says, else the default."""
+        return first_given(getattr(arguments, name), getattr(source, name, None), default)
+
+    prompts = check_prompts(arguments.prompts or (source.prompts if source else []))
     out = check_out(arguments.out or default_out(prompts[0], arguments.source))
-    model = arguments.model or stored.get("model") or BUNDLED
+    model = chosen("model", BUNDLED)
+    if source is not None and source.model != model:
+        source = dataclasses.replace(source, width=None, height=None, revision=None)  # those belong to its model
     folder = find_model(model)
     if folder is not None:
         if arguments.revision is not None:
-            raise ValueError(
-                f"--revision {arguments.revision}: only a model on the Hub has revisions, {model} is a folder"
-            )
+            raise ValueError(f"--revision {arguments.revision}: for models on the Hub; {model} is a folder here")
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the first import of huggingface_hub, which reads it once
-    revision = arguments.revision or (stored.get("revision") if arguments.model is None else None)
+    n, seed = chosen("n", 1), chosen("seed", secrets.randbelow(2**32))
+    if seed + n - 1 > LARGEST_SEED:
+        raise ValueError(f"--seed {seed} with -n {n}: the last picture's seed would be above 2^63 - 1")
 
     say(f"loading {'the bundled model' if model == BUNDLED else model} ...")
-    device, dtype = choose_device(arguments.device or stored.get("device"), arguments.dtype or stored.get("dtype"))
-    width, height = arguments.size or (stored.get("width"), stored.get("height"))
-    if arguments.model is not None and arguments.size is None:
-        width = height = None  # another model has another natural size
+    device, dtype = choose_device(chosen("device"), chosen("dtype"))
+    width, height = arguments.size or ((source.width, source.height) if source else (None, None))
     request = Request(
         prompts=prompts,
-        negative_prompt=first_given(arguments.negative_prompt, stored.get("negative_prompt")),
-        n=arguments.n or stored.get("n") or 1,
-        num_inference_steps=first_given(arguments.num_inference_steps, stored.get("num_inference_steps")),
-        guidance_scale=first_given(arguments.guidance_scale, stored.get("guidance_scale")),
-        seed=first_given(arguments.seed, stored.get("seed"), secrets.randbelow(2**32)),
+        negative_prompt=chosen("negative_prompt"),
+        n=n,
+        num_inference_steps=chosen("num_inference_steps"),
+        guidance_scale=chosen("guidance_scale"),
+        seed=seed,
         width=width,
         height=height,
         model=model,
-        revision=revision,
+        revision=chosen("revision"),
         device=device,
         dtype=dtype,
-        batch_size=arguments.batch_size or stored.get("batch_size") or 8,
+        batch_size=chosen("batch_size", 8),
     )
     with quiet_libraries():
         pipe = load_pipeline(request, folder)
+        request = complete(request, pipe)
         if folder is None:
-            request = dataclasses.replace(request, revision=loaded_commit(model, revision))
+            request = dataclasses.replace(request, revision=loaded_commit(model, request.revision))
         loaded = time.perf_counter()
         say(f"loaded in {loaded - started:.1f} s; {describe(request)}")
         pictures = sample(pipe, request)
     sampled = time.perf_counter()
-    request = dataclasses.replace(request, width=pictures[0].width, height=pictures[0].height)
-    write_picture(out, grid(pictures, len(request.prompts), request.n), request)
+    write_picture(out, grid(pictures, len(prompts), n), request)
     if out.suffix.lower() != ".png":
         say(f"{out.suffix} files carry no settings: only a .png can be repeated with --from")
+    pictures_made = f"{len(pictures)} {'picture' if len(pictures) == 1 else 'pictures'}"
     print(
-        f"wrote {out} ({len(pictures)} {'picture' if len(pictures) == 1 else 'pictures'} of {request.size}, "
-        f"seed {request.seed}, sampled in {sampled - loaded:.1f} s, {time.perf_counter() - started:.1f} s in all)"
+        f"wrote {out} ({pictures_made} of {request.width}x{request.height}, seed {seed}, "
+        f"sampled in {sampled - loaded:.1f} s, {time.perf_counter() - started:.1f} s in all)"
     )
 
 
@@ -421,6 +401,8 @@ def check_prompts(prompts: list[str]) -> list[str]:
     for number, prompt in enumerate(prompts, start=1):
         if not prompt.strip():
             raise ValueError(f"prompt {number} of {len(prompts)} is empty; expected words")
+        if not prompt.isascii() and prompt.encode("utf-8", "replace").decode() != prompt:
+            raise ValueError(f"prompt {number} of {len(prompts)} is not valid UTF-8 text")
     return prompts
 
 
@@ -493,7 +475,7 @@ def choose_device(device: str | None, dtype: str | None) -> tuple[str, str]:
     return device, dtype or ("bfloat16" if kind.type == "cuda" else "float32")
 
 
-def load_pipeline(request: Request, folder: Path | None) -> DiffusionPipeline:
+def load_pipeline(request: Request, folder: Path | None) -> TextToImagePipeline:
     import torch
 
     from hubgen.pipelines.text_to_image import TextToImagePipeline
@@ -509,6 +491,18 @@ def load_pipeline(request: Request, folder: Path | None) -> DiffusionPipeline:
     return pipe.to(request.device)
 
 
+def complete(request: Request, pipe: TextToImagePipeline) -> Request:
+    """The request with the model's own settings in place of None, so that the picture's file says them too."""
+    height, width = pipe.default_size
+    return dataclasses.replace(
+        request,
+        num_inference_steps=first_given(request.num_inference_steps, pipe.config.default_num_inference_steps),
+        guidance_scale=first_given(request.guidance_scale, pipe.config.default_guidance_scale),
+        width=request.width or width,
+        height=request.height or height,
+    )
+
+
 def loaded_commit(model: str, revision: str | None) -> str | None:
     """The commit of the Hub's files that were just loaded, so that a picture can be repeated after the branch moved."""
     from huggingface_hub import try_to_load_from_cache
@@ -517,28 +511,24 @@ def loaded_commit(model: str, revision: str | None) -> str | None:
     return Path(index).parent.name if isinstance(index, str) else revision
 
 
-def sample(pipe: DiffusionPipeline, request: Request) -> list[Image.Image]:
+def sample(pipe: TextToImagePipeline, request: Request) -> list[Image.Image]:
     """The pictures, all those of the first prompt first, each from a generator of its own."""
     prompts = [prompt for prompt in request.prompts for _ in range(request.n)]
     seeds = [request.seed + j for _ in request.prompts for j in range(request.n)]
-    if seeds[request.n - 1] > LARGEST_SEED:
-        raise ValueError(f"--seed {request.seed} with -n {request.n}: the last picture's seed is above 2^63 - 1")
-    options: dict[str, Any] = {
-        "num_inference_steps": request.num_inference_steps,
-        "guidance_scale": request.guidance_scale,
-        "width": request.width,
-        "height": request.height,
-    }
-    options = {name: value for name, value in options.items() if value is not None}
     pictures: list[Image.Image] = []
     for start in range(0, len(prompts), request.batch_size):
         batch = slice(start, start + request.batch_size)
         count = f" {start + 1}-{min(start + request.batch_size, len(prompts))} of {len(prompts)}"
         pipe.set_progress_bar_config(desc="sampling" + (count if len(prompts) > 1 else ""), file=sys.stderr)
-        if request.negative_prompt is not None:
-            options["negative_prompt"] = [request.negative_prompt] * len(prompts[batch])
-        generators = [seeded(number) for number in seeds[batch]]
-        pictures += pipe(prompts[batch], generator=generators, output_type="pil", **options).images
+        pictures += pipe(
+            prompts[batch],
+            height=request.height,
+            width=request.width,
+            num_inference_steps=request.num_inference_steps,
+            guidance_scale=request.guidance_scale,
+            negative_prompt=request.negative_prompt,
+            generator=[seeded(number) for number in seeds[batch]],
+        ).images
     return pictures
 
 
@@ -564,130 +554,19 @@ def grid(pictures: list[Image.Image], prompts: int, n: int) -> Image.Image:
 
 def describe(request: Request) -> str:
     """One line that says what is about to be made."""
-    parts = [f"seed {request.seed}", f"{request.dtype} on {request.device}"]
-    if request.num_inference_steps is not None:
-        parts.insert(0, f"{request.num_inference_steps} steps")
-    if request.guidance_scale is not None:
-        parts.insert(0, f"guidance {request.guidance_scale:g}")
-    return ", ".join(parts)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What a picture says about itself
-
-
-def write_picture(out: Path, picture: Image.Image, request: Request) -> None:
-    """Write beside and rename, so that there is never half a picture under the name."""
-    from PIL.PngImagePlugin import PngInfo
-
-    options: dict[str, Any] = {}
-    if out.suffix.lower() == ".png":
-        # International text chunks (UTF-8): prompts are in any language.
-        options["pnginfo"] = PngInfo()
-        options["pnginfo"].add_itxt(METADATA_KEY, json.dumps(metadata(request), ensure_ascii=False))
-        options["pnginfo"].add_itxt("Description", "\n".join(request.prompts))
-        options["pnginfo"].add_itxt("Software", f"hubgen {installed_version('hubgen')}")
-    handle, name = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            picture.save(file, format=FORMATS[out.suffix.lower()], **options)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~current_umask())
-        os.replace(name, out)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def current_umask() -> int:
-    """mkstemp makes private files; a picture gets the rights that any new file of the user's has."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def versions() -> dict[str, str]:
-    """The versions of what decides the numbers in a picture."""
-    return {name: installed_version(name) for name in ("hubgen", "torch", "diffusers", "transformers")}
-
-
-def metadata(request: Request) -> dict[str, Any]:
-    return {"versions": versions(), "request": dataclasses.asdict(request)}
-
-
-STORED_TYPES: dict[str, tuple[type, ...]] = {
-    "prompts": (list,),
-    "negative_prompt": (str, type(None)),
-    "n": (int,),
-    "num_inference_steps": (int, type(None)),
-    "guidance_scale": (int, float, type(None)),
-    "seed": (int,),
-    "width": (int,),
-    "height": (int,),
-    "model": (str,),
-    "revision": (str, type(None)),
-    "device": (str,),
-    "dtype": (str,),
-    "batch_size": (int,),
-}
-
-
-def read_request(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """What a picture says about itself: the fields of its `Request`, and the versions that it was made with.
-
-    Raises:
-        ValueError: the file is no picture, carries no settings of hubgen, or carries damaged ones.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        # The chunks stand before the pixels, so that nothing is decoded here.
-        with Image.open(path) as picture:
-            text = picture.info.get(METADATA_KEY)
-    except UnidentifiedImageError as error:
-        raise ValueError(f"--from {path}: not a picture; expected a PNG that hubgen wrote") from error
-    except OSError as error:
-        raise ValueError(f"--from {path}: {error.strerror or error}") from error
-    if not isinstance(text, str):
-        raise ValueError(f"--from {path}: carries no settings of hubgen; expected a PNG that hubgen generate wrote")
-    try:
-        content = json.loads(text)
-        stored, made_with = content["request"], content["versions"]
-        missing, unknown = STORED_TYPES.keys() - stored.keys(), stored.keys() - STORED_TYPES.keys()
-        wrong = sorted(name for name in stored.keys() & STORED_TYPES.keys() if not has_type(name, stored[name]))
-        if not isinstance(made_with, dict):
-            wrong.append("versions")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"--from {path}: its settings are damaged ({one_line(error)})") from error
-    for problem, names in (("lack", sorted(missing)), ("have an unknown", sorted(unknown)), ("have a bad", wrong)):
-        if names:
-            raise ValueError(f"--from {path}: its settings {problem} {', '.join(names)}")
-    return stored, {str(name): str(number) for name, number in made_with.items()}
-
-
-def has_type(name: str, value: Any) -> bool:
-    """Whether a stored setting has its type and range. A file is input like any other."""
-    if isinstance(value, bool) or not isinstance(value, STORED_TYPES[name]):
-        return False
-    if name == "prompts":
-        return all(isinstance(prompt, str) for prompt in value)
-    if name == "seed":
-        return 0 <= value <= LARGEST_SEED
-    if name in ("width", "height"):
-        return 1 <= value <= LARGEST_SIDE
-    if name == "dtype":
-        return value in DTYPES
-    if name == "guidance_scale":
-        return value is None or math.isfinite(value)
-    return not isinstance(value, int) or value >= 1
+    return (
+        f"{request.width}x{request.height} pixels, {request.num_inference_steps} steps, "
+        f"guidance {request.guidance_scale:g}, seed {request.seed}, {request.dtype} on {request.device}"
+    )
 
 
 def tell_other_versions(path: Path, made_with: dict[str, str]) -> None:
-    other = [f"{name} {number}" for name, number in made_with.items() if versions().get(name) != number]
+    """Say it where a picture was made with other libraries than those here."""
+    here = versions()
+    other = [name for name, number in made_with.items() if here.get(name) != number]
     if other:
-        here = ", ".join(f"{name} {number}" for name, number in versions().items())
-        say(f"{path} was made with {', '.join(other)}; here are {here}: the picture may differ slightly")
+        then, now = (", ".join(f"{name} {table.get(name)}" for name in other) for table in (made_with, here))
+        say(f"{path} was made with {then}; here: {now}. The picture may differ slightly.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -710,8 +589,7 @@ def data_emoji(arguments: argparse.Namespace) -> None:
         if path is not None and not path.is_file():
             raise ValueError(f"--{name.replace('_', '-')} {path}: no such file")
     given = {name: value for name, value in options.items() if value is not None}
-    build_emoji_dataset(arguments.out, style=arguments.style, size=arguments.size, **given)
-    print(f"wrote {arguments.out}")
+    print(build_emoji_dataset(arguments.style, arguments.size, arguments.out, **given))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -727,12 +605,28 @@ def first_given(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
 
+class SayOnce(logging.Handler):
+    """Shows hubgen's own warnings, each once: a prompt of n pictures is encoded in several batches."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = " ".join(record.getMessage().split())
+        if text not in self.said:
+            self.said.add(text)
+            say(f"hubgen: warning: {text}")
+
+
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keep the libraries' own remarks and loading bars out of the command's few lines; errors still come through."""
+    """Keep the other libraries' remarks and loading bars out of the command's few lines; errors still come through."""
     import diffusers.utils.logging as diffusers_logging
     import transformers.utils.logging as transformers_logging
 
+    ours, handler = logging.getLogger("hubgen"), SayOnce()
+    ours.addHandler(handler)
     saved = [(module, module.get_verbosity()) for module in (diffusers_logging, transformers_logging)]
     for module, _ in saved:
         module.set_verbosity_error()
@@ -742,6 +636,7 @@ def quiet_libraries() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        ours.removeHandler(handler)
         for module, verbosity in saved:
             module.set_verbosity(verbosity)
             module.enable_progress_bar()

@@ -6,7 +6,7 @@ from types import FrameType, TracebackType
 
 
 class Interrupted(Exception):
-    """The run was asked to stop by a signal and has saved; the exit code is 128 + the signal's number (SIGTERM: 143)."""
+    """A signal asked the run to stop, and it has saved; the exit code is 128 + the signal (143 for SIGTERM)."""
 
     def __init__(self, signal_number: int, message: str):
         super().__init__(message)

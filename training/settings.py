@@ -247,7 +247,10 @@ def _convert(value: Any, expected: Any, key: str, where: str, *, from_text: bool
     mismatch = SettingsError(f"setting '{key}' {where}: found {_show(value, from_text)}, expected {_name(expected)}.")
     origin, arguments = get_origin(expected), get_args(expected)
     if origin is Annotated:
-        converted = _convert(value, arguments[0], key, where, from_text=from_text)
+        try:
+            converted = _convert(value, arguments[0], key, where, from_text=from_text)
+        except SettingsError:
+            raise mismatch from None
         for bounds in arguments[1:]:
             items = converted if isinstance(converted, list | tuple) else [converted]
             if isinstance(bounds, Range) and any(item is not None and item not in bounds for item in items):

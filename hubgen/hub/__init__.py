@@ -1,1 +1,3 @@
-"""Publishing and loading: the bundled model, cards, registration with diffusers' loader."""
+"""Publishing and loading: the bundled model, model cards, what a picture says about itself, and hubgen's classes in
+diffusers' loader.
+"""

@@ -7,10 +7,38 @@ chose (`model.set_attention_backend`). Parameter names are those of diffusers' `
 Shapes: B batch, L image tokens, S context tokens, H heads, D features of a head.
 """
 
+from functools import partial
+from typing import Any
+
 import torch
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import nn
+
+
+def attend(
+    processor: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """softmax(query key^T / sqrt(D)) value, on the backend that was set on the processor (1706.03762, eq. 1).
+
+    (B, L, H, D), (B, S, H, D), (B, S, H, D) -> (B, L, H, D)
+    """
+    dispatch = partial(
+        dispatch_attention_fn, backend=processor._attention_backend, parallel_config=processor._parallel_config
+    )
+    half = value.dtype in (torch.bfloat16, torch.float16)
+    if half and value.device.type == "cpu" and value.requires_grad and processor._attention_backend is None:
+        # In half precision the CPU kernel's backward takes up to four times as long as in float32 (88 tokens, torch
+        # 2.13), and is the less exact.
+        if attention_mask is not None and attention_mask.dtype != torch.bool:
+            attention_mask = attention_mask.float()
+        with torch.autocast("cpu", enabled=False):
+            return dispatch(query.float(), key.float(), value.float(), attn_mask=attention_mask).to(value.dtype)
+    return dispatch(query, key, value, attn_mask=attention_mask)
 
 
 class AttnProcessor:
@@ -34,14 +62,7 @@ class AttnProcessor:
         value = attn.split_heads(attn.to_v(context))  # (B, S, H, D)
         if attn.norm_q is not None:
             query, key = attn.norm_q(query), attn.norm_k(key)
-        out = dispatch_attention_fn(
-            query,
-            key,
-            value,
-            attn_mask=attention_mask,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )
+        out = attend(self, query, key, value, attention_mask)  # (B, L, H, D)
         return attn.to_out[1](attn.to_out[0](out.flatten(2)))  # (B, L, C)
 
 
@@ -77,14 +98,7 @@ class JointAttnProcessor:
             key = torch.cat([key, text_key], dim=1)
             value = torch.cat([value, text_value], dim=1)
 
-        out = dispatch_attention_fn(
-            query,
-            key,
-            value,
-            attn_mask=attention_mask,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        ).flatten(2)  # (B, L + S, H * D)
+        out = attend(self, query, key, value, attention_mask).flatten(2)  # (B, L + S, H * D)
         if encoder_hidden_states is None:
             return attn.to_out[1](attn.to_out[0](out))
         image, text = out.split([hidden_states.shape[1], encoder_hidden_states.shape[1]], dim=1)

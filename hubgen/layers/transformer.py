@@ -6,6 +6,7 @@ Shapes: B batch, C channels, H and W height and width of the feature map, L = H 
 E features of a context token. Parameter names are those of diffusers' classes of the same names.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -87,6 +88,8 @@ class Transformer2DModel(nn.Module):
             compute the same, but their weights have another shape in a checkpoint.
         upcast_attention: See `Attention`.
     """
+
+    _gradient_checkpointing_func: Callable[..., torch.Tensor]
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ Shapes: B batch, C channels, H and W height and width, T features of the time em
 features.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,7 @@ class UNetLevel(nn.Module):
 
     attentions: nn.ModuleList | None
     resnets: nn.ModuleList
+    _gradient_checkpointing_func: Callable[..., torch.Tensor]
 
     def residual(self, i: int, x: torch.Tensor, temb: torch.Tensor | None) -> torch.Tensor:
         """Residual block `i`, which the backward pass computes again under gradient checkpointing."""
@@ -164,6 +166,8 @@ class UNetMidBlock2D(UNetLevel):
         dropout: Probability of dropping a feature in a residual block.
         output_scale_factor: See `ResnetBlock2D`.
     """
+
+    attentions: nn.ModuleList
 
     def __init__(
         self,

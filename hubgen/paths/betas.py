@@ -26,9 +26,9 @@ def make_betas(
 ) -> torch.Tensor:
     """The betas of a schedule: (N,) float32, each in (0, 1], N = num_train_timesteps.
 
-    `trained_betas` replaces the named schedule. `beta_start` and `beta_end` are read by linear, scaled_linear and sigmoid only. `rescale_betas_zero_snr` applies
-    `rescale_zero_terminal_snr`. Raises ValueError for an unknown schedule, a size below 1, `trained_betas` of another
-    length or betas outside (0, 1].
+    `trained_betas` replaces the named schedule. `beta_start` and `beta_end` are read by linear, scaled_linear and
+    sigmoid only. `rescale_betas_zero_snr` applies `rescale_zero_terminal_snr`. Raises ValueError for an unknown
+    schedule, a size below 1, `trained_betas` of another length or betas outside (0, 1].
     """
     if trained_betas is not None:
         betas = torch.as_tensor(np.asarray(trained_betas), dtype=torch.float32)
@@ -67,7 +67,7 @@ def _named_betas(name: str, start: float, end: float, n: int) -> torch.Tensor:
 
 
 def rescale_zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
-    """Betas (N,) whose last step holds no signal: sqrt(alpha_bar) is moved to end at 0 and stretched to begin as before.
+    """Betas (N,) whose last step holds no signal: sqrt(alpha_bar) is moved to end at 0, stretched to begin as before.
 
     Algorithm 1 of "Common Diffusion Noise Schedules and Sample Steps are Flawed" (2305.08891).
     """

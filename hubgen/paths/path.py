@@ -269,8 +269,8 @@ class VariancePreservingPath(ProbabilityPath):
 
     def timestep(self, t: torch.Tensor) -> torch.Tensor:
         """The index (B,) int64 in 0 ... N - 1 of the grid time that `snap` moves t to."""
-        # 1e-3 of a cell covers the rounding of (i + 1) / N in float32, so that grid times keep their own index.
-        cells = (_precise(t) * self.num_train_timesteps - 1e-3).ceil().long()
+        # The factor covers the rounding of (i + 1) / N in float32, so that grid times keep their own index.
+        cells = (_precise(t) * self.num_train_timesteps * (1 - 1e-6)).ceil().long()
         return (cells - 1).clamp(0, self.num_train_timesteps - 1)
 
     def time(self, timestep: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,11 @@
 """What a network predicts, by hubgen's names and by the strings of diffusers' scheduler configs.
 
-    name       quantity                                     diffusers' `prediction_type`
-    noise      eps                                          epsilon
-    data       the clean latents                            sample
-    v          alpha eps - sigma data (2202.00512, app. D)  v_prediction
-    velocity   dx_t/dt                                      flow_prediction
-    score      grad log p(x_t) = -eps / sigma               (none)
+name       quantity                                     diffusers' `prediction_type`
+noise      eps                                          epsilon
+data       the clean latents                            sample
+v          alpha eps - sigma data (2202.00512, app. D)  v_prediction
+velocity   dx_t/dt                                      flow_prediction
+score      grad log p(x_t) = -eps / sigma               (none)
 """
 
 from typing import Literal, get_args
@@ -25,7 +25,7 @@ def check_prediction_type(name: str, argument: str = "prediction_type") -> Predi
     """Returns `name` if it is a prediction type; raises ValueError that names `argument` otherwise."""
     if name not in PREDICTION_TYPES:
         raise ValueError(f"{argument}: got {name!r}, expected one of {list(PREDICTION_TYPES)}")
-    return name  # type: ignore[return-value]
+    return name
 
 
 def to_diffusers(name: str) -> str:

@@ -43,7 +43,7 @@ class TimestepDensity(ABC):
     def sample(
         self, n: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
     ) -> torch.Tensor:
-        """n draws, (n,) float32 on `device`; drawn where the generator lives, so that a seed means the same anywhere."""
+        """n draws, (n,) float32 on `device`, made where the generator lives, so that a seed means the same anywhere."""
         source = torch.device(generator.device if generator is not None else device or "cpu")
         dtype = torch.float32 if source.type == "mps" else torch.float64
         uniform = torch.rand(n, generator=generator, device=source, dtype=dtype)

@@ -1,0 +1,179 @@
+"""Prompts to embeddings: token states for attention and one pooled vector, from any transformers text encoder.
+
+Shapes: B prompts, L tokens (always the maximum, so that a prompt's embedding does not depend on its neighbours),
+D features of a token, P features of the pooled vector.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+# Encoders trained by contrast with images: their pooled output is the sentence. Elsewhere (BERT's is trained on "is
+# this the next sentence?", T5 has none) the mean over the tokens says more, as sentence-transformers found (1908.10084).
+POOLS_ITSELF = ("clip", "siglip", "align", "altclip")
+
+
+@dataclass(frozen=True)
+class TextEmbeddings:
+    """What a text encoder makes of B prompts."""
+
+    tokens: torch.Tensor
+    """(B, L, D), zeros where there is no token"""
+    pooled: torch.Tensor
+    """(B, P)"""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: slice | torch.Tensor) -> "TextEmbeddings":
+        """The embeddings of some of the prompts, chosen as rows of a tensor are."""
+        return TextEmbeddings(self.tokens[index], self.pooled[index])
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "TextEmbeddings":
+        """The same on another device or in another floating-point type."""
+        return TextEmbeddings(self.tokens.to(device=device, dtype=dtype), self.pooled.to(device=device, dtype=dtype))
+
+    def repeat_interleave(self, count: int) -> "TextEmbeddings":
+        """Every prompt `count` times in a row: (B * count, ...)."""
+        return TextEmbeddings(self.tokens.repeat_interleave(count, 0), self.pooled.repeat_interleave(count, 0))
+
+    @staticmethod
+    def cat(parts: list["TextEmbeddings"]) -> "TextEmbeddings":
+        """The prompts of all parts in one batch."""
+        return TextEmbeddings(torch.cat([part.tokens for part in parts]), torch.cat([part.pooled for part in parts]))
+
+
+class TextCondition:
+    """Turns prompts into embeddings by a frozen text encoder and its tokenizer.
+
+    Embeddings come as the encoder gives them, not normalised (MiniLM: standard deviation about 0.5 for tokens and 0.35
+    pooled). The pooled vector is the model's own where it was trained to be one (CLIP, projected where the model has a
+    projection), else the mean over the prompt's tokens; for sentence-transformers models its direction is the sentence
+    embedding. The empty prompt is the unconditional one, embedded as any other.
+
+    Args:
+        text_encoder: A transformers encoder: BERT and its kin, CLIP's text models, `T5EncoderModel`, ...
+        tokenizer: Its tokenizer.
+        max_length: Tokens L of a prompt, the encoder's special ones counted. `None` takes `model_max_length` of the
+            tokenizer, which is saved with it: a model trained on short prompts keeps its length there.
+
+    Raises:
+        ValueError: `max_length` is not a whole number that leaves room for a word, is more than the encoder has
+            positions for, or is `None` where nothing tells it.
+    """
+
+    def __init__(self, text_encoder: nn.Module, tokenizer: Any, max_length: int | None = None):
+        self.text_encoder = text_encoder
+        self.tokenizer = tokenizer
+        self.special_tokens = tokenizer.num_special_tokens_to_add()
+        self.max_length = self._check_max_length(max_length)
+
+    def _check_max_length(self, max_length: int | None) -> int:
+        # T5 attends by relative position and names no limit; an unset length of a tokenizer is astronomical.
+        positions = getattr(self.text_encoder.config, "max_position_embeddings", None)
+        if max_length is None:
+            max_length = min(self.tokenizer.model_max_length, positions or self.tokenizer.model_max_length)
+            if max_length > 100_000:
+                raise ValueError("`max_length` must be given, because neither tokenizer nor text encoder has a limit.")
+        if not isinstance(max_length, int) or max_length <= self.special_tokens:
+            raise ValueError(
+                f"`max_length` must be a whole number above the {self.special_tokens} special tokens, got {max_length!r}."
+            )
+        if positions is not None and max_length > positions:
+            raise ValueError(f"`max_length` must be at most the text encoder's {positions} positions, got {max_length}.")
+        return max_length
+
+    @property
+    def device(self) -> torch.device:
+        """Where the encoder's weights lie."""
+        return next(self.text_encoder.parameters()).device
+
+    def encode(self, prompts: list[str], device: torch.device | str | None = None) -> TextEmbeddings:
+        """Embeds prompts, in the encoder's dtype; gradients as the caller's context has them.
+
+        A prompt of more than `max_length` tokens is cut at the end, and a warning tells what was cut.
+
+        Args:
+            prompts: B prompts.
+            device: Where the encoder runs; `None` for where its weights lie (offloaded weights move by hooks).
+
+        Raises:
+            ValueError: `prompts` is not a non-empty list of strings.
+        """
+        if not isinstance(prompts, list | tuple) or not prompts or not all(isinstance(p, str) for p in prompts):
+            raise ValueError(f"`prompts` must be a non-empty list of strings, got {prompts!r}.")
+        for prompt in prompts:
+            self._warn_of_truncation(prompt)
+        batch = self.tokenizer(
+            list(prompts), padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
+        )
+        batch = batch.to(self.device if device is None else device)
+        mask = batch["attention_mask"].bool()[:, :, None]  # (B, L, 1)
+        output = self.text_encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+
+        # Zeroed, so that a backbone without masks is not shown what the encoder makes of padding.
+        tokens = output.last_hidden_state.masked_fill(~mask, 0.0)  # (B, L, D)
+        pooled = self._own_pooled(output)
+        if pooled is None:
+            pooled = tokens.sum(1) / mask.sum(1)  # (B, D)
+        return TextEmbeddings(tokens, pooled)
+
+    def _own_pooled(self, output: Any) -> torch.Tensor | None:
+        projected = getattr(output, "text_embeds", None)
+        if projected is not None:
+            return projected
+        if any(name in self.text_encoder.config.model_type for name in POOLS_ITSELF):
+            return output.pooler_output
+        return None
+
+    def _warn_of_truncation(self, prompt: str) -> None:
+        ids = self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+        room = self.max_length - self.special_tokens
+        if len(ids) > room:
+            # At most so many tokens are spelled out: a prompt may be a book.
+            cut = self.tokenizer.decode(ids[room : room + 50]) + (" ..." if len(ids) > room + 50 else "")
+            logger.warning(
+                "The prompt has %d tokens, but the model reads %d. Not read: %r", len(ids), room, cut
+            )
+
+
+def condition_inputs(
+    backbone: nn.Module, embeddings: TextEmbeddings, size: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """The keywords by which a backbone's forward takes text: the one place that knows, by the backbone's config.
+
+    Args:
+        backbone: A model with a diffusers config: MM-DiT (token states and pooled), U-Net (token states, and pooled
+            only where the config asks for it). Unwrapped, where a trainer has wrapped it.
+        embeddings: Of B prompts.
+        size: Height and width in pixels of the pictures, for U-Nets that are told (SDXL); the picture counts as whole,
+            not as a crop.
+
+    Raises:
+        ValueError: The config asks for something that text does not give, or for `size` where it is `None`.
+    """
+    config: Any = backbone.config
+    inputs: dict[str, Any] = {"encoder_hidden_states": embeddings.tokens}
+    if config.get("pooled_projection_dim") is not None:
+        inputs["pooled_projections"] = embeddings.pooled
+    if config.get("class_embed_type") == "projection":
+        inputs["class_labels"] = embeddings.pooled
+    elif config.get("class_embed_type") is not None or config.get("num_class_embeds") is not None:
+        raise ValueError("The backbone wants class labels (`class_embed_type`, `num_class_embeds`); text gives none.")
+    if config.get("addition_embed_type") == "text_time":
+        if size is None:
+            raise ValueError("`size` must be (height, width), because the backbone has `addition_embed_type='text_time'`.")
+        # SDXL (2307.01952, section 2.2): original height and width, top and left of the crop, target height and width.
+        numbers = torch.tensor([*size, 0, 0, *size], dtype=embeddings.pooled.dtype, device=embeddings.pooled.device)
+        time_ids = numbers.expand(len(embeddings), -1)  # (B, 6)
+        inputs["added_cond_kwargs"] = {"text_embeds": embeddings.pooled, "time_ids": time_ids}
+    elif config.get("addition_embed_type") is not None:
+        raise ValueError(
+            f"`addition_embed_type` of the backbone must be None or 'text_time', got {config['addition_embed_type']!r}."
+        )
+    return inputs

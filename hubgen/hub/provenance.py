@@ -1,0 +1,153 @@
+"""What a picture says about itself: the request that made it, in a PNG's text chunk, and back.
+
+The chunk is named `hubgen` and holds JSON: `request`, the fields of `Request`, and `versions`, those of the libraries
+that decide the numbers in a picture. `Description` (the prompts) and `Software` stand beside it for other programs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import tempfile
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+METADATA_KEY = "hubgen"
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+DTYPES = ("float32", "float16", "bfloat16")
+LARGEST_SIDE = 8192  # pixels; above it a typing error is likelier than a wish
+LARGEST_SEED = 2**63 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """Everything that decides how a picture comes out.
+
+    Before the model is loaded, None in a sampling setting stands for the model's own.
+    """
+
+    prompts: list[str]
+    """One or more, none of them blank."""
+    negative_prompt: str | None
+    n: int
+    """Pictures of each prompt."""
+    num_inference_steps: int | None
+    guidance_scale: float | None
+    seed: int
+    """Picture j of each prompt starts from seed + j."""
+    width: int | None
+    """Pixels of one picture, not of the grid."""
+    height: int | None
+    model: str
+    """`bundled`, a folder, or owner/name on the Hub."""
+    revision: str | None
+    """The commit of a model from the Hub."""
+    device: str
+    dtype: str
+    batch_size: int
+    """Pictures made at a time; other batches round differently."""
+
+
+def versions() -> dict[str, str]:
+    """The versions of what decides the numbers in a picture."""
+    return {name: installed_version(name) for name in ("hubgen", "torch", "diffusers", "transformers")}
+
+
+def write_picture(out: Path, picture: Image.Image, request: Request) -> None:
+    """Write a picture; a PNG gets the request with it.
+
+    It is written beside and renamed, so that there is never half a picture under the name.
+
+    Raises:
+        OSError: the folder does not take it, for example because the disk is full; nothing is left behind.
+    """
+    from PIL.PngImagePlugin import PngInfo
+
+    options: dict[str, Any] = {}
+    if out.suffix.lower() == ".png":
+        content = {"versions": versions(), "request": dataclasses.asdict(request)}
+        chunks = PngInfo()  # international text chunks, in UTF-8: prompts are in any language
+        chunks.add_itxt(METADATA_KEY, json.dumps(content, ensure_ascii=False))
+        chunks.add_itxt("Description", "\n".join(request.prompts))
+        chunks.add_itxt("Software", f"hubgen {installed_version('hubgen')}")
+        options["pnginfo"] = chunks
+    handle, name = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            picture.save(file, format=FORMATS[out.suffix.lower()], **options)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~current_umask())
+        os.replace(name, out)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def current_umask() -> int:
+    """mkstemp makes private files; a picture gets the rights that any new file of the user's has."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def read_request(path: Path) -> tuple[Request, dict[str, str]]:
+    """The request that made a picture, and the versions of the libraries that did.
+
+    Raises:
+        ValueError: the file is no picture, carries no request, or a damaged one; the message names it.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as picture:  # the chunks stand before the pixels: nothing is decoded here
+            text = picture.info.get(METADATA_KEY)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path}: not a picture; expected a PNG that hubgen wrote") from error
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from error
+    if not isinstance(text, str):
+        raise ValueError(f"{path}: carries no settings of hubgen; expected a PNG that `hubgen generate` wrote")
+    try:
+        content = json.loads(text)
+        fields, made_with = dict(content["request"]), dict(content["versions"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: its settings are damaged and cannot be read") from error
+    names = {field.name for field in dataclasses.fields(Request)}
+    for problem, found in (("lack", names - fields.keys()), ("have an unknown", fields.keys() - names)):
+        if found:
+            raise ValueError(f"{path}: its settings {problem} {', '.join(sorted(map(str, found)))}")
+    for name, value in fields.items():
+        if not is_valid(name, value):
+            raise ValueError(f"{path}: its settings hold a bad {name}: {value!r}")
+    return Request(**fields), {str(name): str(number) for name, number in made_with.items()}
+
+
+def is_valid(name: str, value: Any) -> bool:
+    """Whether a stored setting has its type and range: a file is input like any other."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    match name:
+        case "prompts":
+            return isinstance(value, list) and bool(value) and all(isinstance(prompt, str) for prompt in value)
+        case "model" | "device":
+            return isinstance(value, str)
+        case "negative_prompt" | "revision":
+            return value is None or isinstance(value, str)
+        case "dtype":
+            return value in DTYPES
+        case "guidance_scale":
+            return value is None or (whole or isinstance(value, float)) and math.isfinite(value)
+        case "seed":
+            return whole and 0 <= value <= LARGEST_SEED
+        case "width" | "height":
+            return value is None or whole and 1 <= value <= LARGEST_SIDE
+        case "num_inference_steps":
+            return value is None or whole and value >= 1
+        case _:
+            return whole and value >= 1

@@ -1,0 +1,102 @@
+"""Makes hubgen's classes known to diffusers' loader.
+
+A pipeline of ours is saved with `"_class_name": "TextToImagePipeline"` and components as `["hubgen", "ClassName"]`.
+diffusers loads that, from a folder and from the Hub and without `trust_remote_code`, once it knows that
+
+- `hubgen` is a library with loadable classes (`LOADABLE_CLASSES` of `diffusers.pipelines.pipeline_loading_utils`);
+- the pipeline class is an attribute of `diffusers`.
+
+Both are set when diffusers' pipelines are first imported, which is after `import hubgen` more often than before: so
+`import hubgen` itself imports nothing heavy. `LOADABLE_CLASSES` is not a public name of diffusers. It has been there
+and was tried from 0.36 to 0.42; where it is missing, a warning says so, and hubgen's own pipelines still load from
+folders and (by way of a full download) from the Hub.
+"""
+
+import importlib.abc
+import logging
+import sys
+import types
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from typing import Any, TypeVar
+
+logger = logging.getLogger(__name__)
+
+PIPELINES_MODULE = "diffusers.pipelines.pipeline_utils"
+SAVE_AND_LOAD = ["save_pretrained", "from_pretrained"]
+Pipeline = TypeVar("Pipeline", bound=type)
+
+
+def register(pipelines: Sequence[str]) -> None:
+    """Registers hubgen with diffusers' loader, now if diffusers' pipelines are imported, else when they are.
+
+    Args:
+        pipelines: Names of the pipeline classes at the root of hubgen.
+    """
+    if PIPELINES_MODULE in sys.modules:
+        _register_now(pipelines)
+    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport(pipelines))
+
+
+def is_registered() -> bool:
+    """Whether diffusers' loader knows hubgen (false also while diffusers' pipelines are not imported)."""
+    module = sys.modules.get("diffusers.pipelines.pipeline_loading_utils")
+    return "hubgen" in getattr(module, "LOADABLE_CLASSES", {})
+
+
+def loadable(pipeline: Pipeline) -> Pipeline:
+    """Class decorator: makes a pipeline an attribute of diffusers, where its loader looks for pipelines by name."""
+    diffusers: Any = sys.modules["diffusers"]
+    if hasattr(diffusers, pipeline.__name__):
+        logger.warning(
+            "diffusers has a %s of its own: load hubgen's by hubgen.%s.from_pretrained.",
+            pipeline.__name__,
+            pipeline.__name__,
+        )
+    else:
+        setattr(diffusers, pipeline.__name__, pipeline)
+    return pipeline
+
+
+def _register_now(pipelines: Sequence[str]) -> None:
+    try:
+        loading: Any = importlib.import_module("diffusers.pipelines.pipeline_loading_utils")
+        loading.LOADABLE_CLASSES["hubgen"] = {
+            "ModelMixin": SAVE_AND_LOAD,
+            "SchedulerMixin": SAVE_AND_LOAD,
+            "DiffusionPipeline": SAVE_AND_LOAD,
+        }
+    except (ImportError, AttributeError, TypeError) as error:
+        logger.warning(
+            "This version of diffusers does not let hubgen register (%s). Load hubgen's pipelines by hubgen's classes.",
+            error,
+        )
+        return
+    for name in pipelines:
+        # Where the import of a pipeline's module has led here, its class does not exist yet; it is `loadable` itself.
+        getattr(sys.modules["hubgen"], name, None)
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Registers when diffusers' pipelines have been imported."""
+
+    def __init__(self, pipelines: Sequence[str]):
+        self.pipelines = pipelines
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != PIPELINES_MODULE:
+            return None
+        specs = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((spec for spec in specs if spec is not None), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: types.ModuleType) -> None:
+                execute(module)
+                _register_now(self.pipelines)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec

@@ -1,0 +1,314 @@
+"""SD3Transformer2DModel: the second implementation is diffusers' class of the same name."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FirstBlockCacheConfig
+from diffusers import SD3Transformer2DModel as DiffusersSD3Transformer2DModel
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from peft import LoraConfig
+
+from hubgen.backbones.mmdit import SD3Transformer2DModel
+from hubgen.layers.attention import JointAttnProcessor
+
+TINY: dict[str, Any] = {
+    "sample_size": 8,
+    "patch_size": 2,
+    "in_channels": 4,
+    "num_layers": 3,
+    "attention_head_dim": 8,
+    "num_attention_heads": 4,
+    "joint_attention_dim": 12,
+    "caption_projection_dim": 32,
+    "pooled_projection_dim": 20,
+    "out_channels": 4,
+    "pos_embed_max_size": 8,
+}
+SD3_MEDIUM: dict[str, Any] = {
+    "sample_size": 128,
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "caption_projection_dim": 1536,
+    "pos_embed_max_size": 192,
+}
+
+
+def randomise(model: torch.nn.Module, std: float = 0.15) -> None:
+    """New values for every parameter: the zeroed gates of a fresh model would hide what lies behind them."""
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=std)
+
+
+def tiny(std: float = 0.15, **changes: Any) -> SD3Transformer2DModel:
+    model = SD3Transformer2DModel(**(TINY | changes))
+    randomise(model, std)
+    return model
+
+
+def inputs(height: int = 8, width: int = 8, channels: int = 4, batch: int = 2) -> dict[str, torch.Tensor]:
+    return {
+        "hidden_states": torch.randn(batch, channels, height, width),
+        "encoder_hidden_states": torch.randn(batch, 5, 12),
+        "pooled_projections": torch.randn(batch, 20),
+        "timestep": torch.linspace(0.5, 999, batch),
+    }
+
+
+def shapes(model: torch.nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def assert_agree(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-4) -> None:
+    assert theirs.std() > 0.1, "an output of nothing would agree with anything"
+    assert (ours - theirs).abs().max() < tolerance * theirs.std()
+
+
+CONFIGS = [
+    pytest.param({}, id="sd3"),
+    pytest.param({"qk_norm": "rms_norm"}, id="sd3.5-large"),
+    pytest.param({"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)}, id="sd3.5-medium"),
+    pytest.param({"patch_size": 1, "pos_embed_max_size": 16, "out_channels": 8}, id="patch-1"),
+]
+
+
+@pytest.mark.parametrize("changes", CONFIGS)
+def test_agrees_with_diffusers_on_the_same_weights(changes: dict[str, Any]) -> None:
+    ours = tiny(**changes)
+    theirs = DiffusersSD3Transformer2DModel(**(TINY | changes))
+    assert shapes(ours) == shapes(theirs)
+    theirs.load_state_dict(ours.state_dict())
+    for height, width in ((8, 8), (4, 6)):  # the second takes the middle of the positions
+        batch = inputs(height, width)
+        assert_agree(ours(**batch).sample, theirs(**batch).sample)
+
+
+def test_gradients_agree_with_diffusers() -> None:
+    changes = {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)}
+    ours = tiny(**changes, std=0.1)
+    theirs = DiffusersSD3Transformer2DModel(**(TINY | changes))
+    theirs.load_state_dict(ours.state_dict())
+    batch = inputs()
+    for model in (ours, theirs):
+        model(**batch).sample.square().mean().backward()
+    gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
+    for name, parameter in theirs.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_agrees_with_diffusers_on_controls_and_skipped_layers() -> None:
+    ours = tiny(num_layers=5)
+    theirs = DiffusersSD3Transformer2DModel(**(TINY | {"num_layers": 5}))
+    theirs.load_state_dict(ours.state_dict())
+    batch = inputs()
+    residuals = [3 * torch.randn(2, 16, 32) for _ in range(2)]
+    plain = theirs(**batch).sample
+    for extra in (
+        {"block_controlnet_hidden_states": residuals},
+        {"skip_layers": [1, 4]},
+        {"block_controlnet_hidden_states": residuals, "skip_layers": [0]},
+    ):
+        expected = theirs(**batch, **extra).sample
+        assert_agree(ours(**batch, **extra).sample, expected)
+        assert (expected - plain).abs().max() > 0.1
+
+
+def test_agrees_with_diffusers_in_bfloat16() -> None:
+    ours = tiny(std=0.1, qk_norm="rms_norm").to(torch.bfloat16)
+    theirs = DiffusersSD3Transformer2DModel(**(TINY | {"qk_norm": "rms_norm"})).to(torch.bfloat16)
+    theirs.load_state_dict(ours.state_dict())
+    batch = {name: x if name == "timestep" else x.bfloat16() for name, x in inputs().items()}
+    sample = ours(**batch).sample
+    assert sample.dtype == torch.bfloat16
+    assert_agree(sample.float(), theirs(**batch).sample.float(), tolerance=0.1)  # 8 bits, three blocks
+
+
+def test_fresh_positions_are_those_of_diffusers() -> None:
+    for changes in ({}, {"patch_size": 1, "pos_embed_max_size": 12, "sample_size": 6}):
+        ours = SD3Transformer2DModel(**(TINY | changes))
+        theirs = DiffusersSD3Transformer2DModel(**(TINY | changes))
+        torch.testing.assert_close(ours.pos_embed.pos_embed, theirs.pos_embed.pos_embed, rtol=0, atol=1e-6)
+
+
+def test_config_is_that_of_diffusers() -> None:
+    ours, theirs = dict(SD3Transformer2DModel(**TINY).config), dict(DiffusersSD3Transformer2DModel(**TINY).config)
+    assert ours == theirs
+    with torch.device("meta"):
+        assert dict(SD3Transformer2DModel().config) == dict(DiffusersSD3Transformer2DModel().config)
+
+
+def test_a_saved_model_loads_in_diffusers_and_back(tmp_path: Path) -> None:
+    ours = tiny(qk_norm="rms_norm", dual_attention_layers=(0,))
+    batch = inputs()
+    ours.save_pretrained(tmp_path / "ours")
+    theirs = DiffusersSD3Transformer2DModel.from_pretrained(tmp_path / "ours")
+    assert_agree(ours(**batch).sample, theirs(**batch).sample)
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = SD3Transformer2DModel.from_pretrained(tmp_path / "theirs")
+    torch.testing.assert_close(again(**batch).sample, ours(**batch).sample, rtol=0, atol=0)
+
+
+def test_a_fresh_model_predicts_exactly_zero() -> None:
+    model = SD3Transformer2DModel(**TINY, qk_norm="rms_norm", dual_attention_layers=(0,))
+    assert torch.count_nonzero(model(**inputs()).sample) == 0
+
+
+def test_every_block_of_a_fresh_model_is_the_identity() -> None:
+    model = SD3Transformer2DModel(**TINY, qk_norm="rms_norm", dual_attention_layers=(0,))
+    x, context, temb = torch.randn(2, 16, 32), torch.randn(2, 5, 32), torch.randn(2, 32)
+    for block in model.transformer_blocks:
+        text, image = block(x, context, temb)
+        assert torch.equal(text, context)
+        assert torch.equal(image, x)
+
+
+def test_a_fresh_model_learns_through_its_zeroed_gates() -> None:
+    model = SD3Transformer2DModel(**TINY, qk_norm="rms_norm")
+    batch = inputs()
+    target = torch.randn(2, 4, 8, 8)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(60):
+        loss = (model(**batch).sample - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.05 * losses[0]
+
+
+def test_sd3_medium_has_its_published_size() -> None:
+    with torch.device("meta"):
+        model = SD3Transformer2DModel(**SD3_MEDIUM)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 2_028_328_000
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    model = tiny(std=0.1, qk_norm="rms_norm", dual_attention_layers=(1,))
+    batch = inputs()
+    results = []
+    for enabled in (False, True):
+        if enabled:
+            model.enable_gradient_checkpointing()
+        model.zero_grad()
+        sample = model(**batch).sample
+        sample.square().mean().backward()
+        results.append((sample, [parameter.grad.clone() for parameter in model.parameters()]))
+    (sample, gradients), (checkpointed_sample, checkpointed_gradients) = results
+    assert torch.equal(sample, checkpointed_sample)
+    for plain, checkpointed in zip(gradients, checkpointed_gradients, strict=True):
+        assert torch.equal(plain, checkpointed)
+
+
+def test_attention_processors_have_the_names_of_diffusers() -> None:
+    changes = {"dual_attention_layers": (0, 2)}
+    ours, theirs = SD3Transformer2DModel(**(TINY | changes)), DiffusersSD3Transformer2DModel(**(TINY | changes))
+    assert list(ours.attn_processors) == list(theirs.attn_processors)
+
+
+def test_a_processor_set_by_name_is_called_with_the_keywords() -> None:
+    class Recorded(JointAttnProcessor):
+        def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, note=None):
+            notes.append(note)
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
+
+    notes: list[str] = []
+    model, batch = tiny(), inputs()
+    plain = model(**batch).sample
+    model.set_attn_processor({name: Recorded() for name in model.attn_processors})
+    assert torch.equal(model(**batch, joint_attention_kwargs={"note": "seen"}).sample, plain)
+    assert notes == ["seen"] * 3
+
+
+@pytest.mark.parametrize("backend", ["native", "_native_math"])
+def test_the_attention_backend_does_not_change_the_prediction(backend: str) -> None:
+    model, batch = tiny(qk_norm="rms_norm"), inputs()
+    plain = model(**batch).sample
+    model.set_attention_backend(backend)
+    assert_agree(model(**batch).sample, plain)
+
+
+def test_a_fresh_lora_changes_nothing_and_a_trained_one_scales() -> None:
+    model, batch = tiny(), inputs()
+    plain = model(**batch).sample
+    model.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    assert torch.equal(model(**batch).sample, plain)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable and all("lora_" in name for name in trainable)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    changed = model(**batch).sample
+    assert (changed - plain).abs().max() > 1e-2
+    torch.testing.assert_close(model(**batch, joint_attention_kwargs={"scale": 0.0}).sample, plain)
+    torch.testing.assert_close(model(**batch).sample, changed)
+
+
+def test_a_first_block_cache_reuses_the_later_blocks() -> None:
+    model, batch = tiny(), inputs()
+    plain = model(**batch).sample
+    model.enable_cache(FirstBlockCacheConfig(threshold=1e9))
+    with torch.no_grad(), model.cache_context("cond"):
+        torch.testing.assert_close(model(**batch).sample, plain)
+        calls = []
+        hook = model.transformer_blocks[1].ff.register_forward_hook(lambda *_: calls.append(1))
+        torch.testing.assert_close(model(**batch).sample, plain)  # the same input, so the reused features are right
+        assert not calls
+    hook.remove()
+    model.disable_cache()
+    torch.testing.assert_close(model(**batch).sample, plain)
+
+
+def test_the_output_is_an_object_or_a_tuple() -> None:
+    model, batch = tiny(), inputs()
+    output = model(**batch)
+    assert isinstance(output, Transformer2DModelOutput)
+    (sample,) = model(**batch, return_dict=False)
+    assert torch.equal(sample, output.sample)
+
+
+def test_one_timestep_serves_the_whole_batch() -> None:
+    model, batch = tiny(), inputs()
+    one = model(**(batch | {"timestep": torch.tensor([7.0])})).sample
+    each = model(**(batch | {"timestep": torch.tensor([7.0, 7.0])})).sample
+    torch.testing.assert_close(one, each)
+
+
+def test_autocast_gives_every_parameter_a_float32_gradient() -> None:
+    model = tiny(std=0.1, qk_norm="rms_norm", dual_attention_layers=(0,))
+    with torch.autocast("cpu", torch.bfloat16):
+        sample = model(**inputs()).sample
+    sample.float().square().mean().backward()
+    assert {parameter.grad.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_states": torch.zeros(2, 3, 8, 8)}, r"`hidden_states` .* \(2, 4, height, width\), got \(2, 3, 8, 8\)"),
+        ({"hidden_states": torch.zeros(2, 4, 18, 8)}, r"at most 16 \(`pos_embed_max_size` = 8 .* got 18 x 8"),
+        ({"hidden_states": torch.zeros(2, 4, 7, 8)}, r"multiples of `patch_size` = 2, got 7 x 8"),
+        ({"encoder_hidden_states": torch.zeros(2, 5, 13)}, r"`encoder_hidden_states` .* \(2, tokens, 12\), got"),
+        ({"encoder_hidden_states": None}, r"`encoder_hidden_states` .* got None"),
+        ({"pooled_projections": torch.zeros(2, 21)}, r"`pooled_projections` .* \(2, 20\), got \(2, 21\)"),
+        ({"timestep": torch.tensor(3.0)}, r"`timestep` .* \(2\), got \(\)"),
+        ({"timestep": torch.zeros(3)}, r"`timestep` .* \(2\), got \(3,\)"),
+    ],
+)
+def test_a_wrong_input_is_named_with_what_was_found_and_expected(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SD3Transformer2DModel(**TINY)(**(inputs() | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"caption_projection_dim": 24}, r"`caption_projection_dim` must be .* = 32, got 24"),
+        ({"dual_attention_layers": (1, 3)}, r"`dual_attention_layers` must be among the layers 0 to 2, got \(1, 3\)"),
+        ({"qk_norm": "layer_norm"}, r"`qk_norm` must be 'rms_norm' or None, got 'layer_norm'"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_what_was_found_and_expected(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SD3Transformer2DModel(**(TINY | changes))

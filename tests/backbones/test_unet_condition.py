@@ -1,0 +1,424 @@
+"""UNet2DConditionModel: parity with diffusers on random weights, and what diffusers' features ask of a model."""
+
+import diffusers
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor as DiffusersAttnProcessor
+from diffusers.models.attention_processor import AttnProcessor2_0 as DiffusersAttnProcessor2_0
+
+from hubgen.backbones.unet_condition import (
+    UNet2DConditionModel,
+    stable_diffusion_1,
+    stable_diffusion_2,
+    stable_diffusion_xl,
+    stable_diffusion_xl_refiner,
+)
+from hubgen.layers.attention import AttnProcessor
+from tests.parity import assert_parity, randomize_, share_weights_
+
+SMALL = {
+    "sample_size": 8,
+    "block_out_channels": (16, 32),
+    "norm_num_groups": 8,
+    "layers_per_block": 1,
+    "cross_attention_dim": 24,
+    "attention_head_dim": 2,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+SDXL = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": (2, 4),
+    "transformer_layers_per_block": (1, 2),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 20 + 6 * 8,
+}
+VARIANTS = {
+    "sd1": {"layers_per_block": 2},
+    "sd2": {"attention_head_dim": (2, 4), "use_linear_projection": True, "upcast_attention": True},
+    "sdxl": SDXL,
+    "refiner": {
+        **SDXL,
+        "block_out_channels": (16, 32, 32),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": (2, 4, 4),
+        "transformer_layers_per_block": 2,
+        "projection_class_embeddings_input_dim": 20 + 5 * 8,
+    },
+    "projected pooled text": {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 20},
+    "timestep class": {"class_embed_type": "timestep"},
+    "classes": {"num_class_embeds": 7},
+    "guidance embedding": {"time_cond_proj_dim": 12},
+    "projected text tokens": {"encoder_hid_dim": 20},
+    "uneven": {
+        "layers_per_block": (2, 1),
+        "transformer_layers_per_block": ((1, 2), (1,)),
+        "reverse_transformer_layers_per_block": ((1, 1), (2, 1, 1)),
+        "mid_block_scale_factor": 1.5,
+        "downsample_padding": 0,
+        "conv_in_kernel": 5,
+        "conv_out_kernel": 1,
+        "time_embedding_dim": 40,
+        "center_input_sample": True,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "in_channels": 5,
+        "out_channels": 6,
+    },
+    "no middle": {"mid_block_type": None},
+    "plain middle": {"mid_block_type": "UNetMidBlock2D"},
+}
+
+
+def inputs_for(config: dict, size: tuple[int, int] = (8, 8)) -> dict:
+    """Random inputs of batch 2 that a model of this configuration takes."""
+    config = {**SMALL, **config}
+    inputs = {
+        "sample": torch.randn(2, config.get("in_channels", 4), *size),
+        "timestep": torch.tensor([7.0, 991.0]),
+        "encoder_hidden_states": torch.randn(2, 5, config.get("encoder_hid_dim", config["cross_attention_dim"])),
+    }
+    if config.get("addition_embed_type") == "text_time":
+        numbers = (config["projection_class_embeddings_input_dim"] - 20) // config["addition_time_embed_dim"]
+        time_ids = torch.randint(0, 1024, (2, numbers)).float()
+        inputs["added_cond_kwargs"] = {"text_embeds": torch.randn(2, 20), "time_ids": time_ids}
+    if config.get("class_embed_type") == "projection":
+        inputs["class_labels"] = torch.randn(2, 20)
+    if config.get("class_embed_type") == "timestep":
+        inputs["class_labels"] = torch.tensor([3.0, 400.0])
+    if "num_class_embeds" in config:
+        inputs["class_labels"] = torch.tensor([0, 6])
+    if "time_cond_proj_dim" in config:
+        inputs["timestep_cond"] = torch.randn(2, config["time_cond_proj_dim"])
+    return inputs
+
+
+def pair(**config) -> tuple[UNet2DConditionModel, diffusers.UNet2DConditionModel]:
+    """Our model and diffusers' with the same weights, every parameter drawn anew."""
+    ours, theirs = (cls(**{**SMALL, **config}) for cls in (UNet2DConditionModel, diffusers.UNet2DConditionModel))
+    share_weights_(ours, theirs)
+    return ours, theirs
+
+
+def random_model(**config) -> UNet2DConditionModel:
+    return randomize_(UNet2DConditionModel(**{**SMALL, **config})).eval()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_output_agrees_with_diffusers_on_random_weights(variant):
+    ours, theirs = pair(**VARIANTS[variant])
+    assert_parity(ours, theirs, inputs_for(VARIANTS[variant]))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_config_parameters_and_processors_are_named_as_in_diffusers(variant):
+    ours, theirs = pair(**VARIANTS[variant])
+    assert {k: v for k, v in ours.config.items() if k[0] != "_"} == {
+        k: v for k, v in theirs.config.items() if k[0] != "_"
+    }
+    shapes = [{k: v.shape for k, v in model.state_dict().items()} for model in (ours, theirs)]
+    assert shapes[0] == shapes[1]
+    # IP-Adapter files number their weights by this order.
+    assert list(ours.attn_processors) == list(theirs.attn_processors)
+
+
+@pytest.mark.parametrize(
+    "preset, count",
+    [
+        (stable_diffusion_1, 859_520_964),
+        (stable_diffusion_2, 865_910_724),
+        (stable_diffusion_xl, 2_567_463_684),
+        (stable_diffusion_xl_refiner, 2_259_526_660),
+    ],
+)
+def test_full_size_presets_have_the_published_number_of_parameters_and_diffusers_keys(preset, count):
+    with torch.device("meta"):
+        ours, theirs = UNet2DConditionModel(**preset()), diffusers.UNet2DConditionModel(**preset())
+    assert sum(p.numel() for p in ours.parameters()) == count
+    shapes = [{k: v.shape for k, v in model.state_dict().items()} for model in (ours, theirs)]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("size", [(7, 9), (5, 8), (1, 3)])
+@pytest.mark.parametrize("variant", ["sd1", "refiner"])
+def test_sizes_that_do_not_halve_evenly_agree_with_diffusers(variant, size):
+    ours, theirs = pair(**VARIANTS[variant])
+    out = assert_parity(ours, theirs, inputs_for(VARIANTS[variant], size))
+    assert out.shape[-2:] == size
+
+
+@pytest.mark.parametrize("timestep", [3, 3.5, torch.tensor(3), torch.tensor([3])])
+def test_one_timestep_serves_the_whole_batch(timestep):
+    ours, theirs = pair()
+    assert_parity(ours, theirs, {**inputs_for({}), "timestep": timestep})
+
+
+def test_a_masked_text_token_does_not_count():
+    ours, theirs = pair()
+    inputs = inputs_for({})
+    inputs["encoder_attention_mask"] = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    masked = assert_parity(ours, theirs, inputs)
+    inputs["encoder_hidden_states"][0, 3:] = 100.0
+    torch.testing.assert_close(assert_parity(ours, theirs, inputs), masked)
+
+
+def test_self_attention_mask_agrees_with_diffusers_where_attention_has_one_size():
+    ours, theirs = pair(**SDXL)
+    inputs = inputs_for(SDXL)
+    unmasked = assert_parity(ours, theirs, inputs)
+    masked = assert_parity(ours, theirs, {**inputs, "attention_mask": torch.arange(32).reshape(2, 16) % 3 > 0})
+    assert (masked - unmasked).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="`attention_mask` masks 16 tokens"):
+        random_model()(**inputs_for({}), attention_mask=torch.ones(2, 16))
+
+
+@pytest.mark.parametrize("variant", ["sd1", "sdxl"])
+def test_controlnet_residuals_agree_with_diffusers(variant):
+    ours, theirs = pair(**VARIANTS[variant])
+    inputs = inputs_for(VARIANTS[variant])
+    plain = assert_parity(ours, theirs, inputs)
+    config = {**SMALL, **VARIANTS[variant]}
+    controlnet = diffusers.ControlNetModel(
+        **{k: v for k, v in config.items() if k not in ("sample_size", "up_block_types")},
+        conditioning_embedding_out_channels=(8, 16),
+    )
+    randomize_(controlnet)
+    with torch.no_grad():
+        hint = torch.rand(2, 3, 16, 16)
+        residuals = controlnet(**inputs, controlnet_cond=hint)
+    inputs["down_block_additional_residuals"] = residuals.down_block_res_samples
+    inputs["mid_block_additional_residual"] = residuals.mid_block_res_sample
+    controlled = assert_parity(ours, theirs, inputs)
+    assert (controlled - plain).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("variant", ["sd1", "sdxl"])
+def test_t2i_adapter_residuals_agree_with_diffusers(variant):
+    ours, theirs = pair(**VARIANTS[variant])
+    inputs = inputs_for(VARIANTS[variant])
+    # A level with attention takes its residual before the halving, one without after it; the last is the middle's.
+    sizes = {"sd1": [(16, 8), (32, 4), (32, 4)], "sdxl": [(16, 4), (32, 4), (32, 4)]}[variant]
+    residuals = [torch.randn(2, channels, side, side) for channels, side in sizes]
+    inputs["down_intrablock_additional_residuals"] = residuals
+    assert_parity(ours, theirs, inputs)
+    ours(**inputs)
+    assert len(residuals) == 3, "the caller's list is left as it was"
+
+
+def test_a_fresh_model_predicts_zero_and_learns():
+    model = UNet2DConditionModel(**SMALL)
+    out = model(**inputs_for({})).sample
+    assert (out == 0).all()
+    (out - 1).square().mean().backward()
+    assert model.conv_out.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("variant", ["sd1", "sdxl"])
+def test_gradient_checkpointing_leaves_output_and_gradients_unchanged(variant):
+    inputs = inputs_for(VARIANTS[variant])
+    results = []
+    for checkpointing in (False, True):
+        model = random_model(**VARIANTS[variant]).train()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        out = model(**inputs).sample
+        out.square().mean().backward()
+        results.append((out, {name: p.grad for name, p in model.named_parameters()}))
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(grad is not None for grad in results[0][1].values())
+    torch.testing.assert_close(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("variant", ["sd1", "sdxl", "uneven"])
+def test_saved_models_load_in_diffusers_and_the_other_way_round(variant, tmp_path):
+    ours, theirs = pair(**VARIANTS[variant])
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    inputs = inputs_for(VARIANTS[variant])
+    assert_parity(UNet2DConditionModel.from_pretrained(tmp_path / "theirs"), theirs, inputs)
+    assert_parity(ours, diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "ours"), inputs)
+    assert [f.name for f in (tmp_path / "ours").iterdir() if f.suffix not in (".json", ".safetensors")] == []
+
+
+def test_a_lora_adapter_changes_the_output_by_its_scale_and_loads_in_diffusers(tmp_path):
+    from peft import LoraConfig
+
+    ours, theirs = pair()
+    inputs = inputs_for({})
+    plain = assert_parity(ours, theirs, inputs)
+    ours.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    layers = [module for module in ours.modules() if hasattr(module, "lora_A")]
+    assert len(layers) == 4 * len(ours.attn_processors)
+    torch.testing.assert_close(assert_parity(ours, theirs, inputs), plain)  # B starts at zero
+
+    for layer in layers:
+        randomize_(layer.lora_A)
+        randomize_(layer.lora_B)
+    ours.save_lora_adapter(tmp_path)
+    theirs.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
+    full = assert_parity(ours, theirs, inputs)
+    half = assert_parity(ours, theirs, {**inputs, "cross_attention_kwargs": {"scale": 0.5}})
+    none = ours(**inputs, cross_attention_kwargs={"scale": 0.0}).sample
+    torch.testing.assert_close(none, plain)
+    assert min((a - b).abs().max() for a, b in ((full, plain), (half, plain), (full, half))) > 1e-2
+
+
+@torch.no_grad()
+def test_processors_are_replaced_by_name_and_those_of_diffusers_compute_the_same():
+    ours, theirs = pair(**VARIANTS["sd2"])
+    inputs = inputs_for(VARIANTS["sd2"])
+    inputs["encoder_attention_mask"] = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    expected = assert_parity(ours, theirs, inputs)
+    for processor in (DiffusersAttnProcessor(), DiffusersAttnProcessor2_0(), AttnProcessor()):
+        ours.set_attn_processor(processor)
+        torch.testing.assert_close(ours(**inputs).sample, expected, rtol=1e-4, atol=1e-4)
+
+    seen = []
+
+    class Recorder(AttnProcessor):
+        def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, note=None):
+            seen.append((note, hidden_states.shape[1]))
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
+
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.processor"
+    processors = {key: Recorder() if key == name else AttnProcessor() for key in ours.attn_processors}
+    ours.set_attn_processor(processors)
+    ours(**inputs)
+    assert seen == [(None, 64)]
+
+
+@torch.no_grad()
+def test_the_attention_backend_can_be_chosen():
+    model, inputs = random_model(), inputs_for({})
+    expected = model(**inputs).sample
+    model.set_attention_backend("_native_math")
+    assert {str(p._attention_backend.value) for p in model.attn_processors.values()} == {"_native_math"}
+    torch.testing.assert_close(model(**inputs).sample, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_forward_compiles_without_a_graph_break():
+    model, inputs = random_model(**SDXL), inputs_for(SDXL)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(**inputs).sample, model(**inputs).sample)
+
+
+@torch.no_grad()
+def test_layerwise_casting_and_half_precision_stay_near_the_float32_output():
+    model, inputs = random_model(), inputs_for({})
+    expected = model(**inputs).sample
+    model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    assert model.conv_in.weight.dtype == torch.bfloat16 and model.conv_norm_out.weight.dtype == torch.float32
+    assert (model(**inputs).sample - expected).std() < 0.05 * expected.std()
+
+    half = random_model().to(torch.bfloat16)
+    inputs = {k: v.to(torch.bfloat16) if k != "timestep" else v for k, v in inputs.items()}
+    out = half(**inputs).sample
+    assert out.dtype == torch.bfloat16
+    assert (out.float() - expected).std() < 0.2 * expected.std()
+
+
+def test_diffusers_pipelines_accept_the_model():
+    unet = random_model(cross_attention_dim=32)
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4),
+        text_encoder=None,
+        tokenizer=None,
+        unet=unet,
+        scheduler=diffusers.DDIMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    embeds = torch.randn(1, 5, 32)
+    latents = pipeline(
+        prompt_embeds=embeds,
+        negative_prompt_embeds=torch.zeros_like(embeds),
+        num_inference_steps=2,
+        output_type="latent",
+    ).images
+    assert latents.shape == (1, 4, 8, 8) and torch.isfinite(latents).all()
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"down_block_types": ("AttnDownBlock2D", "DownBlock2D")}, "`down_block_types` .*'AttnDownBlock2D'"),
+        ({"up_block_types": ("UpBlock2D",)}, "`up_block_types` must have one entry a level, 2"),
+        ({"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, "`mid_block_type`.*SimpleCrossAttn"),
+        ({"only_cross_attention": True}, "`only_cross_attention` must be False"),
+        ({"dual_cross_attention": True}, "`dual_cross_attention`"),
+        ({"num_attention_heads": 4}, "`num_attention_heads`"),
+        ({"class_embed_type": "identity"}, "`class_embed_type`.*'identity'"),
+        ({"class_embed_type": "projection"}, "`projection_class_embeddings_input_dim`, got None"),
+        ({"class_embed_type": "timestep", "num_class_embeds": 3}, "`num_class_embeds` = 3"),
+        ({"addition_embed_type": "text_image"}, "`addition_embed_type`.*'text_image'"),
+        (
+            {"addition_embed_type": "text_time", "projection_class_embeddings_input_dim": 8},
+            "`addition_time_embed_dim`, got None",
+        ),
+        ({"encoder_hid_dim_type": "text_proj"}, "`encoder_hid_dim`, got None"),
+        ({"encoder_hid_dim_type": "image_proj", "encoder_hid_dim": 8}, "`encoder_hid_dim_type`.*'image_proj'"),
+        ({"attention_type": "gated"}, "`attention_type`.*'gated'"),
+        ({"act_fn": "gelu"}, "`act_fn`.*'gelu'"),
+        ({"resnet_time_scale_shift": "scale_shift"}, "`resnet_time_scale_shift`"),
+        ({"time_embedding_type": "fourier"}, "`time_embedding_type`"),
+        ({"norm_num_groups": None}, "`norm_num_groups` must be a positive integer, got None"),
+        ({"norm_num_groups": 5}, "`norm_num_groups` = 5 must divide"),
+        ({"attention_head_dim": 3}, "3 heads for 16 channels"),
+        ({"attention_head_dim": (2, 2, 2)}, "`attention_head_dim` must be one value or 2"),
+        ({"layers_per_block": -3}, "`layers_per_block` must be a positive integer, got -3"),
+        ({"conv_in_kernel": 4}, "`conv_in_kernel` must be odd"),
+        ({"transformer_layers_per_block": ((1,), (1,))}, "`reverse_transformer_layers_per_block`"),
+        (
+            {"transformer_layers_per_block": ((1, 1), 1), "reverse_transformer_layers_per_block": (1, 1)},
+            "each of the level's 1 residual blocks",
+        ),
+    ],
+)
+def test_a_config_that_cannot_be_built_is_refused_by_name(config, message):
+    with pytest.raises(ValueError, match=message):
+        UNet2DConditionModel(**{**SMALL, **config})
+
+
+@pytest.mark.parametrize(
+    "config, change, message",
+    [
+        ({}, {"sample": torch.zeros(2, 3, 8, 8)}, r"`sample` must have the shape \(batch, 4, .*\(2, 3, 8, 8\)"),
+        ({}, {"sample": torch.zeros(4, 8, 8)}, r"`sample`.*\(4, 8, 8\)"),
+        ({}, {"timestep": torch.zeros(3)}, r"`timestep`.*\(3,\)"),
+        ({}, {"encoder_hidden_states": None}, r"`encoder_hidden_states` .*\(2, tokens, 24\), got None"),
+        ({}, {"encoder_hidden_states": torch.zeros(2, 5, 32)}, r"`encoder_hidden_states`.*\(2, 5, 32\)"),
+        ({}, {"encoder_hidden_states": torch.zeros(1, 5, 24)}, r"`encoder_hidden_states`.*\(1, 5, 24\)"),
+        ({}, {"encoder_attention_mask": torch.ones(2, 4)}, r"`encoder_attention_mask`.*\(2, 5\).*\(2, 4\)"),
+        ({}, {"attention_mask": torch.ones(2, 1, 64)}, r"`attention_mask`"),
+        ({}, {"class_labels": torch.zeros(2)}, "`class_labels` is given"),
+        ({"num_class_embeds": 3}, {"class_labels": None}, "`class_labels` is missing"),
+        (VARIANTS["projected pooled text"], {"class_labels": torch.zeros(2, 19)}, r"`class_labels`.*\(2, 19\)"),
+        ({}, {"timestep_cond": torch.zeros(2, 4)}, "`timestep_cond`"),
+        ({}, {"added_cond_kwargs": {"image_embeds": torch.zeros(2, 4)}}, r"`added_cond_kwargs`.*\['image_embeds'\]"),
+        (SDXL, {"added_cond_kwargs": None}, r"`added_cond_kwargs` must have the keys \['text_embeds', 'time_ids'\]"),
+        (SDXL, {"added_cond_kwargs": {"text_embeds": torch.zeros(2, 20)}}, r"got \['text_embeds'\]"),
+        (
+            SDXL,
+            {"added_cond_kwargs": {"text_embeds": torch.zeros(2, 20), "time_ids": torch.zeros(2, 5)}},
+            "make 60, but `projection_class_embeddings_input_dim` is 68",
+        ),
+        ({}, {"down_block_additional_residuals": [torch.zeros(1)] * 4}, "`mid_block_additional_residual`"),
+        (
+            {},
+            {"down_block_additional_residuals": [torch.zeros(1)], "mid_block_additional_residual": torch.zeros(1)},
+            "must be 4 tensors, got 1",
+        ),
+        ({}, {"down_intrablock_additional_residuals": [torch.zeros(1)] * 4}, "at most 3 tensors"),
+    ],
+)
+def test_an_input_that_does_not_fit_is_refused_by_name(config, change, message):
+    model = UNet2DConditionModel(**{**SMALL, **config})
+    with pytest.raises(ValueError, match=message):
+        model(**{**inputs_for(config), **change})

@@ -1,0 +1,137 @@
+"""Attention: what its processors compute, and how they are reached."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention as DiffusersAttention
+from diffusers.models.attention_processor import AttnProcessor2_0, JointAttnProcessor2_0
+
+from hubgen.layers.attention import Attention, AttnProcessor, JointAttnProcessor, SpatialAttention
+
+
+def with_weights_of(theirs: torch.nn.Module, ours: torch.nn.Module) -> torch.nn.Module:
+    """`ours` with the weights of `theirs`, of which none keeps its first value."""
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    ours.load_state_dict(theirs.state_dict())
+    return ours
+
+
+def assert_agree(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    assert (ours - theirs).abs().max() < 1e-5 * theirs.std()
+
+
+@pytest.mark.parametrize("cross_attention_dim", [None, 10])
+def test_attention_agrees_with_diffusers(cross_attention_dim: int | None) -> None:
+    theirs = DiffusersAttention(16, cross_attention_dim, heads=4, dim_head=8, processor=AttnProcessor2_0())
+    ours = with_weights_of(theirs, Attention(16, cross_attention_dim, heads=4, dim_head=8))
+    x = torch.randn(2, 7, 16)
+    context = None if cross_attention_dim is None else torch.randn(2, 5, cross_attention_dim)
+    assert_agree(ours(x, context), theirs(x, context))
+
+
+@pytest.mark.parametrize("qk_norm", [None, "rms_norm"])
+@pytest.mark.parametrize("context_pre_only", [False, True])
+def test_joint_attention_agrees_with_diffusers(qk_norm: str | None, context_pre_only: bool) -> None:
+    shared = {
+        "query_dim": 16,
+        "heads": 2,
+        "dim_head": 8,
+        "bias": True,
+        "added_kv_proj_dim": 16,
+        "context_pre_only": context_pre_only,
+        "qk_norm": qk_norm,
+        "eps": 1e-6,
+    }
+    theirs = DiffusersAttention(**shared, out_dim=16, processor=JointAttnProcessor2_0())
+    ours = with_weights_of(theirs, Attention(**shared))
+    x, text = torch.randn(2, 7, 16), torch.randn(2, 5, 16)
+    our_image, our_text = ours(x, text)
+    their_image, their_text = theirs(x, text)
+    assert_agree(our_image, their_image)
+    if not context_pre_only:  # otherwise nobody reads the text's features, and the two have different widths
+        assert_agree(our_text, their_text)
+
+
+def test_attention_with_one_key_returns_its_value() -> None:
+    attention = Attention(8, heads=2, dim_head=4)
+    x = torch.randn(3, 5, 8)
+    only = torch.randn(3, 1, 8)
+    value = attention.to_out[0](attention.to_v(only))
+    torch.testing.assert_close(attention(x, only), value.expand(3, 5, 8))
+
+
+def test_attention_to_itself_moves_with_its_tokens() -> None:
+    attention = Attention(8, heads=2, dim_head=4, qk_norm="rms_norm")
+    x, order = torch.randn(1, 6, 8), torch.randperm(6)
+    torch.testing.assert_close(attention(x)[:, order], attention(x[:, order]))
+
+
+def test_joint_attention_without_text_is_attention() -> None:
+    attention = Attention(8, heads=2, dim_head=4, qk_norm="rms_norm")
+    x = torch.randn(2, 6, 8)
+    plain = attention(x)
+    attention.set_processor(JointAttnProcessor())
+    torch.testing.assert_close(attention(x), plain)
+
+
+def test_a_masked_key_is_not_seen() -> None:
+    attention = Attention(8, heads=2, dim_head=4)
+    x, context = torch.randn(2, 4, 8), torch.randn(2, 5, 8)
+    mask = torch.tensor([True, True, True, False, False])[None, None, None]  # broadcast over batch, heads and queries
+    torch.testing.assert_close(attention(x, context, attention_mask=mask), attention(x, context[:, :3]))
+
+
+def test_qk_norm_makes_attention_blind_to_the_length_of_queries_and_keys() -> None:
+    attention = Attention(8, heads=2, dim_head=4, qk_norm="rms_norm", eps=0)
+    x = torch.randn(2, 6, 8)
+    before = attention(x)
+    with torch.no_grad():
+        attention.to_q.weight *= 7
+        attention.to_k.weight *= 3
+    torch.testing.assert_close(attention(x), before)
+
+
+def test_spatial_attention_agrees_with_diffusers() -> None:
+    theirs = DiffusersAttention(
+        16,
+        heads=1,
+        dim_head=16,
+        norm_num_groups=4,
+        eps=1e-6,
+        bias=True,
+        residual_connection=True,
+        processor=AttnProcessor2_0(),
+    )
+    ours = with_weights_of(theirs, SpatialAttention(16, groups=4))
+    x = torch.randn(2, 16, 3, 5)
+    assert_agree(ours(x), theirs(x))
+
+
+def test_a_processor_may_be_any_callable_and_gets_the_keywords() -> None:
+    class Doubled(AttnProcessor):
+        def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, factor=1.0):
+            return factor * super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
+
+    attention = Attention(8, heads=2, dim_head=4)
+    x = torch.randn(2, 6, 8)
+    plain = attention(x)
+    attention.set_processor(Doubled())
+    torch.testing.assert_close(attention(x, factor=2.0), 2 * plain)
+
+
+@pytest.mark.parametrize("backend", ["native", "_native_math"])
+def test_every_backend_computes_the_same(backend: str) -> None:
+    attention = Attention(8, heads=2, dim_head=4, qk_norm="rms_norm")
+    x = torch.randn(2, 6, 8)
+    q, k, v = (attention.split_heads(layer(x)) for layer in (attention.to_q, attention.to_k, attention.to_v))
+    q, k, v = (y.transpose(1, 2) for y in (attention.norm_q(q), attention.norm_k(k), v))
+    by_hand = F.softmax(q @ k.mT / 2, dim=-1) @ v  # the root of 4 features is 2
+    expected = attention.to_out[0](by_hand.transpose(1, 2).flatten(2))
+    attention.set_attention_backend(backend)
+    torch.testing.assert_close(attention(x), expected)
+
+
+def test_an_unknown_qk_norm_is_named() -> None:
+    with pytest.raises(ValueError, match=r"`qk_norm` must be 'rms_norm' or None, got 'layer_norm'"):
+        Attention(8, heads=2, dim_head=4, qk_norm="layer_norm")

