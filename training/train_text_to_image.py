@@ -629,7 +629,10 @@ def publish(pipeline: Any, folder: Path, dtype: str) -> None:
     temporary, replaced = folder.with_name(f".tmp-{folder.name}"), folder.with_name(f".tmp-replaced-{folder.name}")
     for leftover in (temporary, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
-    pipeline.to(dtype=getattr(torch, dtype)).save_pretrained(temporary, safe_serialization=True)
+    for component in pipeline.components.values():
+        if isinstance(component, nn.Module):
+            nn.Module.to(component, dtype=getattr(torch, dtype))  # diffusers' own `to` warns of a list that is empty
+    pipeline.save_pretrained(temporary, safe_serialization=True)
     if folder.exists():
         folder.rename(replaced)
     temporary.rename(folder)

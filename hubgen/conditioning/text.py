@@ -14,7 +14,7 @@ from torch import nn
 logger = logging.getLogger(__name__)
 
 # Encoders trained by contrast with images: their pooled output is the sentence. Elsewhere (BERT's is trained on "is
-# this the next sentence?", T5 has none) the mean over the tokens says more, as sentence-transformers found (1908.10084).
+# this the next sentence?", T5 has none) the mean over the tokens says more (sentence-transformers, 1908.10084).
 POOLS_ITSELF = ("clip", "siglip", "align", "altclip")
 
 
@@ -82,10 +82,12 @@ class TextCondition:
                 raise ValueError("`max_length` must be given, because neither tokenizer nor text encoder has a limit.")
         if not isinstance(max_length, int) or max_length <= self.special_tokens:
             raise ValueError(
-                f"`max_length` must be a whole number above the {self.special_tokens} special tokens, got {max_length!r}."
+                f"`max_length` must be a whole number above {self.special_tokens} (special tokens), got {max_length!r}."
             )
         if positions is not None and max_length > positions:
-            raise ValueError(f"`max_length` must be at most the text encoder's {positions} positions, got {max_length}.")
+            raise ValueError(
+                f"`max_length` must be at most the text encoder's {positions} positions, got {max_length}."
+            )
         return max_length
 
     @property
@@ -137,9 +139,17 @@ class TextCondition:
         if len(ids) > room:
             # At most so many tokens are spelled out: a prompt may be a book.
             cut = self.tokenizer.decode(ids[room : room + 50]) + (" ..." if len(ids) > room + 50 else "")
-            logger.warning(
-                "The prompt has %d tokens, but the model reads %d. Not read: %r", len(ids), room, cut
-            )
+            logger.warning("The prompt has %d tokens, but the model reads %d. Not read: %r", len(ids), room, cut)
+
+
+def takes_pooled(backbone: nn.Module) -> bool:
+    """Whether a backbone is told the pooled text, beside the token states."""
+    config: Any = backbone.config
+    return (
+        config.get("pooled_projection_dim") is not None
+        or config.get("class_embed_type") == "projection"
+        or config.get("addition_embed_type") == "text_time"
+    )
 
 
 def condition_inputs(
@@ -167,7 +177,9 @@ def condition_inputs(
         raise ValueError("The backbone wants class labels (`class_embed_type`, `num_class_embeds`); text gives none.")
     if config.get("addition_embed_type") == "text_time":
         if size is None:
-            raise ValueError("`size` must be (height, width), because the backbone has `addition_embed_type='text_time'`.")
+            raise ValueError(
+                "`size` must be (height, width), because the backbone has `addition_embed_type='text_time'`."
+            )
         # SDXL (2307.01952, section 2.2): original height and width, top and left of the crop, target height and width.
         numbers = torch.tensor([*size, 0, 0, *size], dtype=embeddings.pooled.dtype, device=embeddings.pooled.device)
         time_ids = numbers.expand(len(embeddings), -1)  # (B, 6)

@@ -161,7 +161,7 @@ def build_emoji_dataset(
 
     `archive` and `names_archive` take the npm archives of pictures and names by path, `font` a colour bitmap font
     (NotoColorEmoji.ttf, style "noto" only); what is not given is downloaded once and kept in the cache. `held_out` is
-    the number of captions in the test split, chosen by `seed` (`choose_held_out`).
+    the number of captions in the test split, chosen by `seed` (`choose_held_out`); with 0 there is no such split.
 
     Every file is written beside its name and renamed, the metadata after the pictures and `build.json` last: an
     interrupted build is finished by the same call, and a finished folder is recognised. Raises `DataError` for an
@@ -183,7 +183,8 @@ def build_emoji_dataset(
 
     output.mkdir(parents=True, exist_ok=True)
     _write(output / MARKER, _json({"finished": False, "settings": settings}))
-    for split in (TRAIN, HELD_OUT):
+    splits = (TRAIN, HELD_OUT) if held_out else (TRAIN,)
+    for split in splits:
         (output / split).mkdir(exist_ok=True)
         for stale in (output / split).glob(".tmp-*"):
             stale.unlink()
@@ -192,12 +193,12 @@ def build_emoji_dataset(
     candidates = [Candidate(one.label, one.subgroup, far) for one, far in zip(kept, distinct, strict=True)]
     test = set(choose_held_out(candidates, held_out, seed))
 
-    rows: dict[str, list[dict[str, Any]]] = {TRAIN: [], HELD_OUT: []}
+    rows: dict[str, list[dict[str, Any]]] = {split: [] for split in splits}
     bar = tqdm(enumerate(zip(kept, pictures, strict=True)), total=len(kept), desc="write", disable=not progress)
     for index, (one, picture) in bar:
         split = HELD_OUT if index in test else TRAIN
         row = _row(one, source.look)
-        _write(output / split / row["file_name"], picture)
+        _write(output / split / row["file_name"], picture, durable=False)
         rows[split].append(row)
 
     record = {
@@ -212,7 +213,7 @@ def build_emoji_dataset(
     build = _build_of(output, record, already_built=False)
     _write(output / "LICENSE", _licence(source, names_licence).encode())
     _write(output / "README.md", _card(build, settings, source).encode())
-    for split in (HELD_OUT, TRAIN):
+    for split in splits:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[split])
         _write(output / split / "metadata.jsonl", lines.encode())
     record["metadata_sha256"] = {split: file_digest(output / split / "metadata.jsonl", "sha256") for split in rows}
@@ -310,7 +311,7 @@ def _build_of(output: Path, record: dict[str, Any], already_built: bool) -> Emoj
         style=record["settings"]["style"],
         size=record["settings"]["size"],
         train=record["rows"][TRAIN],
-        held_out=record["rows"][HELD_OUT],
+        held_out=record["rows"].get(HELD_OUT, 0),
         same_pictures=tuple((left_out, kept) for left_out, kept in record["same_pictures"]),
         same_captions=tuple(record["same_captions"]),
         not_in_source=record["not_in_source"],
@@ -319,16 +320,20 @@ def _build_of(output: Path, record: dict[str, Any], already_built: bool) -> Emoj
     )
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Write beside the name, then rename: a file under its own name is always whole."""
+def _write(path: Path, content: bytes, durable: bool = True) -> None:
+    """Write beside the name, then rename: a file under its own name is always whole.
+
+    What is not `durable` may come out empty where the machine, not only the process, fails: `_is_whole` sees that.
+    """
     if path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content:
         return
     temporary = path.with_name(f".tmp-{uuid.uuid4().hex}")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -427,7 +432,7 @@ def _font_source(path: Path, emoji: list[_Emoji]) -> _Source:
     for one in emoji:
         glyph = _glyph(font, one.emoji)
         if glyph is not None:
-            pictures[_key(one.hexcode)] = lambda glyph=glyph: glyph
+            pictures[_key(one.hexcode)] = glyph.copy
     record = {"from": f"font {path.name}", "sha512": file_digest(path), "license": "OFL-1.1"}
     return _Source(pictures, record, "Copyright Google LLC (Noto Color Emoji)", "flat icon")
 

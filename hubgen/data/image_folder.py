@@ -78,6 +78,8 @@ class ImageTextFolder(Dataset):
             try:
                 content = self._read_file(number, file_name)
                 decode_picture(content, self._place(number, file_name), self.max_pixels)
+            except _LeavesFolder:
+                raise
             except DataError as problem:
                 self._fail(problem, on_error)
                 continue

@@ -27,6 +27,7 @@ CONNECT_TIMEOUT = 15.0  # seconds
 READ_TIMEOUT = 60.0  # seconds without a byte
 DOWNLOAD_DEADLINE = 1800.0  # seconds for one archive, retries included
 ATTEMPTS = 4
+PAUSE = 1.0  # seconds before the second attempt, twice as long before each further one
 RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 MAX_MEMBER_BYTES = 64 * 2**20
 DEB_MAGIC = b"!<arch>\n"
@@ -99,7 +100,7 @@ def fetch(package: NpmPackage, progress: bool = True) -> Path:
                     f"{package.name} {package.version}: cannot download {package.url()} ({problem}); "
                     f"without a network, give the archive by path: {package.option} FILE{package.otherwise}"
                 ) from problem
-            time.sleep(2.0**attempt)
+            time.sleep(PAUSE * 2**attempt)
     raise AssertionError("unreachable")
 
 
@@ -166,7 +167,12 @@ def read_members(archive: Path, option: str, prefix: str) -> Iterator[tuple[str,
                 if file is not None:
                     yield member.name, file.read()
     except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as problem:
-        raise DataError(f"{option}: {archive}: not a readable package archive (.tgz): {problem}") from problem
+        raise DataError(f"{option}: {archive}: not a readable package archive (.tgz): {_line(problem)}") from problem
+
+
+def _line(problem: Exception) -> str:
+    """First line of what a library says; tarfile lists every compression that it tried."""
+    return (str(problem).splitlines() or [type(problem).__name__])[0].rstrip(":")
 
 
 def read_deb_member(package: Path, option: str, ending: str) -> bytes:
@@ -189,5 +195,5 @@ def read_deb_member(package: Path, option: str, ending: str) -> bytes:
                                 return file.read()
             position += length + length % 2
     except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, ValueError) as problem:
-        raise DataError(f"{option}: {package}: not a readable Debian package: {problem}") from problem
+        raise DataError(f"{option}: {package}: not a readable Debian package: {_line(problem)}") from problem
     raise DataError(f"{option}: {package}: holds no file *{ending}, expected the package of the font")

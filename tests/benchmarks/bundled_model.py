@@ -332,7 +332,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     pipeline = TextToImagePipeline.from_pretrained(arguments.model or default_model(), torch_dtype=torch.float32)
     pipeline.to(arguments.device)
-    size = pipeline.vae.config.sample_size
+    size, _ = pipeline.default_size
     data = arguments.data or default_data()
     train, held_out = (RealPictures.from_folder(data, split, size) for split in ("train", "held_out"))
     settings = {

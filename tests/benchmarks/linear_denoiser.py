@@ -20,7 +20,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -239,9 +239,7 @@ def train(settings: dict[str, Any], folder: Path) -> None:
     subprocess.run(command, check=True)
 
 
-def measure(
-    folder: Path, recipe: Path, data: Path, note: Callable[[str], None] = print
-) -> tuple[dict[str, Any], ProbabilityPath]:
+def measure(folder: Path, recipe: Path, data: Path) -> dict[str, Any]:
     """The losses of the trained network in `folder` and of the linear denoisers, at each time."""
     from hubgen.data.cache import cache_latents
     from hubgen.pipelines.text_to_image import TextToImagePipeline
@@ -264,8 +262,8 @@ def measure(
     network = network_loss(backbone.eval(), embeddings, trial, path)
     full, shrinkage = best_linear_loss(moments, trial, path)
     diagonal = linear_loss(LinearDenoiser(moments.mean, moments.diagonal()), trial, path)
-    note(f"network {network.mean():.4f}, linear {full.mean():.4f} ({shrinkage}), diagonal {diagonal.mean():.4f}")
-    result = {
+    print(f"network {network.mean():.4f}, linear {full.mean():.4f} ({shrinkage}), diagonal {diagonal.mean():.4f}")
+    return {
         "backbone": settings.backbone,
         "path": settings.path,
         "prediction_type": path.prediction_type,
@@ -279,7 +277,6 @@ def measure(
         "below_linear": bool(network.mean() < full.mean()),
         "times_below_linear": int((network < full).sum()),
     }
-    return result, path
 
 
 def to_markdown(results: Sequence[dict[str, Any]]) -> str:
@@ -355,7 +352,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "path": path,
             }
             train(settings, folder)
-            result, _ = measure(folder, folder / "recipe.yaml", data)
+            result = measure(folder, folder / "recipe.yaml", data)
             results.append({**result, "settings": settings})
             # After each run, so that an interrupted benchmark has stored what it found.
             content = {"results": results, "environment": report.environment()}

@@ -166,6 +166,15 @@ def test_scale_noise_equals_diffusers_and_the_path():
             torch.testing.assert_close(ours.scale_noise(data, t, noise), theirs.scale_noise(data, t, noise))
 
 
+def test_a_repeated_timestep_is_found_where_diffusers_finds_it():
+    grid = {"sigmas": [0.9, 0.5, 0.5, 0.1]}
+    ours, theirs = FlowMatchEulerDiscreteScheduler(), Theirs()
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(**grid)
+    for t in ours.timesteps:
+        assert ours.index_for_timestep(t) == theirs.index_for_timestep(t)
+
+
 def test_a_run_may_begin_in_the_middle_of_the_grid():
     data, noise = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     for announced in (True, False):

