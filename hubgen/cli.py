@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import logging
 import math
 import os
@@ -450,6 +451,12 @@ def find_model(model: str) -> Path | None:
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
             raise ValueError(f"--model {model}: not a pipeline folder, it holds no model_index.json")
+        try:
+            index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"--model {model}: its model_index.json is not JSON ({error})") from error
+        if not isinstance(index, dict) or "_class_name" not in index:
+            raise ValueError(f"--model {model}: its model_index.json names no pipeline (`_class_name`)")
         return folder
     if folder.exists():
         raise ValueError(f"--model {model}: is a file, expected a pipeline folder or owner/name on the Hub")

@@ -11,14 +11,17 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import diffusers
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hubgen.autoencoders.autoencoder_kl import AutoencoderKL
+from hubgen.backbones.mmdit import SD3Transformer2DModel
+from hubgen.backbones.unet_condition import UNet2DConditionModel
 from hubgen.conditioning.guidance import ClassifierFreeGuidance
 from hubgen.conditioning.text import TextCondition, TextEmbeddings, condition_inputs, takes_pooled
 from hubgen.hub.registration import is_registered, loadable
@@ -54,18 +57,19 @@ class TextToImagePipeline(DiffusionPipeline):
         ValueError: Both or neither of `transformer` and `unet` were given.
     """
 
+    # The annotations of __init__ name classes one by one, because diffusers' `from_pipe` compares types with them.
     model_cpu_offload_seq = "text_encoder->transformer->unet->vae"
     _optional_components = ["transformer", "unet"]
     _callback_tensor_inputs = ["latents", *EMBEDDINGS]
 
     def __init__(
         self,
-        vae: nn.Module,
-        text_encoder: nn.Module,
+        vae: AutoencoderKL | diffusers.AutoencoderKL,
+        text_encoder: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         scheduler: SchedulerMixin,
-        transformer: nn.Module | None = None,
-        unet: nn.Module | None = None,
+        transformer: SD3Transformer2DModel | diffusers.SD3Transformer2DModel | None = None,
+        unet: UNet2DConditionModel | diffusers.UNet2DConditionModel | None = None,
         default_num_inference_steps: int = 28,
         default_guidance_scale: float = 4.0,
     ):

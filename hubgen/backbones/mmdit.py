@@ -76,11 +76,13 @@ class JointTransformerBlock(nn.Module):
             else AdaLayerNormZero(dim)
         )
         self.attn = Attention(**attention, added_kv_proj_dim=dim, context_pre_only=context_pre_only)
-        self.attn2 = Attention(**attention, processor=JointAttnProcessor()) if use_dual_attention else None
+        if use_dual_attention:
+            self.attn2 = Attention(**attention, processor=JointAttnProcessor())
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.ff = FeedForward(dim, activation_fn="gelu-approximate")
-        self.norm2_context = None if context_pre_only else nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.ff_context = None if context_pre_only else FeedForward(dim, activation_fn="gelu-approximate")
+        if not context_pre_only:
+            self.norm2_context = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+            self.ff_context = FeedForward(dim, activation_fn="gelu-approximate")
 
     def forward(
         self,
@@ -200,11 +202,10 @@ class SD3Transformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
     def initialize_weights(self) -> None:
         """adaLN-Zero (2212.09748): every block starts as the identity, and the prediction as exactly 0."""
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.pos_embed.proj.weight.flatten(1))  # a linear layer on patches
-        nn.init.zeros_(self.pos_embed.proj.bias)
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight.flatten(1))  # the convolution is a linear layer on patches
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         for embedder in (self.time_text_embed.timestep_embedder, self.time_text_embed.text_embedder):
             nn.init.normal_(embedder.linear_1.weight, std=0.02)
             nn.init.normal_(embedder.linear_2.weight, std=0.02)

@@ -93,9 +93,8 @@ def module_digest(module: nn.Module) -> str:
     config = getattr(module, "config", None)
     if config is not None:
         values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-        # Where a model lies and which version wrote it does not change what it says.
-        ignored = ("_name_or_path", "_diffusers_version", "transformers_version")
-        values = {key: value for key, value in values.items() if key not in ignored}
+        # Where a model lies (_name_or_path) and which version wrote it does not change what it says.
+        values = {k: v for k, v in values.items() if not k.startswith("_") and k != "transformers_version"}
         digest.update(json.dumps(values, sort_keys=True, default=str).encode())
     digest.update(_digest(module.state_dict()).encode())
     return digest.hexdigest()
@@ -189,8 +188,14 @@ def cache_text_embeddings(
 
 def _tokenizer_digest(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return hashlib.sha256(f"{type(tokenizer).__name__} {content}".encode()).hexdigest()
+    if backend is not None:
+        content = json.loads(backend.to_str())
+        # Not part of the tokenizer: how it was called last.
+        content["padding"] = content["truncation"] = None
+    else:
+        content = tokenizer.get_vocab()
+    description = f"{type(tokenizer).__name__} {tokenizer.padding_side} {json.dumps(content, sort_keys=True)}"
+    return hashlib.sha256(description.encode()).hexdigest()
 
 
 def _cached(

@@ -15,6 +15,8 @@ from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import nn
 
+from hubgen.layers.normalization import RMSNorm
+
 
 def attend(
     processor: Any,
@@ -60,7 +62,7 @@ class AttnProcessor:
         query = attn.split_heads(attn.to_q(hidden_states))  # (B, L, H, D)
         key = attn.split_heads(attn.to_k(context))  # (B, S, H, D)
         value = attn.split_heads(attn.to_v(context))  # (B, S, H, D)
-        if attn.norm_q is not None:
+        if attn.norm_q is not None and attn.norm_k is not None:
             query, key = attn.norm_q(query), attn.norm_k(key)
         out = attend(self, query, key, value, attention_mask)  # (B, L, H, D)
         return attn.to_out[1](attn.to_out[0](out.flatten(2)))  # (B, L, C)
@@ -85,14 +87,14 @@ class JointAttnProcessor:
         query = attn.split_heads(attn.to_q(hidden_states))  # (B, L, H, D)
         key = attn.split_heads(attn.to_k(hidden_states))
         value = attn.split_heads(attn.to_v(hidden_states))
-        if attn.norm_q is not None:
+        if attn.norm_q is not None and attn.norm_k is not None:
             query, key = attn.norm_q(query), attn.norm_k(key)
 
         if encoder_hidden_states is not None:
             text_query = attn.split_heads(attn.add_q_proj(encoder_hidden_states))  # (B, S, H, D)
             text_key = attn.split_heads(attn.add_k_proj(encoder_hidden_states))
             text_value = attn.split_heads(attn.add_v_proj(encoder_hidden_states))
-            if attn.norm_added_q is not None:
+            if attn.norm_added_q is not None and attn.norm_added_k is not None:
                 text_query, text_key = attn.norm_added_q(text_query), attn.norm_added_k(text_key)
             query = torch.cat([query, text_query], dim=1)  # (B, L + S, H, D)
             key = torch.cat([key, text_key], dim=1)
@@ -148,7 +150,7 @@ class Attention(nn.Module, AttentionModuleMixin):
         added_kv_proj_dim: int | None = None,
         context_pre_only: bool = False,
         upcast_attention: bool = False,
-        processor=None,
+        processor: Any = None,
     ):
         super().__init__()
         if qk_norm not in (None, "rms_norm"):
@@ -163,8 +165,8 @@ class Attention(nn.Module, AttentionModuleMixin):
         self.to_q = nn.Linear(query_dim, inner_dim, bias=bias)
         self.to_k = nn.Linear(context_dim, inner_dim, bias=bias)
         self.to_v = nn.Linear(context_dim, inner_dim, bias=bias)
-        self.norm_q = nn.RMSNorm(dim_head, eps=eps) if qk_norm else None
-        self.norm_k = nn.RMSNorm(dim_head, eps=eps) if qk_norm else None
+        self.norm_q = RMSNorm(dim_head, eps=eps) if qk_norm else None
+        self.norm_k = RMSNorm(dim_head, eps=eps) if qk_norm else None
 
         self.norm_added_q = self.norm_added_k = self.to_add_out = None
         if added_kv_proj_dim is not None:
@@ -172,8 +174,8 @@ class Attention(nn.Module, AttentionModuleMixin):
             self.add_v_proj = nn.Linear(added_kv_proj_dim, inner_dim)
             self.add_q_proj = nn.Linear(added_kv_proj_dim, inner_dim)
             if qk_norm:
-                self.norm_added_q = nn.RMSNorm(dim_head, eps=eps)
-                self.norm_added_k = nn.RMSNorm(dim_head, eps=eps)
+                self.norm_added_q = RMSNorm(dim_head, eps=eps)
+                self.norm_added_k = RMSNorm(dim_head, eps=eps)
             if not context_pre_only:
                 self.to_add_out = nn.Linear(inner_dim, query_dim)
 
@@ -190,7 +192,7 @@ class Attention(nn.Module, AttentionModuleMixin):
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Hands over to the processor; further keywords go to it as they are."""
         return self.processor(self, hidden_states, encoder_hidden_states, attention_mask=attention_mask, **kwargs)

@@ -169,6 +169,8 @@ class PatchEmbed(nn.Module):
         pos_embed_max_size: Rows and columns of the table in patches.
     """
 
+    pos_embed: torch.Tensor
+
     def __init__(
         self,
         height: int = 224,

@@ -1,4 +1,4 @@
-"""Layer norms whose scale and shift come from a condition (adaLN; DiT, 2212.09748, section 3.2).
+"""Norms of tokens: RMS norm, and layer norms with scale and shift from a condition (adaLN; DiT, 2212.09748).
 
 Parameter names are those of diffusers' classes of the same name.
 
@@ -13,6 +13,14 @@ from torch import nn
 def modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     """x * (1 + scale) + shift, the same for all tokens: (B, T, D), (B, D), (B, D) -> (B, T, D)."""
     return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
+
+
+class RMSNorm(nn.RMSNorm):
+    """Root-mean-square norm (1910.07467) whose weight follows the input's precision, as fused kernels demand."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., D) -> (..., D)."""
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class AdaLayerNormZero(nn.Module):

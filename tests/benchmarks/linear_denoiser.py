@@ -30,6 +30,7 @@ import yaml
 
 from hubgen.conditioning.text import TextCondition, TextEmbeddings, condition_inputs
 from hubgen.data.image_folder import ImageTextFolder
+from hubgen.data.sampler import step_generator
 from hubgen.paths.path import ProbabilityPath
 from tests.benchmarks import report
 
@@ -163,7 +164,9 @@ class Trial:
         picture = torch.arange(count).repeat(len(TIMES) * draws)
         time = torch.arange(len(TIMES)).repeat_interleave(count * draws)
         data = latents.double()[picture]
-        noise = torch.randn(data.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        # A stream of its own: the same seed elsewhere would give data that is correlated with the noise.
+        generator = step_generator(seed, 0, stream="linear denoiser")
+        noise = torch.randn(data.shape, generator=generator, dtype=torch.float64)
         sample = path.sample(data, noise, torch.tensor(TIMES, dtype=torch.float64)[time])
         return cls(sample.x_t, sample.t.double(), sample.target, picture, time)
 
@@ -255,7 +258,7 @@ def measure(folder: Path, recipe: Path, data: Path) -> dict[str, Any]:
     posteriors = cache_latents(vae, training, cache, show_progress=False)
     moments = Moments.of_posteriors(scale_latents(posteriors.mean, vae), posteriors.std * vae.config.scaling_factor)
     latents = cache_latents(vae, held_out, cache, show_progress=False)
-    latents = scale_latents(latents.sample(range(len(held_out)), torch.Generator().manual_seed(0)), vae)
+    latents = scale_latents(latents.sample(range(len(held_out)), step_generator(0, 0, stream="held-out")), vae)
     embeddings = TextCondition(pipeline.text_encoder, pipeline.tokenizer).encode(held_out.texts)
 
     trial = Trial.draw(latents, path)

@@ -132,6 +132,25 @@ def test_every_backend_computes_the_same(backend: str) -> None:
     torch.testing.assert_close(attention(x), expected)
 
 
+def test_training_in_bfloat16_on_a_cpu_agrees_with_the_kernel_of_that_precision() -> None:
+    attention = Attention(8, heads=2, dim_head=4, qk_norm="rms_norm").to(torch.bfloat16)
+    x = torch.randn(2, 6, 8).bfloat16()
+    trained = attention(x)  # computed in float32
+    assert trained.dtype == torch.bfloat16
+    with torch.no_grad():
+        torch.testing.assert_close(trained, attention(x), rtol=0, atol=2e-2)
+
+
+@pytest.mark.filterwarnings("error")
+def test_autocast_reaches_queries_keys_and_their_norms_without_a_warning() -> None:
+    attention = Attention(8, heads=2, dim_head=4, qk_norm="rms_norm", added_kv_proj_dim=8)
+    with torch.autocast("cpu", torch.bfloat16):
+        image, text = attention(torch.randn(2, 6, 8), torch.randn(2, 3, 8))
+    assert image.dtype == text.dtype == torch.bfloat16
+    (image.float().sum() + text.float().square().sum()).backward()
+    assert {parameter.grad.dtype for parameter in attention.parameters()} == {torch.float32}
+
+
 def test_an_unknown_qk_norm_is_named() -> None:
     with pytest.raises(ValueError, match=r"`qk_norm` must be 'rms_norm' or None, got 'layer_norm'"):
         Attention(8, heads=2, dim_head=4, qk_norm="layer_norm")

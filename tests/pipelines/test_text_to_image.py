@@ -1,5 +1,6 @@
 """Text to image, with tiny real models: an MM-DiT on a rectified flow and a U-Net on DDPM's path."""
 
+import json
 import logging
 import math
 from pathlib import Path
@@ -15,7 +16,7 @@ from hubgen.pipelines.text_to_image import TextToImagePipeline
 from tests import tiny
 
 PROMPTS = ["a red cat", "the big blue dog"]
-STEPS = 4
+STEPS = 3
 
 
 @pytest.fixture(scope="module", params=["transformer", "unet"])
@@ -39,11 +40,12 @@ def draw(
 
 
 def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+    """Equal but for rounding, which differs with the size of a batch and grows from step to step."""
+    torch.testing.assert_close(found, expected, atol=5e-4, rtol=0.0)
 
 
 def assert_different(found: torch.Tensor, expected: torch.Tensor) -> None:
-    assert (found - expected).abs().max() > 1e-3
+    assert (found - expected).abs().max() > 5e-3
 
 
 # ---- what comes out ----
@@ -348,7 +350,9 @@ def test_a_saved_pipeline_loads_and_draws_the_same(backbone: str, loader: Any, t
         assert torch.equal(loaded.backbone.state_dict()[name], parameter)
     assert_same(draw(loaded), draw(saved))
     loaded.save_pretrained(tmp_path / "again")
-    assert (tmp_path / "again" / "model_index.json").read_bytes() == (tmp_path / "model_index.json").read_bytes()
+    indices = [json.loads((folder / "model_index.json").read_text()) for folder in (tmp_path, tmp_path / "again")]
+    assert indices[1].pop("_name_or_path") == str(tmp_path)
+    assert indices[0] == indices[1]
 
 
 def test_components_can_be_replaced_while_loading(tmp_path: Path) -> None:
