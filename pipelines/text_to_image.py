@@ -254,23 +254,22 @@ class TextToImagePipeline(DiffusionPipeline):
             device: Where the text encoder runs and the embeddings go.
         """
         tokens, pooled, negative_tokens, negative_pooled = embeds
-        if tokens is not None:
-            positive = self._as_embeddings(tokens, pooled)
-        else:
+        if tokens is None:
             positive = self.condition.encode([prompt] if isinstance(prompt, str) else list(prompt or ()), device)
-        positive = positive.to(device, self.backbone.dtype)
+            tokens, pooled = positive.tokens, positive.pooled
+        positive = self.for_backbone(tokens, pooled, device)
         if not guided:
             if negative_prompt is not None or negative_tokens is not None:
                 logger.warning("The negative prompt has no effect without guidance.")
             return positive.repeat_interleave(num_images_per_prompt), None
 
-        if negative_tokens is not None:
-            negative = self._as_embeddings(negative_tokens, negative_pooled)
-        elif isinstance(negative_prompt, list | tuple):
-            negative = self.condition.encode(list(negative_prompt), device)
-        else:
-            negative = self.condition.encode([negative_prompt or ""], device).repeat_interleave(len(positive))
-        negative = negative.to(device, self.backbone.dtype)
+        if negative_tokens is None:
+            if isinstance(negative_prompt, list | tuple):
+                negative = self.condition.encode(list(negative_prompt), device)
+            else:
+                negative = self.condition.encode([negative_prompt or ""], device).repeat_interleave(len(positive))
+            negative_tokens, negative_pooled = negative.tokens, negative.pooled
+        negative = self.for_backbone(negative_tokens, negative_pooled, device)
         if negative.tokens.shape != positive.tokens.shape:
             raise ValueError(
                 f"`negative_prompt_embeds`: got {tuple(negative.tokens.shape)}, expected the shape of the prompts' "
@@ -280,6 +279,12 @@ class TextToImagePipeline(DiffusionPipeline):
             positive.repeat_interleave(num_images_per_prompt),
             negative.repeat_interleave(num_images_per_prompt),
         )
+
+    def for_backbone(self, tokens: torch.Tensor, pooled: torch.Tensor | None, device: torch.device) -> TextEmbeddings:
+        """Embeddings as the backbone takes them: in its dtype, and without pooled text where it takes none."""
+        if pooled is None or not takes_pooled(self.backbone):
+            pooled = tokens.new_zeros(len(tokens), 0)
+        return TextEmbeddings(tokens, pooled).to(device, self.backbone.dtype)
 
     def prepare_latents(
         self,
@@ -476,7 +481,7 @@ class TextToImagePipeline(DiffusionPipeline):
         for name, ndim in zip(EMBEDDINGS, (3, 2, 3, 2), strict=True):
             tensor = given[name]
             if tensor is not None and (not torch.is_tensor(tensor) or tensor.ndim != ndim or len(tensor) != prompts):
-                found = tuple(tensor.shape) if torch.is_tensor(tensor) else repr(tensor)
+                found = str(tuple(tensor.shape)) if torch.is_tensor(tensor) else repr(tensor)
                 features = "tokens, features" if ndim == 3 else "features"
                 raise ValueError(f"`{name}`: got {found}, expected a tensor of shape ({prompts}, {features}).")
         return prompts * num_images_per_prompt
@@ -511,10 +516,6 @@ class TextToImagePipeline(DiffusionPipeline):
         unknown = [name for name in names if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(f"`{argument}`: got {unknown}, expected names of {self._callback_tensor_inputs}.")
-
-    @staticmethod
-    def _as_embeddings(tokens: torch.Tensor, pooled: torch.Tensor | None) -> TextEmbeddings:
-        return TextEmbeddings(tokens, tokens.new_zeros(len(tokens), 0) if pooled is None else pooled)
 
 
 def require_whole(name: str, value: object) -> None:

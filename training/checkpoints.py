@@ -204,7 +204,7 @@ class Checkpoints:
             ) from None
         # A forked data worker that outlives a killed run must not keep the folder locked.
         reference = weakref.ref(self)
-        os.register_at_fork(after_in_child=lambda: (checkpoints := reference()) and checkpoints.close())
+        os.register_at_fork(after_in_child=lambda: (checkpoints := reference()) and checkpoints.close())  # type: ignore[func-returns-value]
 
     def _sweep(self) -> None:
         for leftover in self.folder.glob(".tmp-*"):

@@ -299,7 +299,7 @@ def main(settings: Settings) -> None:
                 if not (math.isfinite(loss.item()) and (norm is None or math.isfinite(float(norm)))):
                     names = ", ".join(batch["file_name"][:8])
                     raise NonFiniteError(
-                        f"step {step}: the loss is {loss.item()} with a gradient norm of {float(norm or 0)} on {names}; "
+                        f"step {step}: the loss is {loss.item()}, the gradient norm {float(norm or 0)} on {names}; "
                         f"the newest good checkpoint in {settings.output_dir} is kept."
                     )
                 optimizer.step()
@@ -335,7 +335,7 @@ def main(settings: Settings) -> None:
                 if accelerator.is_main_process:
                     checkpoints.save(step, **state)
                 accelerator.wait_for_everyone()
-            if interruption.requested and not last:
+            if interruption.signal_number is not None and not last:
                 raise Interrupted(interruption.signal_number, f"saved step {step} in {settings.output_dir}.")
     progress.close()
 
@@ -394,8 +394,8 @@ def validate(
     step: int,
 ) -> dict[str, float]:
     """PSNR in dB and perceptual distance of the mode's reconstructions; writes a grid of pictures beside them."""
-    psnrs: list[float] = []
-    distances: list[float] = []
+    psnrs: list[torch.Tensor] = []
+    distances: list[torch.Tensor] = []
     pairs: list[torch.Tensor] = []
     autocast = torch.autocast(autoencoder.device.type, torch.bfloat16)
     for pixels in pixel_batches(dataset, settings, autoencoder.device):

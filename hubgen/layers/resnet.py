@@ -48,6 +48,8 @@ class ResnetBlock2D(nn.Module):
         """Returns (B, out_channels, H, W) for `hidden_states` (B, in_channels, H, W) and `temb` (B, temb_channels)."""
         x = self.conv1(F.silu(self.norm1(hidden_states)))  # (B, out, H, W)
         if self.time_emb_proj is not None:
+            if temb is None:
+                raise ValueError(f"`temb`: got None, expected (B, {self.time_emb_proj.in_features}).")
             x = x + self.time_emb_proj(F.silu(temb))[:, :, None, None]
         x = self.conv2(self.dropout(F.silu(self.norm2(x))))  # (B, out, H, W)
         skip = hidden_states if self.conv_shortcut is None else self.conv_shortcut(hidden_states)
