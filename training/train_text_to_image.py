@@ -39,6 +39,7 @@ from hubgen.conditioning.text import TextCondition, condition_inputs
 from hubgen.data.cache import LatentCache, TextCache, cache_latents, cache_text_embeddings, module_digest
 from hubgen.data.image_folder import ImageTextFolder
 from hubgen.data.sampler import StepBatchSampler, step_generator, step_seed
+from hubgen.hub.card import TrainingRecord, describe_data, text_to_image_card
 from hubgen.paths.path import ProbabilityPath, RectifiedFlowPath, VariancePreservingPath
 from hubgen.paths.prediction import to_diffusers
 from hubgen.paths.timesteps import LogitNormalDensity, TimestepDensity, UniformDensity
@@ -379,7 +380,13 @@ def main(settings: Settings) -> None:
 
     if accelerator.is_main_process:
         folder = settings.output_dir / "pipeline"
-        publish(build_pipeline(settings, ema.shadow, vae, text), folder, settings.export_dtype)
+        record = TrainingRecord(
+            script="hubgen.training.train_text_to_image",
+            settings=settings_of_run(settings),
+            data=describe_data(settings.data_dir, len(dataset), dataset.fingerprint),
+            curve=metrics.curve(),
+        )
+        publish(build_pipeline(settings, ema.shadow, vae, text), folder, settings, record)
         print(f"pipeline written to {folder}")
     accelerator.end_training()
 
@@ -565,6 +572,17 @@ class Metrics:
                 file.write(json.dumps({"step": step, **values}) + "\n")
 
 
+    def curve(self) -> list[dict[str, float]]:
+        """The training loss at each step that held-out pictures were measured at, or at every log line without any."""
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        rows: dict[int, dict[str, float]] = {}
+        for row in map(json.loads, lines):
+            kept = {key: row[key] for key in ("step", "loss", "held_out_loss") if key in row}
+            rows.setdefault(row["step"], {}).update(kept)
+        measured = [row for row in rows.values() if "held_out_loss" in row]
+        return measured or list(rows.values())
+
+
 class HeldOut:
     """The loss on pictures that are not trained on, at fixed times and noise, so that only the weights move it."""
 
@@ -624,15 +642,26 @@ def draw_validation(pipeline: Any, settings: Settings, accelerator: Accelerator,
         tracker.log_images({"validation": np.asarray(grid)[None]}, step=step, dataformats="NHWC")
 
 
-def publish(pipeline: Any, folder: Path, dtype: str) -> None:
-    """The pipeline's folder, whole or not there: written beside and renamed."""
+def publish(pipeline: Any, folder: Path, settings: Settings, record: TrainingRecord) -> None:
+    """The pipeline's folder with its card, whole or not there: written beside and renamed."""
     temporary, replaced = folder.with_name(f".tmp-{folder.name}"), folder.with_name(f".tmp-replaced-{folder.name}")
     for leftover in (temporary, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
-    for component in pipeline.components.values():
-        if isinstance(component, nn.Module):
-            nn.Module.to(component, dtype=getattr(torch, dtype))  # diffusers' own `to` warns of a list that is empty
-    pipeline.save_pretrained(temporary, safe_serialization=True)
+    pipeline.to(dtype=getattr(torch, settings.export_dtype)).save_pretrained(temporary, safe_serialization=True)
+
+    backbone = "transformer" if settings.backbone == "mmdit" else "unet"
+    records = {backbone: record, "vae": TrainingRecord.load(settings.autoencoder)}
+    for part, known in records.items():
+        if known is not None:
+            known.save(temporary / part)
+    components = {
+        part: (type(module).__name__, sum(parameter.numel() for parameter in module.parameters()))
+        for part, module in pipeline.components.items()
+        if isinstance(module, nn.Module)
+    }
+    card = text_to_image_card(settings.output_dir.resolve().name, components, records)
+    (temporary / "README.md").write_text(card, encoding="utf-8")
+
     if folder.exists():
         folder.rename(replaced)
     temporary.rename(folder)

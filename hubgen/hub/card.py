@@ -1,0 +1,182 @@
+"""Model cards: what a published folder says about itself, written from records that training leaves behind.
+
+A script that trains writes a `training.json` beside the weights: its settings, the data and the curve. The card of a
+pipeline is made of the records of its components. Text between `<!-- NAME -->` and `<!-- /NAME -->` is a section that a
+later tool may replace, as benchmarks do with their figures.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCardData
+
+RECORD = "training.json"
+CURVE_ROWS = 12
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """How a component got its weights."""
+
+    script: str
+    """Module that was run, as in `accelerate launch -m SCRIPT`"""
+    settings: dict[str, Any]
+    """All of the script's settings, as plain JSON values"""
+    data: dict[str, Any]
+    """Pictures seen, their fingerprint, and the sources with their licences where the data folder names them"""
+    curve: list[dict[str, float]]
+    """Measurements in order of "step" """
+
+    def save(self, folder: Path) -> None:
+        """Writes `training.json` into the component's folder."""
+        write_beside_and_rename(folder / RECORD, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> "TrainingRecord | None":
+        """The record in a component's folder; None where there is none.
+
+        Raises:
+            ValueError: The file is there and is not such a record.
+        """
+        path = folder / RECORD
+        if not path.is_file():
+            return None
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: not a record of training ({error}).") from error
+
+
+def describe_data(folder: Path, pictures: int, fingerprint: str) -> dict[str, Any]:
+    """What a record says about a data folder: `build.json` of `hubgen data` names the sources."""
+    described: dict[str, Any] = {"pictures": pictures, "fingerprint": fingerprint}
+    if (folder / "build.json").is_file():
+        build = json.loads((folder / "build.json").read_text(encoding="utf-8"))
+        described["sources"] = [
+            {key: source[key] for key in ("from", "license") if key in source} for source in build["sources"]
+        ]
+    return described
+
+
+def text_to_image_card(
+    name: str,
+    components: Mapping[str, tuple[str, int]],
+    records: Mapping[str, TrainingRecord | None],
+    *,
+    licence: str | None = None,
+) -> str:
+    """The README.md of a text-to-image pipeline.
+
+    Args:
+        name: Title.
+        components: Component to its class and number of parameters.
+        records: Trained component to its record.
+        licence: Identifier as the Hub knows it; left out of the metadata if not given.
+    """
+    metadata = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        license=licence,
+        language="en",
+        tags=["hubgen", "text-to-image", "diffusers"],
+    )
+    lines = [
+        "---",
+        metadata.to_yaml(),
+        "---",
+        f"# {name}",
+        "",
+        "<!-- summary -->",
+        "A text-to-image pipeline trained with hubgen.",
+        "<!-- /summary -->",
+        "",
+        "```python",
+        "from hubgen import TextToImagePipeline",
+        "",
+        f'pipe = TextToImagePipeline.from_pretrained("{name}")',
+        'pipe("a red apple").images[0].save("apple.png")',
+        "```",
+        "",
+        "## Parts",
+        "",
+        "| part | class | parameters |",
+        "|---|---|---:|",
+        *(f"| `{part}` | {cls} | {count:,} |" for part, (cls, count) in components.items()),
+        "",
+        "## Measured quality",
+        "",
+        "<!-- measured -->",
+        "Not measured yet.",
+        "<!-- /measured -->",
+        "",
+        "## Training",
+        "",
+    ]
+    for part, record in records.items():
+        lines += [f"### `{part}`", "", *(describe_record(record) if record else ["Not recorded."]), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def describe_record(record: TrainingRecord) -> list[str]:
+    """Lines of Markdown: data, settings and curve."""
+    sources = ", ".join(
+        source["from"] + (f" ({source['license']})" if "license" in source else "")
+        for source in record.data.get("sources", [])
+    )
+    shown = {key: value for key, value in record.settings.items() if value is not None}
+    return [
+        f"By `accelerate launch -m {record.script}` on {record.data['pictures']:,} pictures"
+        + (f" from {sources}." if sources else "."),
+        "",
+        *markdown_curve(record.curve),
+        "",
+        "<details><summary>All settings</summary>",
+        "",
+        "```yaml",
+        yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).rstrip(),
+        "```",
+        "",
+        "</details>",
+    ]
+
+
+def markdown_curve(curve: Sequence[Mapping[str, float]]) -> list[str]:
+    """A table of at most `CURVE_ROWS` of the measurements, the first and the last among them."""
+    if not curve:
+        return ["No measurements."]
+    columns = list(dict.fromkeys(key for row in curve for key in row))
+    last, rows = len(curve) - 1, min(CURVE_ROWS, len(curve))
+    kept = sorted({round(i * last / max(rows - 1, 1)) for i in range(rows)})
+    cell = {int: "{:d}", float: "{:.4g}"}
+    table = ["| " + " | ".join(column.replace("_", " ") for column in columns) + " |", "|" + "---:|" * len(columns)]
+    for index in kept:
+        values = (curve[index].get(column) for column in columns)
+        table.append("| " + " | ".join("" if v is None else cell[type(v)].format(v) for v in values) + " |")
+    return table
+
+
+def replace_section(path: Path, name: str, text: str) -> None:
+    """Puts `text` between the marks of section `name` of a card.
+
+    Raises:
+        ValueError: The card has no such section.
+    """
+    card = path.read_text(encoding="utf-8")
+    pattern = re.compile(rf"<!-- {re.escape(name)} -->\n.*?<!-- /{re.escape(name)} -->", re.DOTALL)
+    if not pattern.search(card):
+        raise ValueError(f"{path}: no section between <!-- {name} --> and <!-- /{name} -->.")
+    section = f"<!-- {name} -->\n{text.strip()}\n<!-- /{name} -->"
+    write_beside_and_rename(path, pattern.sub(lambda _: section, card))
+
+
+def write_beside_and_rename(path: Path, text: str) -> None:
+    """A reader sees the old file or the new one."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

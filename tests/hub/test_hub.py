@@ -1,0 +1,128 @@
+"""Loading from a Hub and publishing to it, by the real client in fresh processes against a Hub on the loopback address."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.hub.loopback import Hub, loopback_hub
+
+REPO = "tester/tiny"
+ROOT = Path(__file__).parents[2]
+DRAW = """
+def picture(pipe):
+    import torch
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(1)
+    return pipe("a red cat", num_inference_steps=2, generator=generator, output_type="pt").images
+"""
+
+
+@pytest.fixture
+def hub(tiny_model: Path) -> Iterator[Hub]:
+    with loopback_hub() as hub:
+        hub.add(REPO, tiny_model)
+        yield hub
+
+
+def run(code: str, hub: Hub, home: Path, check: bool = True, **arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs `code` in a process of its own, which knows only this Hub; `arguments` are its variables."""
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(home),
+        "HF_TOKEN": "hf_test",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "NO_PROXY": "127.0.0.1",
+        "PYTHONPATH": str(ROOT),
+    }
+    head = "".join(f"{name} = {value!r}\n" for name, value in arguments.items())
+    done = subprocess.run([sys.executable, "-c", head + DRAW + code], env=environment, capture_output=True, text=True)
+    if check:
+        assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def test_a_repository_loads_by_our_class_and_by_plain_diffusers(hub: Hub, tiny_model: Path, tmp_path: Path) -> None:
+    """No trust_remote_code, no components handed over; after `import hubgen`, nothing else of it named."""
+    code = """
+import hubgen
+from diffusers import DiffusionPipeline
+
+theirs = DiffusionPipeline.from_pretrained(repo)
+ours = hubgen.TextToImagePipeline.from_pretrained(repo)
+local = hubgen.TextToImagePipeline.from_pretrained(folder)
+assert type(theirs) is type(ours) is hubgen.TextToImagePipeline
+assert type(theirs.transformer) is hubgen.SD3Transformer2DModel and type(theirs.vae) is hubgen.AutoencoderKL
+assert (picture(theirs) - picture(local)).abs().max() < 1e-4
+assert (picture(ours) - picture(local)).abs().max() < 1e-4
+"""
+    run(code, hub, tmp_path / "home", repo=REPO, folder=str(tiny_model))
+    weights = f"GET /{REPO}/resolve/{hub.commit(REPO)}/transformer/diffusion_pytorch_model.safetensors"
+    assert hub.requests.count(weights) == 1  # the second load came from the cache
+
+
+def test_hubgen_imported_after_diffusers_is_registered_as_well(hub: Hub, tmp_path: Path) -> None:
+    code = """
+from diffusers import DiffusionPipeline
+import hubgen
+assert type(DiffusionPipeline.from_pretrained(repo)) is hubgen.TextToImagePipeline
+"""
+    run(code, hub, tmp_path / "home", repo=REPO)
+
+
+def test_a_single_component_loads(hub: Hub, tmp_path: Path) -> None:
+    code = """
+from hubgen import AutoencoderKL
+assert AutoencoderKL.from_pretrained(repo, subfolder="vae").config.latent_channels == 4
+"""
+    run(code, hub, tmp_path / "home", repo=REPO)
+
+
+def test_without_registration_our_class_still_loads_from_the_hub(hub: Hub, tmp_path: Path) -> None:
+    """As with a diffusers whose loader keeps its libraries elsewhere."""
+    code = """
+import diffusers.pipelines.pipeline_loading_utils as loading
+import hubgen
+from hubgen.hub.registration import is_registered
+pipeline = hubgen.TextToImagePipeline
+del loading.LOADABLE_CLASSES["hubgen"]
+assert not is_registered()
+assert type(pipeline.from_pretrained(repo)) is pipeline
+"""
+    run(code, hub, tmp_path / "home", repo=REPO)
+
+
+def test_what_is_pushed_loads_again(hub: Hub, tiny_model: Path, tmp_path: Path) -> None:
+    code = """
+import hubgen
+pipe = hubgen.TextToImagePipeline.from_pretrained(folder)
+pipe.push_to_hub(repo)
+again = hubgen.TextToImagePipeline.from_pretrained(repo)
+assert (picture(again) - picture(pipe)).abs().max() < 1e-4
+"""
+    run(code, hub, tmp_path / "home", repo="tester/pushed", folder=str(tiny_model))
+    files = hub.repos["tester/pushed"]
+    index = json.loads(files["model_index.json"])
+    assert index["_class_name"] == "TextToImagePipeline"
+    assert index["transformer"] == ["hubgen", "SD3Transformer2DModel"]
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    assert files[weights] == (tiny_model / weights).read_bytes()
+
+
+def test_a_repository_that_is_not_there_is_an_error_that_names_it(hub: Hub, tmp_path: Path) -> None:
+    code = """
+import hubgen
+try:
+    hubgen.TextToImagePipeline.from_pretrained("tester/missing")
+except OSError as error:
+    assert "tester/missing" in str(error), error
+else:
+    raise AssertionError("loaded")
+"""
+    run(code, hub, tmp_path / "home")
