@@ -4,6 +4,9 @@ import os
 import signal
 from types import FrameType, TracebackType
 
+import torch
+from accelerate import Accelerator
+
 
 class Interrupted(Exception):
     """A signal asked the run to stop, and it has saved; the exit code is 128 + the signal (143 for SIGTERM)."""
@@ -50,3 +53,11 @@ class Interruption:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._previous.clear()
+
+
+def requested_anywhere(interruption: Interruption, accelerator: Accelerator) -> bool:
+    """Whether a signal reached any process: all of them stop at the same step."""
+    if accelerator.num_processes == 1:
+        return interruption.requested
+    requested = torch.tensor(float(interruption.requested), device=accelerator.device)
+    return bool(accelerator.reduce(requested) > 0)

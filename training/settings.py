@@ -34,6 +34,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, 
 
 import yaml
 
+from hubgen.training.finite import NonFiniteError
 from hubgen.training.interruption import Interrupted
 
 T = TypeVar("T")
@@ -47,10 +48,6 @@ NON_FINITE_ERROR = 3
 
 class SettingsError(ValueError):
     """A setting is unknown, missing, of the wrong type or out of range; the message names it."""
-
-
-class NonFiniteError(ArithmeticError):
-    """A loss or a gradient became NaN or infinite; training stopped before the optimizer's step."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ latents' scale and shift measured on the training pictures: `AutoencoderKL.from_
 """
 
 import json
-import math
+import signal
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -35,9 +35,10 @@ from hubgen.data.sampler import StepBatchSampler, step_generator
 from hubgen.hub.card import TrainingRecord, describe_data
 from hubgen.training.checkpoints import Checkpoints
 from hubgen.training.ema import ExponentialMovingAverage
-from hubgen.training.interruption import Interrupted, Interruption
+from hubgen.training.finite import finite_or_stop
+from hubgen.training.interruption import Interrupted, Interruption, requested_anywhere
 from hubgen.training.schedule import learning_rate_factor
-from hubgen.training.settings import NonFiniteError, Range, run_script, settings_to_dict
+from hubgen.training.settings import Range, run_script, settings_to_dict
 
 
 @dataclass(frozen=True)
@@ -297,12 +298,9 @@ def main(settings: Settings) -> None:
                 loss = loss + settings.kl_weight * losses["kl"]
                 accelerator.backward(loss)
                 norm = accelerator.clip_grad_norm_(autoencoder.parameters(), settings.max_grad_norm)
-                if not (math.isfinite(loss.item()) and (norm is None or math.isfinite(float(norm)))):
-                    names = ", ".join(batch["file_name"][:8])
-                    raise NonFiniteError(
-                        f"step {step}: the loss is {loss.item()}, the gradient norm {float(norm or 0)} on {names}; "
-                        f"the newest good checkpoint in {settings.output_dir} is kept."
-                    )
+                # With fp16, gradients may overflow now and then: the scaler skips such a step by itself.
+                checked = [loss] if accelerator.scaler is not None or norm is None else [loss, norm]
+                loss_value = finite_or_stop(checked, step + 1, batch["file_name"], checkpoints)
                 optimizer.step()
                 optimizer.zero_grad()
 
@@ -323,7 +321,7 @@ def main(settings: Settings) -> None:
             step += 1
             progress.update()
             if step % settings.log_steps == 0:
-                values = {name: value.item() for name, value in losses.items()} | {"loss": loss.item()}
+                values = {name: value.item() for name, value in losses.items()} | {"loss": loss_value}
                 progress.set_postfix({name: f"{value:.4f}" for name, value in values.items()})
                 accelerator.log(values | {"learning_rate": settings.learning_rate * factor}, step=step)
             last = step == settings.max_train_steps
@@ -332,12 +330,16 @@ def main(settings: Settings) -> None:
                     report = validate(autoencoder, held_out, perceptual, settings, step)
                 accelerator.log(report, step=step)
                 progress.write(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in report.items()))
-            if step % settings.checkpoint_steps == 0 or last or interruption.requested:
+            stop = requested_anywhere(interruption, accelerator)
+            if step % settings.checkpoint_steps == 0 or last or stop:
                 if accelerator.is_main_process:
                     checkpoints.save(step, **state)
                 accelerator.wait_for_everyone()
-            if interruption.signal_number is not None and not last:
-                raise Interrupted(interruption.signal_number, f"saved step {step} in {settings.output_dir}.")
+            if stop and not last:
+                raise Interrupted(
+                    interruption.signal_number or signal.SIGTERM,
+                    f"step {step} is saved in {checkpoints.folder}; the same command goes on from there.",
+                )
     progress.close()
 
     if accelerator.is_main_process:

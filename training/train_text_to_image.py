@@ -49,9 +49,10 @@ from hubgen.schedulers.ddpm import DDPMScheduler
 from hubgen.schedulers.flow_match_euler import FlowMatchEulerDiscreteScheduler
 from hubgen.training.checkpoints import Checkpoints
 from hubgen.training.ema import ExponentialMovingAverage
-from hubgen.training.interruption import Interrupted, Interruption
+from hubgen.training.finite import finite_or_stop
+from hubgen.training.interruption import Interrupted, Interruption, requested_anywhere
 from hubgen.training.schedule import learning_rate_factor
-from hubgen.training.settings import NonFiniteError, Range, SettingsError, run_script, settings_to_dict
+from hubgen.training.settings import Range, SettingsError, run_script, settings_to_dict
 
 BACKBONES: dict[str, type] = {"mmdit": SD3Transformer2DModel, "unet": UNet2DConditionModel}
 
@@ -205,6 +206,15 @@ class Settings:
 
     export_dtype: Literal["float16", "float32"] = "float16"
     """Precision of the published pipeline."""
+
+    card_title: str | None = None
+    """Title of the model card; the name of output_dir if not given."""
+
+    card_summary: str = "A text-to-image pipeline trained with hubgen."
+    """First paragraph of the model card."""
+
+    card_license: str | None = None
+    """Licence in the card's metadata, as the Hub names it; none if not given."""
 
     def __post_init__(self) -> None:
         if self.path == "rectified_flow" and self.prediction_type not in (None, "velocity"):
@@ -382,7 +392,7 @@ def main(settings: Settings) -> None:
         folder = settings.output_dir / "pipeline"
         record = TrainingRecord(
             script="hubgen.training.train_text_to_image",
-            settings=settings_of_run(settings),
+            settings=settings_of_run(settings) | {"text_encoder": Path(settings.text_encoder).name},
             data=describe_data(settings.data_dir, len(dataset), dataset.fingerprint),
             curve=metrics.curve(),
         )
@@ -398,7 +408,7 @@ def settings_of_run(settings: Settings) -> dict[str, Any]:
     """
     free = {"data_dir", "output_dir", "cache_dir", "autoencoder", "text_encoder", "checkpoint_steps"}
     free |= {"keep_checkpoints", "report_to", "log_steps", "export_dtype"}
-    free |= {name for name in settings_to_dict(settings) if name.startswith("validation_")}
+    free |= {name for name in settings_to_dict(settings) if name.startswith(("validation_", "card_"))}
     if settings.lr_schedule == "constant":
         free.add("max_train_steps")  # a finished run may then be made longer
     return {name: value for name, value in settings_to_dict(settings).items() if name not in free}
@@ -522,32 +532,6 @@ def choose_captions(wordings: Sequence[Sequence[str]], settings: Settings, gener
     return chosen
 
 
-def finite_or_stop(checked: Sequence[torch.Tensor], step: int, names: Sequence[str], checkpoints: Checkpoints) -> float:
-    """The loss, first of `checked`, as a number.
-
-    Raises:
-        NonFiniteError: The loss or the gradient's norm, second of `checked`, is not finite.
-    """
-    found = torch.stack([value.detach().float() for value in checked]).tolist()  # the one wait for the device
-    if all(math.isfinite(value) for value in found):
-        return found[0]
-    kept = checkpoints.steps()
-    raise NonFiniteError(
-        f"step {step}: the loss is {found[0]}"
-        + (f" and the gradient's norm {found[1]}" if len(found) > 1 else "")
-        + f", expected finite numbers; the batch: {', '.join(names)}. "
-        + (f"The checkpoint of step {kept[-1]} is kept." if kept else "There is no checkpoint yet.")
-    )
-
-
-def requested_anywhere(interruption: Interruption, accelerator: Accelerator) -> bool:
-    """Whether a signal reached any process: all of them stop at the same step."""
-    if accelerator.num_processes == 1:
-        return interruption.requested
-    requested = torch.tensor(float(interruption.requested), device=accelerator.device)
-    return bool(accelerator.reduce(requested) > 0)
-
-
 class Metrics:
     """`metrics.jsonl`, one line a measurement; what a killed run wrote beyond `first_step` is taken back."""
 
@@ -570,7 +554,6 @@ class Metrics:
         if self.writer:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
-
 
     def curve(self) -> list[dict[str, float]]:
         """The training loss at each step that held-out pictures were measured at, or at every log line without any."""
@@ -659,8 +642,11 @@ def publish(pipeline: Any, folder: Path, settings: Settings, record: TrainingRec
         for part, module in pipeline.components.items()
         if isinstance(module, nn.Module)
     }
-    card = text_to_image_card(settings.output_dir.resolve().name, components, records)
+    title = settings.card_title or settings.output_dir.resolve().name
+    card = text_to_image_card(title, settings.card_summary, components, records, licence=settings.card_license)
     (temporary / "README.md").write_text(card, encoding="utf-8")
+    if (settings.data_dir / "LICENSE").is_file():
+        shutil.copyfile(settings.data_dir / "LICENSE", temporary / "LICENSE-data")
 
     if folder.exists():
         folder.rename(replaced)

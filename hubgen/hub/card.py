@@ -66,6 +66,7 @@ def describe_data(folder: Path, pictures: int, fingerprint: str) -> dict[str, An
 
 def text_to_image_card(
     name: str,
+    summary: str,
     components: Mapping[str, tuple[str, int]],
     records: Mapping[str, TrainingRecord | None],
     *,
@@ -75,6 +76,7 @@ def text_to_image_card(
 
     Args:
         name: Title.
+        summary: First paragraph.
         components: Component to its class and number of parameters.
         records: Trained component to its record.
         licence: Identifier as the Hub knows it; left out of the metadata if not given.
@@ -92,9 +94,7 @@ def text_to_image_card(
         "---",
         f"# {name}",
         "",
-        "<!-- summary -->",
-        "A text-to-image pipeline trained with hubgen.",
-        "<!-- /summary -->",
+        summary.strip(),
         "",
         "```python",
         "from hubgen import TextToImagePipeline",

@@ -36,7 +36,9 @@ def test_a_damaged_record_is_named(tmp_path: Path) -> None:
 
 
 def test_the_card_has_metadata_that_the_hub_reads_and_states_data_and_settings() -> None:
-    card = text_to_image_card("emoji", COMPONENTS, {"transformer": RECORD, "vae": None}, licence="apache-2.0")
+    card = text_to_image_card(
+        "emoji", "Draws emoji.", COMPONENTS, {"transformer": RECORD, "vae": None}, licence="apache-2.0"
+    )
     metadata = yaml.safe_load(card.split("---")[1])
     assert metadata["library_name"] == "diffusers" and metadata["pipeline_tag"] == "text-to-image"
     assert metadata["license"] == "apache-2.0"
@@ -54,7 +56,7 @@ def test_a_long_curve_is_thinned_to_a_table_that_keeps_both_ends() -> None:
 
 def test_replacing_a_section_changes_nothing_else_and_can_be_repeated(tmp_path: Path) -> None:
     path = tmp_path / "README.md"
-    path.write_text(text_to_image_card("emoji", COMPONENTS, {"transformer": RECORD}))
+    path.write_text(text_to_image_card("emoji", "Draws emoji.", COMPONENTS, {"transformer": RECORD}))
     before = path.read_text()
     replace_section(path, "measured", r"50 % \1")
     assert path.read_text() == before.replace("Not measured yet.", r"50 % \1")

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from hubgen.autoencoders.autoencoder_kl import AutoencoderKL
 from hubgen.data.image_folder import ImageTextFolder
 from hubgen.training.checkpoints import CheckpointError
-from hubgen.training.settings import NonFiniteError, parse_settings
+from hubgen.training.finite import NonFiniteError
+from hubgen.training.settings import parse_settings
 from hubgen.training.train_autoencoder import Settings, main
 from tests.training.conftest import draw_pictures
 

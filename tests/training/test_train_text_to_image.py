@@ -16,7 +16,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from hubgen.training.settings import NON_FINITE_ERROR, USAGE_ERROR, NonFiniteError, SettingsError
+from hubgen.training.finite import NonFiniteError
+from hubgen.training.settings import NON_FINITE_ERROR, USAGE_ERROR, SettingsError
 from tests.training.conftest import MMDIT, UNET, draw_pictures
 
 Train = Callable[[dict[str, Any]], Path]
