@@ -20,6 +20,8 @@ from typing import Annotated, Literal
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import make_image_grid
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import nn
@@ -407,7 +409,7 @@ def validate(
     """PSNR in dB and perceptual distance of the mode's reconstructions; writes a grid of pictures beside them."""
     psnrs: list[torch.Tensor] = []
     distances: list[torch.Tensor] = []
-    pairs: list[torch.Tensor] = []
+    shown: list[Image.Image] = []
     autocast = torch.autocast(autoencoder.device.type, torch.bfloat16)
     for pixels in pixel_batches(dataset, settings, autoencoder.device):
         with autocast if settings.mixed_precision == "bf16" else nullcontext():
@@ -417,23 +419,17 @@ def validate(
         psnrs.append(-10 * error.log10())
         if perceptual is not None:
             distances.append(perceptual(reconstruction, pixels))
-        if len(pairs) < 1:
-            pairs.append(torch.stack([pixels[:16], reconstruction[:16]], dim=1).cpu())
-    save_grid(pairs[0], settings.output_dir / "validation" / f"step-{step:08d}.png")
+        if not shown:
+            shown = VaeImageProcessor().postprocess(torch.cat([pixels[:16], reconstruction[:16]]).cpu())
+    folder = settings.output_dir / "validation"
+    folder.mkdir(parents=True, exist_ok=True)
+    make_image_grid(shown, rows=2, cols=len(shown) // 2).save(folder / f"step-{step:08d}.png")
     report = {"psnr": torch.cat(psnrs).mean().item()}
     if distances:
         report["perceptual_distance"] = torch.cat(distances).mean().item()
-    with (settings.output_dir / "validation" / "metrics.jsonl").open("a") as file:
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"step": step, **report}) + "\n")
     return report
-
-
-def save_grid(pairs: torch.Tensor, path: Path) -> None:
-    """Writes pictures (N, 2, 3, H, W) in [-1, 1] as two rows of N columns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    n, _, _, height, width = pairs.shape
-    rows = pairs.permute(1, 3, 0, 4, 2).reshape(2 * height, n * width, 3)
-    Image.fromarray(((rows + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()).save(path)
 
 
 if __name__ == "__main__":

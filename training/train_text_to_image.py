@@ -27,6 +27,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
+from diffusers.utils import make_image_grid
 from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
@@ -609,15 +610,10 @@ def draw_validation(pipeline: Any, settings: Settings, accelerator: Accelerator,
             num_inference_steps=settings.validation_inference_steps,
             guidance_scale=settings.validation_guidance_scale,
             generator=[torch.Generator().manual_seed(seed) for seed in range(len(settings.validation_prompts))],
-            output_type="np",
-        ).images  # (N, H, W, 3) in [0, 1]
-    pictures = np.round(np.asarray(pictures) * 255).astype(np.uint8)
+        ).images
     columns = math.ceil(math.sqrt(len(pictures)))
-    rows = math.ceil(len(pictures) / columns)
-    height, width = pictures.shape[1:3]
-    grid = Image.new("RGB", (columns * width, rows * height), "white")
-    for number, picture in enumerate(pictures):
-        grid.paste(Image.fromarray(picture), (number % columns * width, number // columns * height))
+    pictures += [Image.new("RGB", pictures[0].size, "white")] * (-len(pictures) % columns)
+    grid = make_image_grid(pictures, rows=len(pictures) // columns, cols=columns)
     folder = settings.output_dir / "validation"
     folder.mkdir(parents=True, exist_ok=True)
     grid.save(folder / f"step-{step:08d}.png")
