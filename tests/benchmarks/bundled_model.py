@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 from hubgen.autoencoders.efficientnet import EfficientNetLite0
 from hubgen.autoencoders.perceptual import PerceptualLoss
 from hubgen.data.image_folder import ImageTextFolder
+from hubgen.hub.card import replace_section
 from tests.benchmarks import measures, report
 
 RESULTS = Path(__file__).parent / "results" / "bundled_model"
@@ -292,6 +293,43 @@ def to_markdown(results: dict[str, Any]) -> str:
     )
 
 
+def to_card_section(results: dict[str, Any]) -> str:
+    """The figures that a model card shows, in one table."""
+    retrieval, colours = results["retrieval"], results["colours"]
+    rows = []
+    for name, label in (("train", "training"), ("held_out", "held-out")):
+        found = retrieval[name]["layout"]
+        rows.append(
+            [
+                f"one of the five nearest of {retrieval[name]['real_pictures']} real pictures bears the caption, "
+                f"{retrieval[name]['captions']} {label} captions",
+                report.percent(found["generated"]["rate"]),
+                f"{report.percent(retrieval[name]['chance'])} by chance, "
+                f"{report.percent(found['shuffled_captions'])} for shuffled captions",
+            ]
+        )
+        shown = colours[name]
+        rows.append(
+            [
+                f"a colour word shows in the pixels, {shown['generated']['count']} pictures of {label} captions",
+                report.percent(shown["generated"]["rate"]),
+                f"{report.percent(shown['real']['rate'])} in real pictures, "
+                f"{report.percent(shown['generated']['shuffled_captions'])} for other captions' colours",
+            ]
+        )
+    reconstruction = results["autoencoder"]["float16_weights"]
+    rows.append(
+        [
+            f"autoencoder, PSNR on {results['autoencoder']['pictures']} held-out pictures",
+            f"{reconstruction['psnr_db']:.1f} dB",
+            f"perceptual distance {reconstruction['perceptual_distance']:.3f}, where different pictures are "
+            f"{results['autoencoder']['perceptual_distance_of_different_pictures']:.2f} apart",
+        ]
+    )
+    table = report.markdown_table(["measure", "model", "beside it"], rows)
+    return f"By `python -m tests.benchmarks.bundled_model`, seed {results['seed']}, default settings.\n\n{table}"
+
+
 def interval(rate: dict[str, Any]) -> str:
     low, high = rate["interval_95"]
     return f"{100 * low:.0f}–{100 * high:.0f}"
@@ -326,6 +364,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--card", action="store_true", help="also put the figures into the model's README.md")
     arguments = parser.parse_args(argv)
 
     from hubgen.pipelines.text_to_image import TextToImagePipeline
@@ -352,6 +391,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         batch_size=arguments.batch_size,
         **settings,
     )
+    if arguments.card:
+        replace_section(Path(arguments.model or default_model()) / "README.md", "measured", to_card_section(results))
     print(to_markdown(results))
     print(f"stored in {arguments.output}")
 
