@@ -107,7 +107,8 @@ examples:
   hubgen data emoji --style noto --size 128 --out data/noto --font NotoColorEmoji.ttf
   hubgen data emoji --style fluent --out data/fluent --archive fluent-emoji-3d.tgz --names-archive emojibase-data.tgz
 
-The art and the names come from the npm registry and from Debian; without a network, give the files by path.
+The art and the names come from the npm registry; without a network, give the files by path. --style noto above 64
+pixels needs the font NotoColorEmoji.ttf, or the Debian package that holds it, given as --font.
 
 exit status:
   0 done, 2 bad arguments or files (one line says what), 130 interrupted, 1 a fault in hubgen
