@@ -7,9 +7,9 @@ diffusers loads that, from a folder and from the Hub and without `trust_remote_c
 - the pipeline class is an attribute of `diffusers`.
 
 Both are set when diffusers' pipelines are first imported, which is after `import hubgen` more often than before: so
-`import hubgen` itself imports nothing heavy. `LOADABLE_CLASSES` is not a public name of diffusers. It has been there
-and was tried from 0.36 to 0.42; where it is missing, a warning says so, and hubgen's own pipelines still load from
-folders and (by way of a full download) from the Hub.
+`import hubgen` itself imports nothing heavy. `LOADABLE_CLASSES` is not a public name of diffusers; this was tried
+with 0.42.1. Where it is missing, a warning says so, and hubgen's own pipelines still load from folders and (by way of a
+full download) from the Hub.
 """
 
 import importlib.abc
@@ -67,15 +67,15 @@ def _register_now(pipelines: Sequence[str]) -> None:
             "SchedulerMixin": SAVE_AND_LOAD,
             "DiffusionPipeline": SAVE_AND_LOAD,
         }
+        for name in pipelines:
+            # Where the import of a pipeline's module has led here, its class does not exist yet; it is `loadable` then.
+            getattr(sys.modules["hubgen"], name, None)
     except (ImportError, AttributeError, TypeError) as error:
+        # Nothing of this may keep a program from importing diffusers.
         logger.warning(
             "This version of diffusers does not let hubgen register (%s). Load hubgen's pipelines by hubgen's classes.",
             error,
         )
-        return
-    for name in pipelines:
-        # Where the import of a pipeline's module has led here, its class does not exist yet; it is `loadable` itself.
-        getattr(sys.modules["hubgen"], name, None)
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
