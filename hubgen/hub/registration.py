@@ -8,8 +8,8 @@ diffusers loads that, from a folder and from the Hub and without `trust_remote_c
 
 Both are set when diffusers' pipelines are first imported, which is after `import hubgen` more often than before: so
 `import hubgen` itself imports nothing heavy. `LOADABLE_CLASSES` is not a public name of diffusers; this was tried
-with 0.42.1. Where it is missing, a warning says so, and hubgen's own pipelines still load from folders and (by way of a
-full download) from the Hub.
+with 0.37 and 0.42. Where it is missing, a warning says so, and hubgen's own pipelines still load from folders and (by
+way of a full download) from the Hub.
 """
 
 import importlib.abc

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import diffusers
+import diffusers.pipelines.pipeline_utils  # hubgen registers when this is imported
 import pytest
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES, get_class_obj_and_candidates
 
