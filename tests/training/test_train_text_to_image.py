@@ -51,6 +51,11 @@ def start(recipe: dict[str, Any], folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def finish(process: subprocess.Popen[str]) -> None:
+    _, message = process.communicate(timeout=600)
+    assert process.returncode == 0, message
+
+
 def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> None:
     deadline = time.monotonic() + 600
     while not (folder / "metrics.jsonl").exists() or max(steps_logged(folder), default=0) < step:
@@ -60,11 +65,11 @@ def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> No
 
 
 def test_a_run_killed_at_a_random_step_and_then_stopped_by_sigterm_equals_an_uninterrupted_one(
-    recipe: dict[str, Any], train: Train, tmp_path: Path
+    recipe: dict[str, Any], tmp_path: Path
 ) -> None:
     recipe |= {"max_train_steps": 60, "mixed_precision": "bf16", "gradient_accumulation_steps": 2, "batch_size": 3}
-    whole = train(recipe | {"output_dir": str(tmp_path / "whole"), "checkpoint_steps": 1000})
-    run = Path(recipe["output_dir"])
+    run, whole = Path(recipe["output_dir"]), tmp_path / "whole"
+    finish(start(recipe | {"output_dir": str(whole), "checkpoint_steps": 1000}, tmp_path))
 
     process = start(recipe, tmp_path)
     wait_for_step(process, run, random.randint(4, 25))
@@ -79,7 +84,7 @@ def test_a_run_killed_at_a_random_step_and_then_stopped_by_sigterm_equals_an_uni
     assert process.returncode == 128 + signal.SIGTERM, message
     assert "is saved in" in message and "Traceback" not in message
 
-    train(recipe)
+    finish(start(recipe, tmp_path))
     assert_identical(run, whole)
     # what the killed run logged beyond its last checkpoint stands there once
     assert steps_logged(run) == steps_logged(whole) == list(range(1, 61))
