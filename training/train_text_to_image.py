@@ -628,6 +628,10 @@ def publish(pipeline: Any, folder: Path, settings: Settings, record: TrainingRec
         shutil.rmtree(leftover, ignore_errors=True)
     pipeline.to(dtype=getattr(torch, settings.export_dtype)).save_pretrained(temporary, safe_serialization=True)
 
+    for config in temporary.glob("*/config.json"):  # where a part was loaded from is nobody's business
+        values = json.loads(config.read_text(encoding="utf-8"))
+        values.pop("_name_or_path", None)
+        config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     backbone = "transformer" if settings.backbone == "mmdit" else "unet"
     records = {backbone: record, "vae": TrainingRecord.load(settings.autoencoder)}
     for part, known in records.items():

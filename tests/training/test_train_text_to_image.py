@@ -132,6 +132,8 @@ def test_either_backbone_on_either_path_ends_in_a_pipeline_that_draws(
     (picture,) = pipeline("red ball", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
     assert picture.size == (16, 16)
     assert pipeline.tokenizer.model_max_length == 8
+    published_text = "".join(path.read_text() for path in (run / "pipeline").rglob("*.json"))
+    assert str(run.parent) not in published_text and recipe["autoencoder"] not in published_text
     assert pipeline.config.default_num_inference_steps == 2
     average = {k.partition("shadow.")[2]: v for k, v in final_weights(run).items() if "/shadow." in k}
     published = pipeline.backbone.state_dict()
