@@ -29,3 +29,19 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import saved_pipeline
 
     return saved_pipeline(tmp_path_factory.mktemp("tiny-model"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--record-compatibility", action="store_true", help="store what the tests show, see tests/compatibility.py"
+    )
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if not session.config.getoption("--record-compatibility"):
+        return
+    from tests.compatibility import collect, store
+
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    reports = [(report, report.passed) for kind in ("passed", "failed") for report in reporter.stats.get(kind, [])]
+    store(collect([(value, ok) for report, ok in reports for name, value in report.user_properties if name == "shows"]))
