@@ -1,4 +1,7 @@
 """The way back from noise to data, under diffusers' scheduler mixins, names and config keys.
 
-`ddpm` walks the variance-preserving path by ancestral sampling, `flow_match_euler` the rectified flow by Euler steps.
+`variance_preserving` is the ground of `ddpm` (ancestral sampling) and `ddim` (skipping steps, and inversion) on the
+discrete variance-preserving chain; `flow_match` that of `flow_match_euler` and `flow_match_heun` on the rectified flow.
+`score_sde_ve` walks the variance-exploding SDE by predictor and corrector.
+`compatibility` says which classes understand each other's configs.
 """

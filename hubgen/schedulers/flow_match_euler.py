@@ -13,11 +13,11 @@ from typing import Literal, TypeVar
 
 import numpy as np
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
+from hubgen.schedulers.flow_match import FlowMatchScheduler
 from hubgen.schedulers.grid import check_num_inference_steps
 
 Grid = TypeVar("Grid", np.ndarray, torch.Tensor)
@@ -25,7 +25,7 @@ Grid = TypeVar("Grid", np.ndarray, torch.Tensor)
 logger = logging.getLogger(__name__)
 
 
-class FlowMatchEulerDiscreteScheduler(SchedulerMixin, ConfigMixin):
+class FlowMatchEulerDiscreteScheduler(FlowMatchScheduler):
     """Euler's method for flow matching, with the constructor, config and methods of diffusers' class of that name.
 
     Args:
@@ -46,9 +46,6 @@ class FlowMatchEulerDiscreteScheduler(SchedulerMixin, ConfigMixin):
             know this key and goes on without it.
     """
 
-    _compatibles = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"]
-    order = 1
-
     @register_to_config
     def __init__(
         self,
@@ -68,8 +65,6 @@ class FlowMatchEulerDiscreteScheduler(SchedulerMixin, ConfigMixin):
         stochastic_sampling: bool = False,
         shift_once: bool = False,
     ) -> None:
-        if num_train_timesteps < 1:
-            raise ValueError(f"num_train_timesteps: got {num_train_timesteps}, expected at least 1")
         if time_shift_type not in ("exponential", "linear"):
             raise ValueError(f"time_shift_type: got {time_shift_type!r}, expected 'exponential' or 'linear'")
         if use_beta_sigmas and importlib.util.find_spec("scipy") is None:
@@ -80,45 +75,7 @@ class FlowMatchEulerDiscreteScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 "use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas: got several, expected at most one of them"
             )
-        self.set_shift(shift)
-        self._step_index: int | None = None
-        self._begin_index: int | None = None
-        self.num_inference_steps: int | None = None
-
-        times = torch.arange(num_train_timesteps, 0, -1, dtype=torch.float32) / num_train_timesteps
-        self.sigmas = times if use_dynamic_shifting else shift * times / (1 + (shift - 1) * times)
-        self.timesteps = self.sigmas * num_train_timesteps
-        # the ends of the default grid, before `set_timesteps` shifts it
-        ends = times if shift_once else self.sigmas
-        self.sigma_max, self.sigma_min = ends[0].item(), ends[-1].item()
-
-    def __len__(self) -> int:
-        return self.config.num_train_timesteps
-
-    @property
-    def shift(self) -> float:
-        """The fixed shift that `set_timesteps` applies."""
-        return self._shift
-
-    def set_shift(self, shift: float) -> None:
-        """Replaces the fixed shift from the next `set_timesteps` on; raises ValueError unless above 0."""
-        if not (math.isfinite(shift) and shift > 0):
-            raise ValueError(f"shift: got {shift}, expected a finite number above 0")
-        self._shift = shift
-
-    @property
-    def step_index(self) -> int | None:
-        """The index of the next step; None before the first."""
-        return self._step_index
-
-    @property
-    def begin_index(self) -> int | None:
-        """The index of the first step, where the caller has set it."""
-        return self._begin_index
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Starts the next run at this step (image to image starts late); saves the search, which waits for a device."""
-        self._begin_index = begin_index
+        super().__init__(num_train_timesteps, shift, not use_dynamic_shifting, shift_once)
 
     def time_shift(self, mu: float, sigma: float, t: Grid) -> Grid:
         """FLUX's shift of times t in (0, 1]: s / (s + (1 / t - 1)^sigma), s = e^mu or mu by `time_shift_type`.
@@ -172,7 +129,7 @@ class FlowMatchEulerDiscreteScheduler(SchedulerMixin, ConfigMixin):
                     "are shifted. Pass sigmas, or both."
                 )
         else:
-            grid = np.linspace(self.sigma_max * total, self.sigma_min * total, steps) / total
+            grid = self._even_sigmas(steps)
         grid = self._respace(self._shifted(grid, mu), steps)
 
         self.sigmas = torch.from_numpy(grid).to(device=device, dtype=torch.float32)
@@ -187,15 +144,6 @@ class FlowMatchEulerDiscreteScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps = steps
         self._step_index = None
         self._begin_index = None
-
-    @staticmethod
-    def _check_grid(name: str, values: Sequence[float] | np.ndarray | None, most: float) -> np.ndarray | None:
-        if values is None:
-            return None
-        grid = np.asarray(values, dtype=np.float32)
-        if grid.ndim != 1 or grid.size == 0 or not ((grid >= 0) & (grid <= most)).all():
-            raise ValueError(f"{name}: got {values!r}, expected a non-empty list of numbers in [0, {most:g}]")
-        return grid
 
     @staticmethod
     def _count_steps(steps: int | None, sigmas: np.ndarray | None, timesteps: np.ndarray | None) -> int:
@@ -214,7 +162,7 @@ class FlowMatchEulerDiscreteScheduler(SchedulerMixin, ConfigMixin):
             with np.errstate(divide="ignore"):  # sigma = 0 stays 0
                 sigmas = self.time_shift(mu, 1.0, sigmas)
         else:
-            sigmas = self.shift * sigmas / (1 + (self.shift - 1) * sigmas)
+            sigmas = self._static_shift(sigmas)
         return self.stretch_shift_to_terminal(sigmas) if self.config.shift_terminal else sigmas
 
     def _respace(self, sigmas: np.ndarray, steps: int) -> np.ndarray:
@@ -236,41 +184,17 @@ class FlowMatchEulerDiscreteScheduler(SchedulerMixin, ConfigMixin):
             return last + scipy.stats.beta.ppf(1 - ramp, 0.6, 0.6) * (first - last)
         return sigmas
 
-    def index_for_timestep(self, timestep: float | torch.Tensor, schedule_timesteps: torch.Tensor | None = None) -> int:
-        """The position of `timestep` in the grid, the second one where it stands there several times.
-
-        Reads values back from the device. Raises ValueError for a timestep that is not in the grid.
-        """
-        grid = (self.timesteps if schedule_timesteps is None else schedule_timesteps).tolist()
-        value = float(timestep) if not isinstance(timestep, torch.Tensor) else timestep.item()
-        positions = [index for index, entry in enumerate(grid) if entry == value]
-        if not positions:
-            raise ValueError(f"timestep: got {value}, expected one of scheduler.timesteps, {grid}")
-        return positions[min(1, len(positions) - 1)]
-
-    def scale_noise(
-        self, sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """x_t = (1 - sigma) data + sigma noise at `timestep` (B,), elements of the grid; (B, C, ...).
-
-        In a run of the sampler the sigma is that of the next step, whatever `timestep` holds: before the first step
-        that of `begin_index` (image to image), afterwards that of `step_index` (inpainting).
-        """
-        if noise is None:
-            raise ValueError("noise: got None, expected a tensor like sample")
-        if self.begin_index is None:
-            indices = [self.index_for_timestep(t) for t in timestep]
-        else:
-            indices = [self.begin_index if self.step_index is None else self.step_index] * len(timestep)
-        sigma = self.sigmas.to(sample)[indices].view(-1, *(1,) * (sample.ndim - 1))
-        return sigma * noise + (1.0 - sigma) * sample
-
     def step(
         self,
         model_output: torch.Tensor,
         timestep: float | torch.Tensor,
         sample: torch.Tensor,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = float("inf"),
+        s_noise: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        per_token_timesteps: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[torch.Tensor]:
         """One Euler step from the current sigma to the next one.
@@ -280,17 +204,18 @@ class FlowMatchEulerDiscreteScheduler(SchedulerMixin, ConfigMixin):
             timestep: an element of `self.timesteps`; read in the first step only, and there only where no
                 `set_begin_index` came before. The steps after it count for themselves.
             sample: (B, ...), x_t; summed in float32, returned in the dtype of `model_output`.
+            s_churn, s_tmin, s_tmax, s_noise: of diffusers' signature, where they have no effect; an s_churn other
+                than 0 is refused.
             generator: source of the noise of `stochastic_sampling`.
+            per_token_timesteps: refused; in diffusers they serve video models whose frames have noise levels of
+                their own, and turn the sign of `model_output`.
         """
-        if isinstance(timestep, int) or (isinstance(timestep, torch.Tensor) and not timestep.is_floating_point()):
-            raise ValueError(f"timestep: got the whole number {timestep}, expected an element of scheduler.timesteps")
-        if self._step_index is None:
-            self._step_index = self.index_for_timestep(timestep) if self.begin_index is None else self.begin_index
-        if self._step_index + 1 >= len(self.sigmas):
-            raise ValueError(
-                f"step: all {len(self.sigmas) - 1} steps are done, expected set_timesteps before another run"
-            )
-        sigma, sigma_next = self.sigmas[self._step_index], self.sigmas[self._step_index + 1]
+        if s_churn != 0:
+            raise ValueError(f"s_churn: got {s_churn}, expected 0; for noise in each step set stochastic_sampling")
+        if per_token_timesteps is not None:
+            raise ValueError("per_token_timesteps: got a tensor, expected None: all tokens share one timestep here")
+        index = self._begin_step(timestep)
+        sigma, sigma_next = self.sigmas[index], self.sigmas[index + 1]
 
         sample = sample.float()
         if self.config.stochastic_sampling:
@@ -300,7 +225,7 @@ class FlowMatchEulerDiscreteScheduler(SchedulerMixin, ConfigMixin):
         else:
             prev_sample = sample + (sigma_next - sigma) * model_output
 
-        self._step_index += 1
+        self._step_index = index + 1
         prev_sample = prev_sample.to(model_output.dtype)
         if not return_dict:
             return (prev_sample,)

@@ -190,6 +190,10 @@ def test_configs_travel_both_ways(tmp_path):
         (lambda: DDPMScheduler(beta_schedule="none"), "beta_schedule: got 'none'"),
         (lambda: DDPMScheduler().step(torch.ones(1, 6, 2, 2), 5, torch.ones(1, 3, 2, 2)), "model_output: got shape"),
         (
+            lambda: DDPMScheduler().step(torch.ones(2, 3), torch.tensor([5, 6]), torch.ones(2, 3)),
+            "timestep: got a tensor of shape (2,)",
+        ),
+        (
             lambda: DDPMScheduler(variance_type="learned").step(torch.ones(1, 3, 2), 5, torch.ones(1, 3, 2)),
             "expected (1, 6, 2)",
         ),

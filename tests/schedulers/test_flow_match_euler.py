@@ -253,6 +253,11 @@ New = FlowMatchEulerDiscreteScheduler
         (lambda: New(use_karras_sigmas=True, use_beta_sigmas=True), "use_karras_sigmas"),
         (lambda: New().step(torch.ones(1), 3, torch.ones(1)), "timestep: got the whole number 3"),
         (lambda: New().step(torch.ones(1), torch.tensor(0.123), torch.ones(1)), "timestep: got 0.123"),
+        (lambda: New().step(torch.ones(1), torch.tensor(1000.0), torch.ones(1), s_churn=1.0), "s_churn: got 1.0"),
+        (
+            lambda: New().step(torch.ones(1), torch.tensor(1000.0), torch.ones(1), per_token_timesteps=torch.ones(1)),
+            "per_token_timesteps: got a tensor",
+        ),
         (lambda: New().scale_noise(torch.ones(1), torch.ones(1)), "noise: got None"),
         (lambda: stepped(2).step(torch.ones(1), torch.tensor(1.0), torch.ones(1)), "all 2 steps are done"),
     ],
