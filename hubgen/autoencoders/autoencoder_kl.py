@@ -2,34 +2,25 @@
 
     pixels (B, 3, H, W) -> Encoder -> moments (B, 2C, h, w) -> posterior -> latents (B, C, h, w) -> Decoder -> pixels
 
-with h = H / f, w = W / f and f = 2 ** (levels - 1). A level is a stack of residual blocks and, but for the last one,
-a halving (encoder) or doubling (decoder) of the size; between the two lies a middle with attention.
+with h = H / f, w = W / f and f = 2 ** (levels - 1). The published models are functions at the end of this file.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
-from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
-from hubgen.layers.attention import AttnProcessor, SpatialAttention
-from hubgen.layers.resnet import Downsample2D, ResnetBlock2D, Upsample2D
-
-
-@dataclass
-class DecoderOutput(BaseOutput):
-    """Pixels (B, 3, H, W), about in [-1, 1]."""
-
-    sample: torch.Tensor
+from hubgen.autoencoders.encoder_decoder import Decoder, DecoderOutput, Encoder, check_architecture, check_pixels
+from hubgen.formats.loading import StrictModelMixin
+from hubgen.formats.single_file import SingleFileMixin
+from hubgen.layers.attention import AttnProcessor
 
 
 class DiagonalGaussianDistribution:
@@ -60,130 +51,7 @@ class DiagonalGaussianDistribution:
         return 0.5 * (self.mean.square() + self.var - 1.0 - self.logvar).sum(dim=[1, 2, 3])
 
 
-class MidBlock(nn.Module):
-    """Residual block, attention over all pixels, residual block."""
-
-    def __init__(self, channels: int, groups: int, add_attention: bool):
-        super().__init__()
-        self.resnets = nn.ModuleList([ResnetBlock2D(channels, channels, groups=groups) for _ in range(2)])
-        self.attentions = nn.ModuleList([SpatialAttention(channels, groups)] if add_attention else [])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.resnets[0](x)
-        for attention in self.attentions:
-            x = attention(x)
-        return self.resnets[1](x)
-
-
-class DownEncoderBlock2D(nn.Module):
-    """`num_layers` residual blocks, then half the size."""
-
-    def __init__(self, in_channels: int, out_channels: int, num_layers: int, groups: int, downsample: bool):
-        super().__init__()
-        widths = [in_channels] + [out_channels] * num_layers
-        self.resnets = nn.ModuleList(
-            [ResnetBlock2D(i, o, groups=groups) for i, o in zip(widths[:-1], widths[1:], strict=True)]
-        )
-        self.downsamplers = nn.ModuleList([Downsample2D(out_channels, padding=0)]) if downsample else None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for resnet in self.resnets:
-            x = resnet(x)
-        return x if self.downsamplers is None else self.downsamplers[0](x)
-
-
-class UpDecoderBlock2D(nn.Module):
-    """`num_layers` residual blocks, then twice the size."""
-
-    def __init__(self, in_channels: int, out_channels: int, num_layers: int, groups: int, upsample: bool):
-        super().__init__()
-        widths = [in_channels] + [out_channels] * num_layers
-        self.resnets = nn.ModuleList(
-            [ResnetBlock2D(i, o, groups=groups) for i, o in zip(widths[:-1], widths[1:], strict=True)]
-        )
-        self.upsamplers = nn.ModuleList([Upsample2D(out_channels)]) if upsample else None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for resnet in self.resnets:
-            x = resnet(x)
-        return x if self.upsamplers is None else self.upsamplers[0](x)
-
-
-class Encoder(nn.Module):
-    """Pixels (B, `in_channels`, H, W) -> mean and log variance (B, 2 · `latent_channels`, H / f, W / f)."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        latent_channels: int,
-        block_out_channels: tuple[int, ...],
-        layers_per_block: int,
-        groups: int,
-        mid_block_add_attention: bool,
-    ):
-        super().__init__()
-        self.gradient_checkpointing = False
-        widths = (block_out_channels[0], *block_out_channels)
-        last = len(block_out_channels) - 1
-        self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(
-            [
-                DownEncoderBlock2D(widths[i], widths[i + 1], layers_per_block, groups, downsample=i < last)
-                for i in range(last + 1)
-            ]
-        )
-        self.mid_block = MidBlock(block_out_channels[-1], groups, mid_block_add_attention)
-        self.conv_norm_out = nn.GroupNorm(groups, block_out_channels[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(block_out_channels[-1], 2 * latent_channels, 3, padding=1)
-
-    def forward(self, sample: torch.Tensor) -> torch.Tensor:
-        x = self.conv_in(sample)  # (B, D0, H, W)
-        for block in [*self.down_blocks, self.mid_block]:  # (B, D, h, w)
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, x)
-            else:
-                x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))  # (B, 2C, h, w)
-
-
-class Decoder(nn.Module):
-    """Latents (B, `latent_channels`, h, w) -> pixels (B, `out_channels`, h · f, w · f)."""
-
-    def __init__(
-        self,
-        latent_channels: int,
-        out_channels: int,
-        block_out_channels: tuple[int, ...],
-        layers_per_block: int,
-        groups: int,
-        mid_block_add_attention: bool,
-    ):
-        super().__init__()
-        self.gradient_checkpointing = False
-        widths = (block_out_channels[-1], *reversed(block_out_channels))
-        last = len(block_out_channels) - 1
-        self.conv_in = nn.Conv2d(latent_channels, block_out_channels[-1], 3, padding=1)
-        self.mid_block = MidBlock(block_out_channels[-1], groups, mid_block_add_attention)
-        self.up_blocks = nn.ModuleList(
-            [
-                UpDecoderBlock2D(widths[i], widths[i + 1], layers_per_block + 1, groups, upsample=i < last)
-                for i in range(last + 1)
-            ]
-        )
-        self.conv_norm_out = nn.GroupNorm(groups, block_out_channels[0], eps=1e-6)
-        self.conv_out = nn.Conv2d(block_out_channels[0], out_channels, 3, padding=1)
-
-    def forward(self, sample: torch.Tensor) -> torch.Tensor:
-        x = self.conv_in(sample)  # (B, D, h, w)
-        for block in [self.mid_block, *self.up_blocks]:  # (B, D0, H, W)
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, x)
-            else:
-                x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))  # (B, 3, H, W)
-
-
-class AutoencoderKL(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+class AutoencoderKL(StrictModelMixin, SingleFileMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
     """Autoencoder with a Gaussian posterior over latents; same name, same checkpoint as diffusers' class.
 
     Latents enter a diffusion model as `(latents - shift_factor) * scaling_factor`; both are measured from data by
@@ -192,8 +60,8 @@ class AutoencoderKL(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
     Args:
         in_channels: Channels of the pixels that are encoded.
         out_channels: Channels of the pixels that are decoded.
-        down_block_types: One `"DownEncoderBlock2D"` a level.
-        up_block_types: One `"UpDecoderBlock2D"` a level.
+        down_block_types: `"DownEncoderBlock2D"` or, with attention, `"AttnDownEncoderBlock2D"` for each level.
+        up_block_types: `"UpDecoderBlock2D"` or `"AttnUpDecoderBlock2D"`, likewise from the latents outwards.
         block_out_channels: Width of each level, from the pixels inwards.
         layers_per_block: Residual blocks of a level of the encoder; the decoder has one more.
         act_fn: `"silu"`, the only one that any published checkpoint uses.
@@ -241,21 +109,11 @@ class AutoencoderKL(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
         mid_block_add_attention: bool = True,
     ):
         super().__init__()
-        for name, types, known in (
-            ("down_block_types", down_block_types, "DownEncoderBlock2D"),
-            ("up_block_types", up_block_types, "UpDecoderBlock2D"),
-        ):
-            if tuple(types) != (known,) * len(block_out_channels):
-                raise ValueError(f"`{name}` must be {len(block_out_channels)} times '{known}', got {tuple(types)}.")
-        if act_fn not in ("silu", "swish"):
-            raise ValueError(f"`act_fn` must be 'silu', got {act_fn!r}.")
-        widths = tuple(block_out_channels)
-        if any(width % norm_num_groups for width in widths):
-            raise ValueError(f"`norm_num_groups` {norm_num_groups} must divide all of `block_out_channels` {widths}.")
+        check_architecture(down_block_types, up_block_types, block_out_channels, act_fn, norm_num_groups)
 
-        shared = (widths, layers_per_block, norm_num_groups, mid_block_add_attention)
-        self.encoder = Encoder(in_channels, latent_channels, *shared)
-        self.decoder = Decoder(latent_channels, out_channels, *shared)
+        shared = (block_out_channels, layers_per_block, norm_num_groups, mid_block_add_attention)
+        self.encoder = Encoder(in_channels, 2 * latent_channels, down_block_types, *shared)
+        self.decoder = Decoder(latent_channels, out_channels, up_block_types, *shared)
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if use_quant_conv else None
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if use_post_quant_conv else None
 
@@ -291,12 +149,7 @@ class AutoencoderKL(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
         Raises:
             ValueError: Channels or size are not what the model takes.
         """
-        ratio = self.spatial_compression_ratio
-        if x.ndim != 4 or x.shape[1] != self.config.in_channels or x.shape[2] % ratio or x.shape[3] % ratio:
-            raise ValueError(
-                f"`x` must have shape (B, {self.config.in_channels}, H, W) with H and W multiples of {ratio}, "
-                f"got {tuple(x.shape)}."
-            )
+        check_pixels("x", x, self.config.in_channels, self.spatial_compression_ratio)
         moments = self._sliced(self._encode, x)
         posterior = DiagonalGaussianDistribution(moments)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
@@ -403,3 +256,37 @@ def blend_edge(before: torch.Tensor, tile: torch.Tensor, extent: int, dim: int) 
     end = before.narrow(dim, before.shape[dim] - extent, extent)
     start = tile.narrow(dim, 0, extent)
     start.copy_(end * (1 - weight) + start * weight)
+
+
+def stable_diffusion(**changes: Any) -> AutoencoderKL:
+    """That of Stable Diffusion 1 and 2 (2112.10752; trained again in 2022): 4 channels; `changes` to the config."""
+    return _published({"sample_size": 512, "scaling_factor": 0.18215}, changes)
+
+
+def stable_diffusion_xl(**changes: Any) -> AutoencoderKL:
+    """That of SDXL (2307.01952, section 2.4): the same architecture, trained anew; overflows in float16."""
+    return _published({"sample_size": 1024, "scaling_factor": 0.13025}, changes)
+
+
+def stable_diffusion_3(**changes: Any) -> AutoencoderKL:
+    """That of SD3 and SD3.5 (2403.03206, section 5.2.1): 16 channels, centred, without convolutions beside them."""
+    return _published({**SIXTEEN_CHANNELS, "scaling_factor": 1.5305, "shift_factor": 0.0609}, changes)
+
+
+def flux(**changes: Any) -> AutoencoderKL:
+    """That of FLUX.1: the architecture of SD3's."""
+    return _published({**SIXTEEN_CHANNELS, "scaling_factor": 0.3611, "shift_factor": 0.1159}, changes)
+
+
+SIXTEEN_CHANNELS = {"sample_size": 1024, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
+
+
+def _published(config: dict[str, Any], changes: dict[str, Any]) -> AutoencoderKL:
+    """Eight pixels a latent: what the four have in common."""
+    shared = {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (128, 256, 512, 512),
+        "layers_per_block": 2,
+    }
+    return AutoencoderKL(**{**shared, **config, **changes})

@@ -4,7 +4,14 @@ import diffusers
 import pytest
 import torch
 
-from hubgen.autoencoders.autoencoder_kl import AutoencoderKL, DiagonalGaussianDistribution
+from hubgen.autoencoders.autoencoder_kl import (
+    AutoencoderKL,
+    DiagonalGaussianDistribution,
+    flux,
+    stable_diffusion,
+    stable_diffusion_3,
+    stable_diffusion_xl,
+)
 from hubgen.autoencoders.discriminator import PatchDiscriminator, adaptive_weight, generator_loss, hinge_loss
 
 SMALL = {
@@ -18,17 +25,21 @@ VARIANTS = {
     "sd": {"layers_per_block": 2, "latent_channels": 4},
     "sd3": {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.06},
     "no attention": {"latent_channels": 4, "mid_block_add_attention": False},
+    "attention at the lowest resolution": {
+        "down_block_types": ("DownEncoderBlock2D",) * 2 + ("AttnDownEncoderBlock2D",),
+        "up_block_types": ("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * 2,
+    },
 }
 
 
 def randomised_pair(**config) -> tuple[AutoencoderKL, diffusers.AutoencoderKL]:
     """Our model and diffusers' with the same weights, every parameter drawn anew."""
-    theirs = diffusers.AutoencoderKL(**SMALL, **config).eval()
+    theirs = diffusers.AutoencoderKL(**{**SMALL, **config}).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.normal_(0.0, 0.2, generator=generator)
-    ours = AutoencoderKL(**SMALL, **config).eval()
+    ours = AutoencoderKL(**{**SMALL, **config}).eval()
     ours.load_state_dict(theirs.state_dict())
     return ours, theirs
 
@@ -95,15 +106,50 @@ def test_saved_by_one_loads_in_the_other(tmp_path, saver, loader):
         assert torch.equal(loaded.state_dict()[name], value), name
 
 
-def test_stable_diffusion_config_has_the_published_number_of_parameters():
+PRESETS = {
+    # parameters; what the official configs say beside the architecture
+    stable_diffusion: (83_653_863, {"latent_channels": 4, "scaling_factor": 0.18215, "shift_factor": None}),
+    stable_diffusion_xl: (83_653_863, {"latent_channels": 4, "scaling_factor": 0.13025, "shift_factor": None}),
+    stable_diffusion_3: (83_819_683, {"latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609}),
+    flux: (83_819_683, {"latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159}),
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.__name__)
+def test_presets_have_the_published_parameters_and_factors(preset):
+    count, published = PRESETS[preset]
     with torch.device("meta"):
-        model = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2,
-        )
-    assert sum(parameter.numel() for parameter in model.parameters()) == 83_653_863
+        ours = preset()
+        theirs = diffusers.AutoencoderKL(**{k: v for k, v in ours.config.items() if not k.startswith("_")})
+    shapes = {name: tensor.shape for name, tensor in ours.state_dict().items()}
+    assert shapes == {name: tensor.shape for name, tensor in theirs.state_dict().items()}
+    assert sum(parameter.numel() for parameter in ours.parameters()) == count
+    assert {key: ours.config[key] for key in published} == published
+    assert ours.config.force_upcast and (ours.quant_conv is None) == (ours.config.latent_channels == 16)
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.__name__)
+@torch.no_grad()
+def test_presets_made_small_agree_with_diffusers(preset):
+    with torch.device("meta"):
+        config = preset(block_out_channels=(32, 32, 32, 32), layers_per_block=1).config
+    small = {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4}
+    ours, theirs = randomised_pair(**{k: v for k, v in config.items() if not k.startswith("_")} | small)
+    pixels = torch.randn(1, 3, 16, 24)
+    assert_agree(ours.encode(pixels).latent_dist.parameters, theirs.encode(pixels).latent_dist.parameters)
+    assert_agree(ours(pixels).sample, theirs(pixels).sample)
+
+
+@torch.no_grad()
+def test_fusing_and_unfusing_the_projections_leaves_the_result_unchanged():
+    ours, _ = randomised_pair(**VARIANTS["sd"])
+    pixels = torch.randn(1, 3, 16, 16)
+    plain = ours(pixels).sample
+    ours.fuse_qkv_projections()
+    assert ours.decoder.mid_block.attentions[0].fused_projections
+    assert_agree(ours(pixels).sample, plain)
+    ours.unfuse_qkv_projections()
+    assert torch.equal(ours(pixels).sample, plain)
 
 
 def test_kl_divergence_equals_that_of_torch_distributions():

@@ -143,6 +143,7 @@ DDPM = {
     "norm_eps": 1e-6,
 }
 NCSNPP = {
+    "block_out_channels": (32, 32),
     "down_block_types": ("SkipDownBlock2D", "AttnSkipDownBlock2D"),
     "up_block_types": ("AttnSkipUpBlock2D", "SkipUpBlock2D"),
     "time_embedding_type": "fourier",

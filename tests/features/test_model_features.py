@@ -55,6 +55,7 @@ def gradient_checkpointing(library: str, family: Family, folder: Path) -> None:
             model.enable_gradient_checkpointing()
             assert model.is_gradient_checkpointing
         model.zero_grad()
+        torch.manual_seed(0)  # for what is dropped in training
         output = run(model, family.inputs())
         output.square().mean().backward()
         outputs.append(output.detach())
@@ -235,7 +236,9 @@ def variant(library: str, family: Family, folder: Path) -> None:
     half = type(model).from_pretrained(folder / "model", variant="fp16", torch_dtype=torch.float16)
     assert half.dtype == torch.float16
     back = type(model).from_pretrained(folder / "model", variant="fp16", torch_dtype=torch.float32)
-    assert_same(predicted(back, family), predicted(model, family), rtol=0.05)
+    rounded = copy.deepcopy(model).half().float()
+    assert back.dtype == torch.float32
+    assert_same(predicted(back, family), predicted(rounded, family), rtol=0.01)
 
 
 FEATURES: dict[str, Feature] = {

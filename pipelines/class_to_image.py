@@ -1,0 +1,382 @@
+"""Class to image: class labels -> denoising loop -> decode, for DiTs and class-conditional U-Nets.
+
+Shapes: B pictures (labels times pictures of each), H and W pixels, (B, C, h, w) latents.
+"""
+
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+
+from hubgen.autoencoders.autoencoder_kl import AutoencoderKL
+from hubgen.backbones.dit import DiTTransformer2DModel
+from hubgen.backbones.unet import UNet2DModel
+from hubgen.conditioning.guidance import ClassifierFreeGuidance
+from hubgen.hub.native import NativePipeline
+from hubgen.hub.registration import loadable
+from hubgen.pipelines.calls import (
+    check_generator,
+    check_latents,
+    check_output,
+    check_size,
+    check_tensor_names,
+    decode,
+    require_whole,
+    set_grid,
+)
+from hubgen.pipelines.denoising import Generator, denoise
+from hubgen.pipelines.latent_space import LatentSpace
+
+LEARNED_VARIANCES = ("learned", "learned_range")
+
+
+@dataclass(frozen=True)
+class NoiseGuidance(ClassifierFreeGuidance):
+    """Guides the predicted noise, the first `channels`; what follows, a learned variance, stays the conditional one.
+
+    As diffusers' pipeline does it. The code of the paper guides only the first three channels.
+    """
+
+    channels: int = 4
+
+    def combine(self, uncond: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        """(B, C', h, w), (B, C', h, w) -> the same; C' is `channels` or more."""
+        noise = super().combine(uncond[:, : self.channels], cond[:, : self.channels])
+        return torch.cat([noise, cond[:, self.channels :]], dim=1)
+
+
+@loadable
+class ClassToImagePipeline(NativePipeline):
+    """Pictures of classes, by latent diffusion (DiT, 2212.09748).
+
+    Reads the folders of diffusers' `DiTPipeline` (`facebook/DiT-XL-2-256`), and is saved as one. Components may be
+    hubgen's or diffusers' classes of the same names, and schedulers any of diffusers'.
+
+    Args:
+        vae: Autoencoder between pixels and latents.
+        scheduler: The way from noise to data. One whose `variance_type` is learned is given the learned variance;
+            for others it is cut off.
+        transformer: The backbone, if it is a DiT ...
+        unet: ... or if it is a class-conditional U-Net: exactly one of the two.
+        id2label: Names of the classes by number; several for one class are separated by commas, as in ImageNet.
+        null_label: Number of the class that means none, for guidance; `None` for the transformer's own. A U-Net has
+            none unless this says so.
+        default_num_inference_steps: What a call does that names no number of steps; saved with the pipeline.
+        default_guidance_scale: Likewise; without effect where there is no label that means none.
+
+    Raises:
+        ValueError: Both or neither of `transformer` and `unet` were given, the U-Net knows no classes, the channels of
+            backbone and autoencoder differ, or `id2label` names classes that there are not.
+    """
+
+    model_cpu_offload_seq = "transformer->unet->vae"
+    _optional_components = ["transformer", "unet"]
+    _callback_tensor_inputs = ["latents", "class_labels"]
+    reads = ("DiTPipeline",)
+
+    def __init__(
+        self,
+        vae: AutoencoderKL | diffusers.AutoencoderKL,
+        scheduler: SchedulerMixin,
+        transformer: DiTTransformer2DModel | diffusers.DiTTransformer2DModel | None = None,
+        unet: UNet2DModel | diffusers.UNet2DModel | None = None,
+        id2label: dict[int, str] | None = None,
+        null_label: int | None = None,
+        default_num_inference_steps: int = 50,
+        default_guidance_scale: float = 4.0,
+    ):
+        super().__init__()
+        if (transformer is None) == (unet is None):
+            found = "neither" if unet is None else "both"
+            raise ValueError(f"`transformer`, `unet`: got {found}, expected exactly one of them.")
+        self.register_modules(vae=vae, scheduler=scheduler, transformer=transformer, unet=unet)
+        self.register_to_config(
+            id2label=id2label,
+            null_label=null_label,
+            default_num_inference_steps=default_num_inference_steps,
+            default_guidance_scale=default_guidance_scale,
+        )
+        if unet is not None and not unet.config.get("num_class_embeds"):
+            raise ValueError("`unet`: got one without `num_class_embeds`, expected a class-conditional one.")
+        channels = self.backbone.config.in_channels
+        if channels != vae.config.latent_channels:
+            raise ValueError(f"`vae`: got {vae.config.latent_channels} channels, expected the backbone's {channels}.")
+        if null_label is not None and not 0 <= null_label < self.embedded_labels:
+            raise ValueError(f"`null_label`: got {null_label}, expected one of 0 ... {self.embedded_labels - 1}.")
+        self.labels = labels_by_name(id2label or {}, self.embedded_labels)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self._guidance = ClassifierFreeGuidance(default_guidance_scale)
+        self._num_timesteps = 0
+        self._interrupt = False
+
+    def native_class(self) -> str | None:
+        """`DiTPipeline`, for a transformer."""
+        return "DiTPipeline" if self.transformer is not None else None
+
+    @classmethod
+    def with_our_classes(cls, index: Mapping[str, Any]) -> dict[str, Any]:
+        """As in `NativePipeline`; the first DiTs were published under the name of a class that has since been split."""
+        transformer = index.get("transformer")
+        if transformer is not None and list(transformer) == ["diffusers", "Transformer2DModel"]:
+            index = {**index, "transformer": ["diffusers", "DiTTransformer2DModel"]}
+        return super().with_our_classes(index)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | Sequence[int | str] | torch.Tensor,
+        guidance_scale: float | None = None,
+        generator: Generator = None,
+        num_inference_steps: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        height: int | None = None,
+        width: int | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        num_images_per_label: int = 1,
+        latents: torch.Tensor | None = None,
+        callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Makes pictures. The first six arguments are those of diffusers' `DiTPipeline`.
+
+        Args:
+            class_labels: One or several, each a number or a name of `labels`.
+            guidance_scale: Strength of classifier-free guidance; at most 1 is none, `None` the model's default.
+            generator: Source of the noise. A list has one for each picture, which then comes out the same in any batch.
+            num_inference_steps: `None` for the model's default, or for as many as `timesteps` or `sigmas` has.
+            output_type: "pil"; "np", (B, H, W, 3) in [0, 1]; "pt", (B, 3, H, W) in [0, 1]; or "latent", (B, C, h, w).
+            return_dict: Whether to return `ImagePipelineOutput` or a tuple of its `images`.
+            height: Pixels; `None` for what the model was trained for.
+            width: Likewise.
+            timesteps: The scheduler's grid, instead of its own; or
+            sigmas: the same in terms of noise; not every scheduler takes them.
+            num_images_per_label: Pictures of each label, next to each other in the result.
+            latents: The noise to start from, (B, C, h, w), standard normal, instead of drawing it.
+            callback_on_step_end: `(pipeline, step, timestep, tensors) -> tensors`; those returned replace the old ones.
+            callback_on_step_end_tensor_inputs: Names of `tensors`, of `_callback_tensor_inputs`.
+            guidance_rescale: See `ClassifierFreeGuidance`.
+            guidance_interval: See `ClassifierFreeGuidance`.
+
+        Raises:
+            ValueError: An argument is not one that the model can work with; before anything is computed.
+        """
+        guidance = self.check_guidance(guidance_scale, guidance_rescale, guidance_interval)
+        labels = self.check_labels(class_labels)
+        require_whole("num_images_per_label", num_images_per_label)
+        shape = self.latents_shape(len(labels) * num_images_per_label, height, width)
+        check_generator(generator, shape[0])
+        check_latents(latents, shape)
+        check_output(
+            output_type, callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
+        )
+        self.check_variance()
+        device = self._execution_device
+        steps = set_grid(
+            self.scheduler, num_inference_steps, timesteps, sigmas, self.config.default_num_inference_steps, device
+        )
+        self._guidance, self._num_timesteps, self._interrupt = guidance, len(steps), False
+
+        if latents is None:
+            latents = randn_tensor(shape, generator, device, torch.float32)
+        latents = latents.to(device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        latents = self.denoise(
+            latents,
+            steps,
+            torch.tensor(labels, device=device).repeat_interleave(num_images_per_label),
+            generator,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )
+        images = decode(self.vae, latents, self.image_processor, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def denoise(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        class_labels: torch.Tensor,
+        generator: Generator = None,
+        callback: Callable[..., dict[str, Any] | None] | None = None,
+        callback_tensors: Sequence[str] = ("latents",),
+    ) -> torch.Tensor:
+        """From noise to latents, (B, C, h, w): the loop of `hubgen.pipelines.denoising` with this backbone."""
+        backbone, dtype = self.backbone, self.backbone.dtype
+        tensors: dict[str, Any] = {"class_labels": class_labels}
+        callback_tensors = getattr(callback, "tensor_inputs", callback_tensors)  # diffusers' callback objects
+        channels = latents.shape[1] * (2 if self.scheduler_wants_variance else 1)
+
+        def conditions() -> dict[bool, torch.Tensor]:
+            """The labels that the backbone is told, by whether the step is guided."""
+            labels, null = tensors["class_labels"], self.null_label
+            if null is None or not self._guidance.enabled:
+                return {False: labels}
+            return {False: labels, True: torch.cat([torch.full_like(labels, null), labels])}
+
+        def predict(x_t: torch.Tensor, t: torch.Tensor, guided: bool) -> torch.Tensor:
+            return backbone(x_t.to(dtype), t, class_labels=told[guided], return_dict=False)[0][:, :channels]
+
+        def on_step(step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+            nonlocal told
+            progress_bar.update()
+            if callback is None:
+                return latents
+            tensors["latents"] = latents
+            changed = callback(self, step, timestep, {name: tensors[name] for name in callback_tensors}) or {}
+            check_tensor_names("callback_on_step_end", changed, self._callback_tensor_inputs)
+            tensors.update(changed)
+            if "class_labels" in changed:
+                told = conditions()
+            return tensors["latents"]
+
+        told = conditions()
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            return denoise(
+                predict,
+                self.scheduler,
+                latents,
+                timesteps,
+                self._guidance,
+                generator,
+                on_step=on_step,
+                interrupted=lambda: self._interrupt,
+            )
+
+    def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
+        """Numbers of the classes of these names.
+
+        Raises:
+            ValueError: A name that there is not; the nearest ones are in the message.
+        """
+        names = [label] if isinstance(label, str) else list(label)
+        for name in names:
+            if name not in self.labels:
+                raise ValueError(f"`class_labels`: there is no class {name!r}; {self.nearest_labels(name)}.")
+        return [self.labels[name] for name in names]
+
+    def nearest_labels(self, name: str) -> str:
+        """What to say about a name that there is not."""
+        import difflib
+
+        if not self.labels:
+            return "the model names none (`id2label`), give numbers"
+        near = difflib.get_close_matches(name, self.labels, n=5, cutoff=0.4)
+        return f"the nearest: {', '.join(near)}" if near else f"`labels` has all {len(self.labels)} names"
+
+    @property
+    def backbone(self) -> Any:
+        """The network that predicts: `transformer` or `unet`."""
+        return self.transformer if self.transformer is not None else self.unet
+
+    @property
+    def embedded_labels(self) -> int:
+        """How many labels the backbone has a vector for; of a DiT the last one is no class."""
+        if self.transformer is not None:
+            return self.transformer.config.num_embeds_ada_norm + 1
+        return self.unet.config.num_class_embeds
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that means no class, 1000 for ImageNet's DiTs; `None` where there is none."""
+        if self.config.null_label is None and self.transformer is not None:
+            return self.transformer.config.num_embeds_ada_norm
+        return self.config.null_label
+
+    @property
+    def scheduler_wants_variance(self) -> bool:
+        """Whether the scheduler's step takes a learned variance beside the noise."""
+        return self.scheduler.config.get("variance_type") in LEARNED_VARIANCES
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels of a picture's side per latent."""
+        return LatentSpace(self.vae, self.backbone).factor
+
+    @property
+    def guidance_scale(self) -> float:
+        """That of the last call."""
+        return self._guidance.scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the last call."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the call is to end with what it has; set `_interrupt`, from a callback or another thread."""
+        return self._interrupt
+
+    def check_guidance(
+        self, scale: float | None, rescale: float, interval: tuple[float, float]
+    ) -> ClassifierFreeGuidance:
+        """The guidance of a call; raises ValueError where there is no label to lead away from."""
+        if scale is None:
+            scale = self.config.default_guidance_scale if self.null_label is not None else 1.0
+        guidance = NoiseGuidance(scale, rescale, interval, self.backbone.config.in_channels)
+        if guidance.enabled and self.null_label is None:
+            raise ValueError(f"`guidance_scale`: got {scale}, expected at most 1: no label means none (`null_label`).")
+        return guidance
+
+    def check_labels(self, class_labels: int | str | Sequence[int | str] | torch.Tensor) -> list[int]:
+        """The labels as numbers; raises ValueError for what is no class."""
+        given: Any = class_labels.tolist() if torch.is_tensor(class_labels) else class_labels
+        given = list(given) if isinstance(given, list | tuple | range) else [given]
+        if not given:
+            raise ValueError("`class_labels`: got none, expected at least one.")
+        labels = []
+        for label in given:
+            if isinstance(label, str):
+                label = self.get_label_ids(label)[0]
+            if not isinstance(label, numbers.Integral) or isinstance(label, bool):
+                raise ValueError(f"`class_labels`: got {label!r}, expected whole numbers or names of `labels`.")
+            if not 0 <= label < self.embedded_labels:
+                raise ValueError(f"`class_labels`: got {label}, expected one of 0 ... {self.embedded_labels - 1}.")
+            labels.append(int(label))
+        return labels
+
+    def check_variance(self) -> None:
+        """Raises ValueError where the scheduler asks for a variance that the backbone does not predict."""
+        config = self.backbone.config
+        if self.scheduler_wants_variance and config.out_channels != 2 * config.in_channels:
+            raise ValueError(
+                f"`scheduler`: got `variance_type`={self.scheduler.config.variance_type!r}, which needs a backbone of "
+                f"{2 * config.in_channels} output channels; this one has {config.out_channels or config.in_channels}."
+            )
+
+    def latents_shape(self, batch: int, height: int | None, width: int | None) -> tuple[int, int, int, int]:
+        """(B, C, h, w) for a size in pixels, defaults filled in; raises ValueError for what the model cannot make."""
+        space = LatentSpace(self.vae, self.backbone)
+        size = (
+            space.default_size[0] if height is None else height,
+            space.default_size[1] if width is None else width,
+        )
+        halvings = len(self.backbone.config.get("block_out_channels", (0,))) - 1  # of a U-Net
+        for name, side in zip(("height", "width"), size, strict=True):
+            check_size(name, side, space.multiple * 2**halvings)
+        return space.shape(batch, size)
+
+
+def labels_by_name(id2label: Mapping[Any, Any], count: int) -> dict[str, int]:
+    """Numbers by name, in the order of the alphabet, of a table with one or more names, with commas, a number.
+
+    Raises:
+        ValueError: A number that is none of 0 ... `count` - 1, or a name that is no string.
+    """
+    labels: dict[str, int] = {}
+    for key, names in id2label.items():
+        if not str(key).isdecimal() or int(key) >= count or not isinstance(names, str):
+            raise ValueError(f"`id2label`: got {key!r}: {names!r}, expected names of 0 ... {count - 1}.")
+        labels |= {name.strip(): int(key) for name in names.split(",")}
+    return dict(sorted(labels.items()))

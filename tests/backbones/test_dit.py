@@ -1,0 +1,278 @@
+"""DiT: parity with diffusers on the same weights, adaLN-Zero, label dropout, and the features of the mixins."""
+
+import diffusers
+import pytest
+import torch
+
+from hubgen.backbones.dit import DiTTransformer2DModel, dit_b_2, dit_l_2, dit_s_2, dit_xl_2
+from tests.parity import assert_parity, randomize_, share_weights_
+
+TINY = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "num_layers": 3,
+    "sample_size": 8,
+    "out_channels": 8,
+    "num_embeds_ada_norm": 5,
+}
+
+
+def tiny(**config) -> DiTTransformer2DModel:
+    return randomize_(DiTTransformer2DModel(**{**TINY, **config})).eval()
+
+
+def inputs(batch: int = 2, height: int = 8, width: int = 8) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "hidden_states": torch.randn(batch, 4, height, width, generator=generator),
+        "timestep": torch.tensor([3, 900])[:batch],
+        "class_labels": torch.tensor([4, 5])[:batch],
+    }
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"out_channels": None},
+        {"attention_bias": False, "activation_fn": "geglu"},
+        {"norm_elementwise_affine": True, "norm_eps": 0.1},
+        {"patch_size": 4, "in_channels": 4},
+    ],
+)
+def test_output_agrees_with_diffusers_on_random_weights(config):
+    ours, theirs = DiTTransformer2DModel(**{**TINY, **config}), diffusers.DiTTransformer2DModel(**{**TINY, **config})
+    share_weights_(ours, theirs)
+    assert_parity(ours, theirs, inputs())
+
+
+def test_larger_square_latents_agree_with_diffusers():
+    ours, theirs = DiTTransformer2DModel(**TINY), diffusers.DiTTransformer2DModel(**TINY)
+    share_weights_(ours, theirs)
+    assert_parity(ours, theirs, inputs(height=12, width=12))
+
+
+def test_the_config_is_that_of_diffusers():
+    with torch.device("meta"):
+        ours, theirs = DiTTransformer2DModel(), diffusers.DiTTransformer2DModel()
+    assert dict(ours.config) == dict(theirs.config)
+
+
+@pytest.mark.parametrize("saver,loader", [(0, 1), (1, 0)])
+@torch.no_grad()
+def test_saved_by_one_loads_in_the_other(tmp_path, saver, loader):
+    classes = (DiTTransformer2DModel, diffusers.DiTTransformer2DModel)
+    source = randomize_(classes[saver](**TINY)).eval()
+    source.save_pretrained(tmp_path)
+    loaded = classes[loader].from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(loaded(**inputs()).sample, source(**inputs()).sample, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [256, 512])
+def test_dit_xl_2_has_the_published_parameters(size):
+    with torch.device("meta"):
+        ours = dit_xl_2(size)
+        theirs = diffusers.DiTTransformer2DModel(out_channels=8, sample_size=size // 8)
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+    assert sum(parameter.numel() for parameter in ours.parameters()) == 749_826_464
+
+
+@pytest.mark.parametrize("preset,layers,width", [(dit_s_2, 12, 384), (dit_b_2, 12, 768), (dit_l_2, 24, 1024)])
+def test_presets_have_the_papers_depth_and_width(preset, layers, width):
+    with torch.device("meta"):
+        model = preset(128, num_embeds_ada_norm=10)
+    assert (len(model.transformer_blocks), model.inner_dim, model.config.sample_size) == (layers, width, 16)
+    assert model.config.num_embeds_ada_norm == 10
+
+
+@torch.no_grad()
+def test_a_fresh_model_predicts_exactly_zero():
+    assert DiTTransformer2DModel(**TINY).eval()(**inputs()).sample.abs().max() == 0
+
+
+def test_every_parameter_gets_a_gradient():
+    model = randomize_(DiTTransformer2DModel(**TINY))
+    model(**inputs()).sample.square().mean().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@torch.no_grad()
+def test_latents_need_not_be_square():
+    """Where no token looks at another and positions are alike, a part of the latents gives that part of the output."""
+    model = tiny()
+    for block in model.transformer_blocks:
+        block.attn1.to_out[0].weight.zero_()
+        block.attn1.to_out[0].bias.zero_()
+    model.pos_embed.positions = lambda rows, columns, device: torch.zeros(1, rows * columns, model.inner_dim)
+    wide = inputs(height=4, width=8)
+    left = {**wide, "hidden_states": wide["hidden_states"][..., :4]}
+    torch.testing.assert_close(model(**wide).sample[..., :4], model(**left).sample)
+
+
+@torch.no_grad()
+def test_one_timestep_serves_the_whole_batch():
+    model, told = tiny(), inputs()
+    each = model(**{**told, "timestep": torch.tensor([7, 7])}).sample
+    assert torch.equal(model(**{**told, "timestep": torch.tensor([7])}).sample, each)
+
+
+@torch.no_grad()
+def test_in_training_a_label_is_dropped_for_all_blocks_together():
+    """So each picture's output is that of its own label or that of no class, and nothing between."""
+    model = tiny()
+    batch = 64
+    told = {
+        "hidden_states": inputs()["hidden_states"][:1].expand(batch, -1, -1, -1),
+        "timestep": torch.tensor([3]),
+        "class_labels": torch.full((batch,), 2),
+    }
+    kept = model(**told).sample[0]
+    none = model(**{**told, "class_labels": torch.full((batch,), 5)}).sample[0]
+    torch.manual_seed(0)
+    out = model.train()(**told).sample
+    is_kept = torch.isclose(out, kept, atol=1e-5).flatten(1).all(1)
+    is_none = torch.isclose(out, none, atol=1e-5).flatten(1).all(1)
+    assert (is_kept ^ is_none).all()
+    assert 0 < is_none.sum() < 20  # 6.4 expected
+
+
+def test_gradient_checkpointing_leaves_output_and_gradients_unchanged():
+    results = []
+    for checkpointing in (False, True):
+        model = randomize_(DiTTransformer2DModel(**TINY)).train()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        torch.manual_seed(0)
+        out = model(**inputs()).sample
+        out.square().mean().backward()
+        results.append([out.detach(), *(p.grad for p in model.parameters())])
+    for plain, checkpointed in zip(*results, strict=True):
+        torch.testing.assert_close(checkpointed, plain)
+
+
+@torch.no_grad()
+def test_first_block_cache_skips_the_rest_where_the_first_block_changes_little():
+    model, told = tiny(), inputs()
+    plain = model(**told).sample
+    model.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.5))
+    calls = []
+    handle = model.transformer_blocks[1].attn1.register_forward_hook(lambda *_: calls.append(1))
+    with model.cache_context("cond"):
+        torch.testing.assert_close(model(**told).sample, plain)
+        torch.testing.assert_close(model(**told).sample, plain)
+    assert len(calls) == 1
+    handle.remove()
+    model.disable_cache()
+    torch.testing.assert_close(model(**told).sample, plain)
+
+
+@torch.no_grad()
+def test_a_lora_adapter_acts_with_its_scale_and_leaves_nothing_behind():
+    from peft import LoraConfig
+
+    model, told = tiny(), inputs()
+    plain = model(**told).sample
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    adapted = model(**told).sample
+    assert not torch.allclose(adapted, plain)
+    torch.testing.assert_close(model(**told, cross_attention_kwargs={"scale": 0.0}).sample, plain)
+    model.delete_adapters("default")
+    torch.testing.assert_close(model(**told).sample, plain)
+
+
+@torch.no_grad()
+def test_attention_processors_are_found_by_name_and_can_be_set():
+    model, told = tiny(), inputs()
+    plain = model(**told).sample
+    assert list(model.attn_processors) == [f"transformer_blocks.{i}.attn1.processor" for i in range(3)]
+    model.set_attn_processor(diffusers.models.attention_processor.AttnProcessor2_0())
+    torch.testing.assert_close(model(**told).sample, plain)
+    model.set_attention_backend("native")
+
+
+@pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
+@torch.no_grad()
+def test_blocks_offloaded_to_disk_come_back_when_they_are_needed(tmp_path, offload_type):
+    model, told = tiny(), inputs()
+    plain = model(**told).sample
+    model.enable_group_offload(
+        onload_device=torch.device("cpu"),
+        offload_type=offload_type,
+        num_blocks_per_group=1,
+        offload_to_disk_path=str(tmp_path),
+    )
+    for _ in range(2):
+        torch.testing.assert_close(model(**told).sample, plain)
+
+
+@torch.no_grad()
+def test_blocks_and_model_compile_without_graph_breaks():
+    model, told = tiny(), inputs()
+    plain = model(**told).sample
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(**told).sample, plain)
+    model.compile_repeated_blocks(fullgraph=True, backend="eager")
+    torch.testing.assert_close(model(**told).sample, plain)
+
+
+@torch.no_grad()
+def test_a_sharded_half_precision_variant_loads_again(tmp_path):
+    model = tiny().to(torch.float16)
+    model.save_pretrained(tmp_path, max_shard_size="20KB", variant="fp16")
+    assert len(list(tmp_path.glob("*-of-*.safetensors"))) > 1
+    loaded = DiTTransformer2DModel.from_pretrained(tmp_path, variant="fp16", torch_dtype=torch.float16)
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+
+
+@torch.no_grad()
+def test_fusing_and_unfusing_the_projections_leaves_the_result_unchanged():
+    model, told = tiny(), inputs()
+    plain = model(**told).sample
+    model.fuse_qkv_projections()
+    torch.testing.assert_close(model(**told).sample, plain)
+    model.unfuse_qkv_projections()
+    assert torch.equal(model(**told).sample, plain)
+
+
+@torch.no_grad()
+def test_layerwise_casting_keeps_the_norms_and_stays_close():
+    model, told = tiny(), inputs()
+    plain = model(**told).sample
+    model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    assert model.transformer_blocks[0].ff.net[2].weight.dtype == torch.bfloat16
+    assert model.transformer_blocks[0].norm1.linear.weight.dtype == torch.float32
+    assert (model(**told).sample - plain).abs().max() < 0.05 * plain.std()
+
+
+@pytest.mark.parametrize(
+    "change,word",
+    [
+        ({"norm_type": "layer_norm"}, "norm_type"),
+        ({"num_embeds_ada_norm": None}, "num_embeds_ada_norm"),
+        ({"patch_size": 3}, "sample_size"),
+        ({"activation_fn": "relu6"}, "activation_fn"),
+        ({"num_layers": 0}, "num_layers"),
+        ({"attention_head_dim": 7}, "attention_head_dim"),
+    ],
+)
+def test_a_config_that_the_architecture_does_not_know_is_refused_by_name(change, word):
+    with pytest.raises(ValueError, match=word):
+        DiTTransformer2DModel(**{**TINY, **change})
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"hidden_states": torch.zeros(2, 3, 8, 8)}, r"`hidden_states`.*\(2, 4, height, width\).*\(2, 3, 8, 8\)"),
+        ({"hidden_states": torch.zeros(2, 4, 7, 8)}, "multiples of `patch_size` = 2, got 7 x 8"),
+        ({"timestep": None}, r"`timestep` must have the shape \(2.*\), got None"),
+        ({"timestep": torch.zeros(3)}, r"`timestep`.*\(3,\)"),
+        ({"class_labels": None}, "`class_labels`.*None"),
+        ({"class_labels": torch.tensor([0, 6])}, r"`class_labels` must be in 0 ... 4, or 5 for no class, got \[6\]"),
+        ({"class_labels": torch.tensor([0.0, 1.0])}, "`class_labels` must be whole numbers"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=message):
+        tiny()(**{**inputs(), **change})
