@@ -1,16 +1,17 @@
 """Diffusion and flow-matching image models as Hugging Face components.
 
-    autoencoders/    pixels <-> latents: KL; perceptual loss and patch discriminator for its training
+    autoencoders/    pixels <-> latents: KL and VQ; perceptual loss and patch discriminator for its training
     layers/          the small parts that two models share: attention and its processors, residual blocks, norms
-    backbones/       (x_t, t, condition) -> prediction: MM-DiT, U-Net
+    backbones/       (x_t, t, condition) -> prediction: U-Nets, DiT, MM-DiT (SD3, Flux)
     paths/           x_t and its target: probability paths, prediction types, timestep densities, loss weightings
-    schedulers/      the way back: DDPM, flow-match Euler
+    schedulers/      the way back: DDPM, DDIM, score SDE, flow-match Euler and Heun
     conditioning/    prompts -> embeddings; guidance, how two predictions become one
     data/            image-text data: folders with metadata.jsonl, the emoji builder, caches
+    formats/         checkpoint files: strict checks, the original layouts of single files
     hub/             the bundled model, model cards, hubgen's classes in diffusers' loader
     pipelines/       prompt -> embeddings -> denoising loop -> decode, one file a pipeline
     training/        one script a task, run by `accelerate launch`
-    cli.py           the `hubgen` command
+    cli/             the `hubgen` command
 
 Imports point one way: cli, training, pipelines, then the rest; `layers` and `paths` are the ground.
 
@@ -25,7 +26,11 @@ from hubgen.hub.registration import register
 
 if TYPE_CHECKING:
     from hubgen.autoencoders.autoencoder_kl import AutoencoderKL as AutoencoderKL
+    from hubgen.autoencoders.vq_model import VQModel as VQModel
+    from hubgen.backbones.dit import DiTTransformer2DModel as DiTTransformer2DModel
+    from hubgen.backbones.flux import FluxTransformer2DModel as FluxTransformer2DModel
     from hubgen.backbones.mmdit import SD3Transformer2DModel as SD3Transformer2DModel
+    from hubgen.backbones.unet import UNet2DModel as UNet2DModel
     from hubgen.backbones.unet_condition import UNet2DConditionModel as UNet2DConditionModel
     from hubgen.conditioning.guidance import ClassifierFreeGuidance as ClassifierFreeGuidance
     from hubgen.conditioning.text import TextCondition as TextCondition
@@ -35,23 +40,37 @@ if TYPE_CHECKING:
     from hubgen.paths.path import VariancePreservingPath as VariancePreservingPath
     from hubgen.paths.timesteps import LogitNormalDensity as LogitNormalDensity
     from hubgen.paths.timesteps import UniformDensity as UniformDensity
+    from hubgen.pipelines.class_to_image import ClassToImagePipeline as ClassToImagePipeline
     from hubgen.pipelines.text_to_image import TextToImagePipeline as TextToImagePipeline
+    from hubgen.pipelines.unconditional import UnconditionalPipeline as UnconditionalPipeline
+    from hubgen.schedulers.ddim import DDIMScheduler as DDIMScheduler
     from hubgen.schedulers.ddpm import DDPMScheduler as DDPMScheduler
     from hubgen.schedulers.flow_match_euler import FlowMatchEulerDiscreteScheduler as FlowMatchEulerDiscreteScheduler
+    from hubgen.schedulers.flow_match_heun import FlowMatchHeunDiscreteScheduler as FlowMatchHeunDiscreteScheduler
+    from hubgen.schedulers.score_sde_ve import ScoreSdeVeScheduler as ScoreSdeVeScheduler
 
 HOMES = {
     "AutoencoderKL": "hubgen.autoencoders.autoencoder_kl",
+    "ClassToImagePipeline": "hubgen.pipelines.class_to_image",
     "ClassifierFreeGuidance": "hubgen.conditioning.guidance",
+    "DDIMScheduler": "hubgen.schedulers.ddim",
     "DDPMScheduler": "hubgen.schedulers.ddpm",
+    "DiTTransformer2DModel": "hubgen.backbones.dit",
     "FlowMatchEulerDiscreteScheduler": "hubgen.schedulers.flow_match_euler",
+    "FlowMatchHeunDiscreteScheduler": "hubgen.schedulers.flow_match_heun",
+    "FluxTransformer2DModel": "hubgen.backbones.flux",
     "LogitNormalDensity": "hubgen.paths.timesteps",
     "RectifiedFlowPath": "hubgen.paths.path",
     "SD3Transformer2DModel": "hubgen.backbones.mmdit",
+    "ScoreSdeVeScheduler": "hubgen.schedulers.score_sde_ve",
     "TextCondition": "hubgen.conditioning.text",
     "TextEmbeddings": "hubgen.conditioning.text",
     "TextToImagePipeline": "hubgen.pipelines.text_to_image",
     "UNet2DConditionModel": "hubgen.backbones.unet_condition",
+    "UNet2DModel": "hubgen.backbones.unet",
+    "UnconditionalPipeline": "hubgen.pipelines.unconditional",
     "UniformDensity": "hubgen.paths.timesteps",
+    "VQModel": "hubgen.autoencoders.vq_model",
     "VariancePreservingPath": "hubgen.paths.path",
     "bundled_model": "hubgen.hub.bundled",
 }
@@ -82,4 +101,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-register(pipelines=("TextToImagePipeline",))
+register(pipelines=("ClassToImagePipeline", "TextToImagePipeline", "UnconditionalPipeline"))

@@ -1,127 +1,200 @@
-"""Text to image: prompt -> embeddings -> denoising loop -> decode, for MM-DiTs and U-Nets alike.
+"""Text to image: prompt -> embeddings -> denoising loop -> decode; from noise, from an image, or inside a mask.
+
+One pipeline for every family: what differs between them are objects chosen from the components (how text encoders are
+joined, `hubgen.conditioning.prompts`; how the backbone is called, `hubgen.conditioning.inputs`; the shape of its
+latents, `LatentSpace`; defaults, `Family`).
 
 Shapes: B pictures (prompts times pictures of each), H and W pixels, (B, C, h, w) latents, L text tokens of D features,
 P features of pooled text.
 """
 
-import inspect
 import logging
-import numbers
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import diffusers
 import torch
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.image_processing_utils import BaseImageProcessor
 
 from hubgen.autoencoders.autoencoder_kl import AutoencoderKL
+from hubgen.backbones.flux import FluxTransformer2DModel
 from hubgen.backbones.mmdit import SD3Transformer2DModel
 from hubgen.backbones.unet_condition import UNet2DConditionModel
 from hubgen.conditioning.guidance import ClassifierFreeGuidance
-from hubgen.conditioning.text import TextCondition, TextEmbeddings, condition_inputs, takes_pooled
-from hubgen.hub.registration import is_registered, loadable
-from hubgen.pipelines.denoising import Generator, denoise, supported
+from hubgen.conditioning.inputs import (
+    BackboneCall,
+    takes_guidance,
+    takes_pooled,
+)
+from hubgen.conditioning.prompts import PromptCondition, prompt_condition
+from hubgen.conditioning.text import TextEmbeddings
+from hubgen.hub.native import NativePipeline
+from hubgen.hub.registration import loadable
+from hubgen.hub.single_file import SingleFilePipelineMixin
+from hubgen.pipelines.calls import (
+    attention_options,
+    check_eta,
+    check_generator,
+    check_latents,
+    check_output,
+    check_size,
+    check_tensor_names,
+    decode_pixels,
+    require_whole,
+    set_grid,
+)
+from hubgen.pipelines.denoising import Generator, denoise
+from hubgen.pipelines.families import READS, Defaults, Family, family_of
+from hubgen.pipelines.image_arguments import Images
+from hubgen.pipelines.image_inputs import Begin, ImageStart, image_start, takes_mask, until
+from hubgen.pipelines.latent_space import LatentSpace
+from hubgen.pipelines.picture_inputs import PictureInputs
+from hubgen.pipelines.prompt_inputs import EMBEDDINGS, NEGATIVES, PROMPTS, Prompt, PromptInputs
 
 logger = logging.getLogger(__name__)
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-# A U-Net takes any size; well above this one, memory runs out before there is a picture.
-LARGEST_SIDE = 8192
-EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
-# What a pipeline's folder holds; no pickled weights.
-PIPELINE_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+
+@dataclass
+class TextToImageOutput(ImagePipelineOutput):
+    """What a call returns."""
+
+    nsfw_content_detected: list[bool] | None = None
+    """For each picture whether the safety checker has blackened it; `None` without one"""
 
 
 @loadable
-class TextToImagePipeline(DiffusionPipeline):
+class TextToImagePipeline(NativePipeline, SingleFilePipelineMixin):
     """Pictures of prompts, by latent diffusion or flow matching.
 
-    Components may be hubgen's or diffusers' classes of the same names, and schedulers any of diffusers'.
+    Reads the folders of diffusers' pipelines for Stable Diffusion 1, 2, XL and 3 and FLUX.1 (text to image, image to
+    image, inpainting), and is saved as one of them where it can be. Components may be hubgen's or diffusers' classes of
+    the same names, and schedulers any of diffusers'.
 
     Args:
         vae: Autoencoder between pixels and latents.
-        text_encoder: Any transformers text encoder (see `TextCondition`).
+        text_encoder: Any transformers text encoder (see `TextCondition`), or the first of several (see
+            `hubgen.conditioning.prompts`); `None` if embeddings are given in the call.
         tokenizer: Its tokenizer; `model_max_length` is the number of tokens that the backbone is shown.
         scheduler: The way from noise to data.
-        transformer: The backbone, if it is an MM-DiT ...
+        transformer: The backbone, if it is an MM-DiT or FLUX ...
         unet: ... or if it is a U-Net: exactly one of the two.
-        default_num_inference_steps: What a call does that names no number of steps; saved with the pipeline.
+        default_num_inference_steps: What a call does that names no number of steps; saved with the pipeline. `None`
+            for what diffusers' pipeline of the family does.
         default_guidance_scale: Likewise.
+        text_encoder_2: The second text encoder of SDXL (CLIP), SD3 (CLIP) or FLUX (T5).
+        tokenizer_2: Its tokenizer.
+        text_encoder_3: SD3's T5, which may be missing.
+        tokenizer_3: Its tokenizer.
+        safety_checker: Looks at each picture with `feature_extractor`, and blackens what it objects to.
+        feature_extractor: What the safety checker sees pictures through.
+        image_encoder: Kept and saved with the rest; no use is made of it.
+        requires_safety_checker: Kept for diffusers' pipeline, which warns where it is true and there is none; `None`
+            for whether there is one.
+        force_zeros_for_empty_prompt: Whether, for SDXL, guidance without a negative prompt leads away from zeros.
+        requires_aesthetics_score: Whether the backbone is told a score in place of the target size (SDXL's refiner).
 
     Raises:
         ValueError: Both or neither of `transformer` and `unet` were given.
     """
 
     # The annotations of __init__ name classes one by one, because diffusers' `from_pipe` compares types with them.
-    model_cpu_offload_seq = "text_encoder->transformer->unet->vae"
-    _optional_components = ["transformer", "unet"]
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->image_encoder->transformer->unet->vae"
+    _optional_components = [
+        *("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3"),
+        *("transformer", "unet", "safety_checker", "feature_extractor", "image_encoder"),
+    ]
+    _exclude_from_cpu_offload = ["safety_checker"]
     _callback_tensor_inputs = ["latents", *EMBEDDINGS]
+    reads = READS
 
     def __init__(
         self,
         vae: AutoencoderKL | diffusers.AutoencoderKL,
-        text_encoder: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        text_encoder: PreTrainedModel | None,
+        tokenizer: PreTrainedTokenizerBase | None,
         scheduler: SchedulerMixin,
-        transformer: SD3Transformer2DModel | diffusers.SD3Transformer2DModel | None = None,
+        transformer: SD3Transformer2DModel
+        | FluxTransformer2DModel
+        | diffusers.SD3Transformer2DModel
+        | diffusers.FluxTransformer2DModel
+        | None = None,
         unet: UNet2DConditionModel | diffusers.UNet2DConditionModel | None = None,
-        default_num_inference_steps: int = 28,
-        default_guidance_scale: float = 4.0,
+        default_num_inference_steps: int | None = None,
+        default_guidance_scale: float | None = None,
+        text_encoder_2: PreTrainedModel | None = None,
+        tokenizer_2: PreTrainedTokenizerBase | None = None,
+        text_encoder_3: PreTrainedModel | None = None,
+        tokenizer_3: PreTrainedTokenizerBase | None = None,
+        safety_checker: PreTrainedModel | None = None,
+        feature_extractor: BaseImageProcessor | None = None,
+        image_encoder: PreTrainedModel | None = None,
+        requires_safety_checker: bool | None = None,
+        force_zeros_for_empty_prompt: bool = True,
+        requires_aesthetics_score: bool = False,
     ):
         super().__init__()
         if (transformer is None) == (unet is None):
             found = "neither" if unet is None else "both"
             raise ValueError(f"`transformer`, `unet`: got {found}, expected exactly one of them.")
+        if safety_checker is not None and feature_extractor is None:
+            raise ValueError(
+                "`feature_extractor`: got None, expected one: the safety checker sees pictures through it."
+            )
         self.register_modules(
             vae=vae,
             text_encoder=text_encoder,
             tokenizer=tokenizer,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
+            text_encoder_3=text_encoder_3,
+            tokenizer_3=tokenizer_3,
             scheduler=scheduler,
             transformer=transformer,
             unet=unet,
+            safety_checker=safety_checker,
+            feature_extractor=feature_extractor,
+            image_encoder=image_encoder,
         )
+        if requires_safety_checker is None:
+            requires_safety_checker = safety_checker is not None
         self.register_to_config(
-            default_num_inference_steps=default_num_inference_steps, default_guidance_scale=default_guidance_scale
+            default_num_inference_steps=default_num_inference_steps,
+            default_guidance_scale=default_guidance_scale,
+            requires_safety_checker=requires_safety_checker,
+            force_zeros_for_empty_prompt=force_zeros_for_empty_prompt,
+            requires_aesthetics_score=requires_aesthetics_score,
         )
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-        self._guidance = ClassifierFreeGuidance(default_guidance_scale)
+        self._guidance_scale = self.defaults().guidance_scale
         self._num_timesteps = 0
         self._interrupt = False
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "TextToImagePipeline":
-        """As diffusers' `DiffusionPipeline.from_pretrained`: a pipeline's folder, or a repository on the Hub.
-
-        Raises:
-            ValueError: A folder that is no pipeline.
-            OSError: Neither a folder nor a repository that can be reached.
-        """
-        path = os.fspath(pretrained_model_name_or_path)
-        if os.path.isdir(path) and not os.path.isfile(os.path.join(path, cls.config_name)):
-            raise ValueError(f"{path} is no pipeline folder: it holds no {cls.config_name}.")
-        if not os.path.isdir(path) and not is_registered():
-            # A diffusers that hubgen cannot register with refuses our classes from the Hub, but not from a folder.
-            from huggingface_hub import snapshot_download
-
-            path = snapshot_download(path, allow_patterns=PIPELINE_FILES, **supported(snapshot_download, **kwargs))
-        return super().from_pretrained(path, **kwargs)
+    def native_class(self) -> str | None:
+        """The pipeline of diffusers that can be made of these components; `None` where there is none."""
+        family = self.family
+        # diffusers' pipelines for U-Nets scale noise and inputs by the scheduler.
+        fits = family.backbone != "UNet2DConditionModel" or hasattr(self.scheduler, "init_noise_sigma")
+        if type(self.backbone).__name__ != family.backbone or not fits:
+            return None
+        return family.inpainting if takes_mask(self.backbone, self.vae) else family.pipeline
 
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | list[str] | None = None,
+        prompt: Prompt = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
         guidance_scale: float | None = None,
-        negative_prompt: str | list[str] | None = None,
+        negative_prompt: Prompt = None,
         num_images_per_prompt: int = 1,
         generator: Generator = None,
         latents: torch.Tensor | None = None,
@@ -135,63 +208,166 @@ class TextToImagePipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
-    ) -> ImagePipelineOutput | tuple[Any]:
+        prompt_2: Prompt = None,
+        prompt_3: Prompt = None,
+        negative_prompt_2: Prompt = None,
+        negative_prompt_3: Prompt = None,
+        clip_skip: int | None = None,
+        max_sequence_length: int | None = None,
+        true_cfg_scale: float | None = None,
+        image: Images | None = None,
+        mask_image: Images | None = None,
+        strength: float | None = None,
+        masked_image_latents: torch.Tensor | None = None,
+        padding_mask_crop: int | None = None,
+        denoising_start: float | None = None,
+        denoising_end: float | None = None,
+        original_size: tuple[int, int] | None = None,
+        crops_coords_top_left: tuple[int, int] | None = None,
+        target_size: tuple[int, int] | None = None,
+        negative_original_size: tuple[int, int] | None = None,
+        negative_crops_coords_top_left: tuple[int, int] | None = None,
+        negative_target_size: tuple[int, int] | None = None,
+        aesthetic_score: float | None = None,
+        negative_aesthetic_score: float | None = None,
+        eta: float = 0.0,
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
+        joint_attention_kwargs: Mapping[str, Any] | None = None,
+    ) -> TextToImageOutput | tuple[Any, ...]:
         """Makes pictures.
 
         Args:
             prompt: One or several.
-            height: Pixels; `None` for what the model was trained for.
+            height: Pixels; `None` for what the model was trained for, or what suits `image`.
             width: Likewise.
             num_inference_steps: `None` for the model's default, or for as many as `timesteps` or `sigmas` has.
             timesteps: The scheduler's grid, instead of its own; or
             sigmas: the same in terms of noise; not every scheduler takes them.
-            guidance_scale: Strength of classifier-free guidance; at most 1 is none, `None` the model's default.
-            negative_prompt: What guidance leads away from: one for all prompts or one each; `None` is the empty prompt.
+            guidance_scale: Strength of classifier-free guidance; at most 1 is none, `None` the model's default. For
+                models that take it as an input (FLUX dev, LCM) it is that.
+            negative_prompt: What guidance leads away from: one for all prompts or one each; `None` is the empty prompt,
+                or for SDXL none at all (`force_zeros_for_empty_prompt`).
             num_images_per_prompt: Pictures of each prompt, next to each other in the result.
             generator: Source of the noise. A list has one for each picture, which then comes out the same in any batch.
-            latents: The noise to start from, (B, C, h, w), standard normal, instead of drawing it.
+            latents: The noise to start from, (B, C, h, w), standard normal, instead of drawing it. With `image` and no
+                mask, x_t.
             prompt_embeds: (prompts, L, D), instead of the prompts.
             negative_prompt_embeds: Likewise, instead of `negative_prompt`.
             pooled_prompt_embeds: (prompts, P), beside `prompt_embeds` where the backbone takes pooled text.
             negative_pooled_prompt_embeds: Likewise.
             output_type: "pil"; "np", (B, H, W, 3) in [0, 1]; "pt", (B, 3, H, W) in [0, 1]; or "latent", (B, C, h, w).
-            return_dict: Whether to return `ImagePipelineOutput` or a tuple of its `images`.
+            return_dict: Whether to return `TextToImageOutput` or a tuple of its values that are not `None`.
             callback_on_step_end: `(pipeline, step, timestep, tensors) -> tensors`; those returned replace the old ones.
             callback_on_step_end_tensor_inputs: Names of `tensors`, of `_callback_tensor_inputs`.
             guidance_rescale: See `ClassifierFreeGuidance`.
             guidance_interval: See `ClassifierFreeGuidance`.
+            prompt_2: For the second text encoder; `None` for `prompt`.
+            prompt_3: For the third.
+            negative_prompt_2: Likewise, in the place of `negative_prompt`.
+            negative_prompt_3: Likewise.
+            clip_skip: Layers of CLIP left out at the end, for the prompts (not the negative ones, as in diffusers).
+            max_sequence_length: Tokens that T5 reads: 256 for SD3, 512 for FLUX, if `None`.
+            true_cfg_scale: Strength of classifier-free guidance for models that take `guidance_scale` as an input, if
+                there is a negative prompt; it doubles the work.
+            image: To start from: see `ImageStart` for it and for
+            mask_image: where it is to be made anew,
+            strength: how far back towards noise,
+            masked_image_latents: what inpainting models are shown,
+            padding_mask_crop: the part of the image to make, and
+            denoising_start: from which share of the way another model's latents are walked on.
+            denoising_end: In (0, 1): the share of the way from noise to data after which to stop, and leave the rest
+                to another model (SDXL's refiner); with `output_type="latent"`.
+            original_size: (height, width) that SDXL is told the picture had before it was cropped; `None`: its own.
+            crops_coords_top_left: Where SDXL is told the picture was cropped; `None`: (0, 0).
+            target_size: (height, width) that SDXL is told the picture has; `None`: its own.
+            negative_original_size: The same for the unconditional half; `None` for what the conditional one is told.
+            negative_crops_coords_top_left: Likewise.
+            negative_target_size: Likewise.
+            aesthetic_score: What SDXL's refiner is told in the place of the target size; `None`: 6.
+            negative_aesthetic_score: Likewise for the unconditional half; `None`: 2.5.
+            eta: Noise added in each step, for schedulers that take it (DDIM).
+            cross_attention_kwargs: Options for a U-Net's attention processors.
+            joint_attention_kwargs: Likewise for a transformer's.
 
         Raises:
             ValueError: An argument is not one that the model can work with; before anything is computed.
         """
-        scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
-        guidance = ClassifierFreeGuidance(scale, guidance_rescale, guidance_interval)
-        size = self.check_size(height, width)
-        embeds = (prompt_embeds, pooled_prompt_embeds, negative_prompt_embeds, negative_pooled_prompt_embeds)
-        batch = self.check_prompts(prompt, negative_prompt, num_images_per_prompt, embeds)
-        self.check_noise(batch, size, generator, latents)
-        self.check_output(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        prompts = PromptInputs(
+            *(prompt, prompt_2, prompt_3, negative_prompt, negative_prompt_2, negative_prompt_3),
+            *(prompt_embeds, pooled_prompt_embeds, negative_prompt_embeds, negative_pooled_prompt_embeds),
+            *(num_images_per_prompt, clip_skip, max_sequence_length),
+        )
+        attention_kwargs = attention_options(self.backbone, cross_attention_kwargs, joint_attention_kwargs)
+        defaults = self.defaults(image is not None, mask_image is not None)
+        guidance_scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
+        guidance, told_scale = self.prepare_guidance(
+            guidance_scale, true_cfg_scale, guidance_rescale, guidance_interval, prompts.has_negative
+        )
+        prompts.check(self.condition, self.backbone, guidance.enabled)
+        start = image_start(
+            *(self, image, mask_image, strength, height, width),
+            *(masked_image_latents, padding_mask_crop, denoising_start, output_type),
+        )
+        size = self.check_size(height, width) if start is None else start.size
+        numbers = PictureInputs(
+            *(original_size, crops_coords_top_left, target_size),
+            *(negative_original_size, negative_crops_coords_top_left, negative_target_size),
+            *(aesthetic_score, negative_aesthetic_score),
+        ).numbers(self.backbone, size, self.config.requires_aesthetics_score)
+        check_generator(generator, prompts.batch)
+        check_latents(latents, self.latents_shape(prompts.batch, size))
+        check_output(
+            output_type, callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
+        )
+        step_options = check_eta(self.scheduler, eta)
+        if start is not None:
+            start.check_batch(prompts.batch)
         device = self._execution_device
-        steps = self.prepare_timesteps(num_inference_steps, timesteps, sigmas, size, device)
-        self._guidance, self._num_timesteps, self._interrupt = guidance, len(steps), False
+        grid = self.prepare_timesteps(num_inference_steps, timesteps, sigmas, size, device, defaults.steps)
+        grid = until(self.scheduler, grid if start is None else start.rest(grid), denoising_end)
+        self._num_timesteps, self._interrupt = len(grid), False
 
-        positive, negative = self.encode_prompt(
-            prompt, negative_prompt, num_images_per_prompt, guidance.enabled, embeds, device
+        positive, negative = self.encode_prompt(prompts, guidance.enabled, device)
+        begin = self.prepare_latents(start, grid, prompts, size, generator, latents)
+        predict = BackboneCall(
+            *(self.backbone, positive, negative, numbers, told_scale, attention_kwargs, begin.extra_channels)
         )
-        latents = self.prepare_latents(batch, size, generator, latents, device)
         latents = self.denoise(
-            latents,
-            steps,
-            positive,
-            negative,
-            size,
-            generator,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
+            *(predict, begin, grid, guidance, generator, step_options),
+            *(callback_on_step_end, callback_on_step_end_tensor_inputs),
         )
-        images = self.decode_latents(latents, output_type)
+        images, flagged = self.decode_checked(latents, output_type)
+        if start is not None:
+            images = start.finish(images)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        output = TextToImageOutput(images=images, nsfw_content_detected=flagged)
+        return output if return_dict else output.to_tuple()
+
+    # ---- the arrows ----
+
+    def prepare_guidance(
+        self,
+        scale: float,
+        true_cfg_scale: float | None,
+        rescale: float,
+        interval: tuple[float, float],
+        has_negative: bool,
+    ) -> tuple[ClassifierFreeGuidance, float | None]:
+        """How two predictions become one, and the scale that is an input of the backbone, if it takes one."""
+        guidance = ClassifierFreeGuidance(scale, rescale, interval)
+        self._guidance_scale = scale
+        if not takes_guidance(self.backbone):
+            if true_cfg_scale is not None:
+                raise ValueError(
+                    f"`true_cfg_scale`: got {true_cfg_scale!r}, expected none: `guidance_scale` is this model's "
+                    "classifier-free guidance."
+                )
+            return guidance, None
+        guidance = ClassifierFreeGuidance(1.0 if true_cfg_scale is None else true_cfg_scale, rescale, interval)
+        if guidance.enabled and not has_negative:
+            logger.warning("`true_cfg_scale` has no effect without a negative prompt.")
+            guidance = ClassifierFreeGuidance(1.0)
+        return guidance, scale
 
     def prepare_timesteps(
         self,
@@ -200,85 +376,58 @@ class TextToImagePipeline(DiffusionPipeline):
         sigmas: Sequence[float] | None,
         size: tuple[int, int],
         device: torch.device,
+        default_steps: int,
     ) -> torch.Tensor:
-        """Sets the scheduler's grid and returns its timesteps, (n,) on `device`.
-
-        Raises:
-            ValueError: Not a whole number of steps above 0, or a grid that the scheduler does not take.
-        """
-        own = timesteps is None and sigmas is None
-        if num_inference_steps is None and own:
-            num_inference_steps = self.config.default_num_inference_steps
-        if num_inference_steps is not None:
-            require_whole("num_inference_steps", num_inference_steps)
-        grid: dict[str, Any] = {"timesteps": timesteps, "sigmas": sigmas}
-        grid = {name: value for name, value in grid.items() if value is not None}
-        for name, value in grid.items():
-            if num_inference_steps is not None and len(value) != num_inference_steps:
-                raise ValueError(f"`{name}`: got {len(value)}, expected `num_inference_steps`={num_inference_steps}.")
-        if self.scheduler.config.get("use_dynamic_shifting", False):
-            grid["mu"] = self.dynamic_shift(size)
-        known = inspect.signature(self.scheduler.set_timesteps).parameters
-        for name in grid:
-            if name not in known:
-                raise ValueError(f"`{name}`: {type(self.scheduler).__name__} takes none, only a number of steps.")
-        self.scheduler.set_timesteps(num_inference_steps if own else None, device=device, **grid)
-        if hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(0)  # saves the scheduler a search that waits for the device
-        return self.scheduler.timesteps
+        """Sets the scheduler's grid and returns its timesteps, (n,) on `device`; see `set_grid` for errors."""
+        mu = self.dynamic_shift(size) if self.scheduler.config.get("use_dynamic_shifting", False) else None
+        steps = default_steps if num_inference_steps is None else num_inference_steps
+        if timesteps is None and sigmas is None:
+            require_whole("num_inference_steps", steps)
+            sigmas = self.family.sigmas(steps, self.scheduler)
+        return set_grid(self.scheduler, num_inference_steps, timesteps, sigmas, steps, device, mu)
 
     def dynamic_shift(self, size: tuple[int, int]) -> float:
         """mu of the timesteps' shift, on a line by the number of image tokens (SD3, 2403.03206, section 5.3.2)."""
-        config = self.scheduler.config
-        tokens = (size[0] // self.size_multiple) * (size[1] // self.size_multiple)
-        slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
-        return config.base_shift + slope * (tokens - config.base_image_seq_len)
+        config: Any = self.scheduler.config
+        low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        base, top = config.get("base_shift", 0.5), config.get("max_shift", self.family.max_shift)
+        return base + (top - base) / (high - low) * (self.latent_space.tokens(size) - low)
 
     def encode_prompt(
-        self,
-        prompt: str | list[str] | None,
-        negative_prompt: str | list[str] | None,
-        num_images_per_prompt: int,
-        guided: bool,
-        embeds: Sequence[torch.Tensor | None],
-        device: torch.device,
+        self, prompts: PromptInputs, guided: bool, device: torch.device
     ) -> tuple[TextEmbeddings, TextEmbeddings | None]:
         """Embeddings of B prompts and of what guidance leads away from (`None` if nothing is guided).
 
         Args:
-            prompt: As in the call.
-            negative_prompt: As in the call.
-            num_images_per_prompt: How often each prompt is repeated.
+            prompts: Checked.
             guided: Whether the second embeddings are needed.
-            embeds: The four of `EMBEDDINGS`; those not `None` take the place of prompts.
-            device: Where the text encoder runs and the embeddings go.
+            device: Where the text encoders run and the embeddings go.
         """
-        tokens, pooled, negative_tokens, negative_pooled = embeds
-        if tokens is None:
-            positive = self.condition.encode([prompt] if isinstance(prompt, str) else list(prompt or ()), device)
-            tokens, pooled = positive.tokens, positive.pooled
-        positive = self.for_backbone(tokens, pooled, device)
+        condition, count = self.condition, prompts.num_images_per_prompt
+        if prompts.prompt_embeds is None:
+            made = prompts.encode(condition, PROMPTS, device, prompts.clip_skip)
+            positive = self.for_backbone(made.tokens, made.pooled, device)
+        else:
+            positive = self.for_backbone(prompts.prompt_embeds, prompts.pooled_prompt_embeds, device)
         if not guided:
-            if negative_prompt is not None or negative_tokens is not None:
+            if prompts.has_negative:
                 logger.warning("The negative prompt has no effect without guidance.")
-            return positive.repeat_interleave(num_images_per_prompt), None
+            return positive.repeat_interleave(count), None
 
-        if negative_tokens is None:
-            if isinstance(negative_prompt, list | tuple):
-                negative = self.condition.encode(list(negative_prompt), device)
-            else:
-                negative = self.condition.encode([negative_prompt or ""], device).repeat_interleave(len(positive))
-            negative_tokens, negative_pooled = negative.tokens, negative.pooled
-        negative = self.for_backbone(negative_tokens, negative_pooled, device)
+        if prompts.negative_prompt_embeds is not None:
+            pooled = prompts.negative_pooled_prompt_embeds
+            negative = self.for_backbone(prompts.negative_prompt_embeds, pooled, device)
+        elif condition.zero_without_prompt and not prompts.has_negative:
+            negative = TextEmbeddings(torch.zeros_like(positive.tokens), torch.zeros_like(positive.pooled))
+        else:
+            made = prompts.encode(condition, NEGATIVES, device)
+            negative = self.for_backbone(made.tokens, made.pooled, device)
         if negative.tokens.shape != positive.tokens.shape:
             raise ValueError(
                 f"`negative_prompt_embeds`: got {tuple(negative.tokens.shape)}, expected the shape of the prompts' "
                 f"embeddings, {tuple(positive.tokens.shape)}."
             )
-        return (
-            positive.repeat_interleave(num_images_per_prompt),
-            negative.repeat_interleave(num_images_per_prompt),
-        )
+        return positive.repeat_interleave(count), negative.repeat_interleave(count)
 
     def for_backbone(self, tokens: torch.Tensor, pooled: torch.Tensor | None, device: torch.device) -> TextEmbeddings:
         """Embeddings as the backbone takes them: in its dtype, and without pooled text where it takes none."""
@@ -288,86 +437,82 @@ class TextToImagePipeline(DiffusionPipeline):
 
     def prepare_latents(
         self,
-        batch: int,
+        start: ImageStart | None,
+        timesteps: torch.Tensor,
+        prompts: PromptInputs,
         size: tuple[int, int],
         generator: Generator,
         latents: torch.Tensor | None,
-        device: torch.device,
-    ) -> torch.Tensor:
-        """The noise to start from, (B, C, h, w) in float32: the same in whatever precision the networks compute."""
+    ) -> Begin:
+        """Where to start, (B, C, h, w) in float32: the same noise in whatever precision the networks compute."""
+        batch, device = prompts.batch, timesteps.device
+        if start is not None:
+            return start.begin(timesteps, batch, generator, latents, prompts.num_images_per_prompt)
         if latents is None:
             latents = randn_tensor(self.latents_shape(batch, size), generator, device, torch.float32)
-        return latents.to(device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        return Begin(latents.to(device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0))
 
     def denoise(
         self,
-        latents: torch.Tensor,
+        predict: BackboneCall,
+        begin: Begin,
         timesteps: torch.Tensor,
-        positive: TextEmbeddings,
-        negative: TextEmbeddings | None,
-        size: tuple[int, int],
+        guidance: ClassifierFreeGuidance,
         generator: Generator = None,
+        step_options: Mapping[str, Any] | None = None,
         callback: Callable[..., dict[str, Any] | None] | None = None,
         callback_tensors: Sequence[str] = ("latents",),
     ) -> torch.Tensor:
         """From noise to latents, (B, C, h, w): the loop of `hubgen.pipelines.denoising` with this backbone."""
-        backbone, dtype = self.backbone, self.backbone.dtype
-        tensors: dict[str, Any] = {"prompt_embeds": positive.tokens, "pooled_prompt_embeds": positive.pooled}
-        if negative is not None:
-            tensors |= {"negative_prompt_embeds": negative.tokens, "negative_pooled_prompt_embeds": negative.pooled}
+        tensors: dict[str, Any] = dict(zip(EMBEDDINGS, predict.embeddings, strict=True))
         callback_tensors = getattr(callback, "tensor_inputs", callback_tensors)  # diffusers' callback objects
 
-        def conditions() -> dict[bool, dict[str, Any]]:
-            """What the backbone is told beside x_t, by whether the step is guided."""
-            cond = TextEmbeddings(tensors["prompt_embeds"], tensors["pooled_prompt_embeds"])
-            told = {False: condition_inputs(backbone, cond, size)}
-            if negative is not None:
-                uncond = TextEmbeddings(tensors["negative_prompt_embeds"], tensors["negative_pooled_prompt_embeds"])
-                told[True] = condition_inputs(backbone, TextEmbeddings.cat([uncond, cond]), size)
-            return told
-
-        def predict(x_t: torch.Tensor, t: torch.Tensor, guided: bool) -> torch.Tensor:
-            return backbone(x_t.to(dtype), timestep=t, **told[guided], return_dict=False)[0]
-
         def on_step(step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-            nonlocal told
             progress_bar.update()
+            if begin.blend is not None:
+                latents = begin.blend(step, latents)
             if callback is None:
                 return latents
             tensors["latents"] = latents
             changed = callback(self, step, timestep, {name: tensors.get(name) for name in callback_tensors}) or {}
-            self.check_callback_tensors("callback_on_step_end", changed)
+            check_tensor_names("callback_on_step_end", changed, self._callback_tensor_inputs)
             tensors.update(changed)
             if set(changed) & set(EMBEDDINGS):
-                told = conditions()
+                predict.embeddings = tuple(tensors[name] for name in EMBEDDINGS)
             return tensors["latents"]
 
-        told = conditions()
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             return denoise(
                 predict,
                 self.scheduler,
-                latents,
+                begin.latents,
                 timesteps,
-                self._guidance,
+                guidance,
                 generator,
                 on_step=on_step,
                 interrupted=lambda: self._interrupt,
+                step_options=step_options,
             )
 
     def decode_latents(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
         """Pictures of latents, (B, C, h, w) as the backbone has them; see the call for `output_type`."""
+        return self.decode_checked(latents, output_type)[0]
+
+    def decode_checked(self, latents: torch.Tensor, output_type: str) -> tuple[Any, list[bool] | None]:
+        """Pictures, and which of them the safety checker has blackened (`None` without one, and for latents)."""
         if output_type == "latent":
-            return latents
-        config, dtype = self.vae.config, self.vae.dtype
-        latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
-        upcast = dtype == torch.float16 and config.force_upcast
-        if upcast:
-            self.vae.to(torch.float32)
-        pixels = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]  # (B, 3, H, W) in [-1, 1]
-        if upcast:
-            self.vae.to(dtype)
-        return self.image_processor.postprocess(pixels.float(), output_type=output_type)
+            return latents, None
+        pixels, flagged = decode_pixels(self.vae, latents), None
+        if self.safety_checker is not None:
+            pictures = self.image_processor.postprocess(pixels, output_type="pil")
+            seen = self.feature_extractor(pictures, return_tensors="pt").pixel_values
+            seen = seen.to(pixels.device, self.safety_checker.dtype)
+            _, flagged = self.safety_checker(images=pixels, clip_input=seen)
+            flagged = [bool(flag) for flag in flagged]
+            pixels[flagged] = -1.0
+        return self.image_processor.postprocess(pixels, output_type=output_type), flagged
+
+    # ---- the parts ----
 
     @property
     def backbone(self) -> Any:
@@ -375,37 +520,55 @@ class TextToImagePipeline(DiffusionPipeline):
         return self.transformer if self.transformer is not None else self.unet
 
     @property
-    def condition(self) -> TextCondition:
+    def condition(self) -> PromptCondition:
         """Prompts to embeddings."""
-        return TextCondition(self.text_encoder, self.tokenizer)
+        return prompt_condition(
+            self.backbone,
+            (self.text_encoder, self.text_encoder_2, self.text_encoder_3),
+            (self.tokenizer, self.tokenizer_2, self.tokenizer_3),
+            self.config.force_zeros_for_empty_prompt,
+        )
+
+    @property
+    def family(self) -> Family:
+        """Defaults, and the pipelines of diffusers that these components make."""
+        return family_of(self.condition, self.backbone, self.config.requires_aesthetics_score)
+
+    @property
+    def latent_space(self) -> LatentSpace:
+        """Shapes of latents and sizes of pictures."""
+        return LatentSpace(self.vae, self.backbone)
+
+    def defaults(self, image: bool = False, mask: bool = False) -> Defaults:
+        """What a call does that is not told, without or with an image and a mask."""
+        family, config = self.family, self.config
+        task = family.inpaint if mask else family.image_to_image if image else family.text_to_image
+        steps, scale = config.default_num_inference_steps, config.default_guidance_scale
+        return replace(
+            task,
+            steps=task.steps if steps is None else steps,
+            guidance_scale=task.guidance_scale if scale is None else scale,
+        )
 
     @property
     def vae_scale_factor(self) -> int:
         """Pixels of a picture's side per latent."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return self.latent_space.factor
 
     @property
     def size_multiple(self) -> int:
         """Height and width in pixels are multiples of it: pixels per latent times latents per token."""
-        return self.vae_scale_factor * self.backbone.config.get("patch_size", 1)
-
-    @property
-    def largest_side(self) -> int:
-        """The largest height and width in pixels."""
-        positions = self.backbone.config.get("pos_embed_max_size")
-        return LARGEST_SIDE if positions is None else positions * self.size_multiple
+        return self.latent_space.multiple
 
     @property
     def default_size(self) -> tuple[int, int]:
         """Height and width in pixels that the backbone was trained for."""
-        side = self.backbone.config.sample_size
-        height, width = (side, side) if isinstance(side, int) else side
-        return height * self.vae_scale_factor, width * self.vae_scale_factor
+        return self.latent_space.default_size
 
     @property
     def guidance_scale(self) -> float:
         """That of the last call."""
-        return self._guidance.scale
+        return self._guidance_scale
 
     @property
     def num_timesteps(self) -> int:
@@ -419,106 +582,37 @@ class TextToImagePipeline(DiffusionPipeline):
 
     def latents_shape(self, batch: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
         """(B, C, h, w) for `size` in pixels."""
-        factor = self.vae_scale_factor
-        return batch, self.backbone.config.in_channels, size[0] // factor, size[1] // factor
+        return self.latent_space.shape(batch, size)
+
+    def enable_vae_slicing(self) -> None:
+        """Decodes the pictures of a batch one by one: less memory."""
+        self.vae.enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        """Decodes all pictures of a batch at once."""
+        self.vae.disable_slicing()
+
+    def enable_vae_tiling(self) -> None:
+        """Decodes and encodes large pictures in overlapping tiles: less memory, other numbers at the seams."""
+        self.vae.enable_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        """Decodes and encodes pictures as a whole."""
+        self.vae.disable_tiling()
+
+    # ---- checks ----
 
     def check_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """(height, width) in pixels, defaults filled in; raises ValueError for what the model cannot make."""
+        space = self.latent_space
         size = (
-            self.default_size[0] if height is None else height,
-            self.default_size[1] if width is None else width,
+            space.default_size[0] if height is None else height,
+            space.default_size[1] if width is None else width,
         )
-        multiple, largest = self.size_multiple, self.largest_side
         for name, side in zip(("height", "width"), size, strict=True):
-            require_whole(name, side)
-            if side > largest:
+            if isinstance(side, int) and side > space.largest:
                 raise ValueError(
-                    f"`{name}`: got {side}, expected at most {largest}, the largest that this model makes."
+                    f"`{name}`: got {side}, expected at most {space.largest}, the largest that this model makes."
                 )
-            if side % multiple:
-                below, above = side // multiple * multiple, (side // multiple + 1) * multiple
-                nearest = " or ".join(str(n) for n in (below, above) if multiple <= n <= largest)
-                raise ValueError(f"`{name}`: got {side}, expected a multiple of {multiple}; the nearest: {nearest}.")
+            check_size(name, side, space.multiple)
         return size
-
-    def check_prompts(
-        self,
-        prompt: str | list[str] | None,
-        negative_prompt: str | list[str] | None,
-        num_images_per_prompt: int,
-        embeds: Sequence[torch.Tensor | None],
-    ) -> int:
-        """The number of pictures; raises ValueError where prompts or embeddings are wrong or do not fit each other."""
-        require_whole("num_images_per_prompt", num_images_per_prompt)
-        given = dict(zip(EMBEDDINGS, embeds, strict=True))
-        if (prompt is None) == (given["prompt_embeds"] is None):
-            found = "neither" if prompt is None else "both"
-            raise ValueError(f"`prompt`, `prompt_embeds`: got {found}, expected exactly one of them.")
-        if negative_prompt is not None and given["negative_prompt_embeds"] is not None:
-            raise ValueError("`negative_prompt`, `negative_prompt_embeds`: got both, expected at most one of them.")
-        for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-            texts = [value] if isinstance(value, str) or value is None else value
-            if not isinstance(texts, list | tuple) or not texts:
-                raise ValueError(f"`{name}`: got {value!r}, expected a string or a non-empty list of strings.")
-            for number, text in enumerate(texts if value is not None else ()):
-                if not isinstance(text, str):
-                    raise ValueError(f"`{name}`: got {text!r} as number {number}, expected a string.")
-        embedded = given["prompt_embeds"]
-        prompts = len(embedded) if embedded is not None else 1 if isinstance(prompt, str) else len(prompt or ())
-        if isinstance(negative_prompt, list | tuple) and len(negative_prompt) != prompts:
-            raise ValueError(
-                f"`negative_prompt`: got {len(negative_prompt)}, expected one for all or one for each of the {prompts} "
-                "prompts."
-            )
-        pools = takes_pooled(self.backbone)
-        for tokens, pooled in (EMBEDDINGS[:2], EMBEDDINGS[2:]):
-            if given[pooled] is not None and given[tokens] is None:
-                raise ValueError(f"`{pooled}`: got a tensor without `{tokens}`, expected both or none.")
-            if given[tokens] is not None and given[pooled] is None and pools:
-                raise ValueError(
-                    f"`{pooled}`: got None beside `{tokens}`, expected both: the backbone takes pooled text."
-                )
-        for name, ndim in zip(EMBEDDINGS, (3, 2, 3, 2), strict=True):
-            tensor = given[name]
-            if tensor is not None and (not torch.is_tensor(tensor) or tensor.ndim != ndim or len(tensor) != prompts):
-                found = str(tuple(tensor.shape)) if torch.is_tensor(tensor) else repr(tensor)
-                features = "tokens, features" if ndim == 3 else "features"
-                raise ValueError(f"`{name}`: got {found}, expected a tensor of shape ({prompts}, {features}).")
-        return prompts * num_images_per_prompt
-
-    def check_noise(
-        self, batch: int, size: tuple[int, int], generator: Generator, latents: torch.Tensor | None
-    ) -> None:
-        """Raises ValueError where generators or given latents do not fit B pictures of `size`."""
-        generators = generator if isinstance(generator, list | tuple) else [generator] * batch
-        if len(generators) != batch:
-            raise ValueError(
-                f"`generator`: got a list of {len(generators)}, expected one for each of {batch} pictures."
-            )
-        for one in generators:
-            if not (isinstance(one, torch.Generator) or (one is None and generator is None)):
-                raise ValueError(f"`generator`: got {one!r}, expected a torch.Generator or a list of them.")
-        shape = self.latents_shape(batch, size)
-        if latents is not None and (not torch.is_tensor(latents) or tuple(latents.shape) != shape):
-            found = tuple(latents.shape) if torch.is_tensor(latents) else repr(latents)
-            raise ValueError(f"`latents`: got {found}, expected a tensor of shape {shape}.")
-
-    def check_output(self, output_type: str, callback: Any, callback_tensors: Sequence[str]) -> None:
-        """Raises ValueError for an unknown `output_type` or a callback that cannot be served."""
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"`output_type`: got {output_type!r}, expected one of {OUTPUT_TYPES}.")
-        if callback is not None and not callable(callback):
-            raise ValueError(f"`callback_on_step_end`: got {callback!r}, expected something to call.")
-        self.check_callback_tensors("callback_on_step_end_tensor_inputs", callback_tensors)
-
-    def check_callback_tensors(self, argument: str, names: Sequence[str] | dict[str, Any]) -> None:
-        """Raises ValueError for names that are not of `_callback_tensor_inputs`."""
-        unknown = [name for name in names if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(f"`{argument}`: got {unknown}, expected names of {self._callback_tensor_inputs}.")
-
-
-def require_whole(name: str, value: object) -> None:
-    """Raises ValueError unless `value` is a whole number above 0."""
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"`{name}`: got {value!r}, expected a whole number, at least 1.")

@@ -1,5 +1,6 @@
 """What every test shares: no network, few threads, nothing random that was not asked for, and a tiny model."""
 
+import functools
 import os
 
 # Before any import of torch or huggingface_hub, which read these once.
@@ -9,6 +10,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # One thread: tiny models are no faster on two, and how a product is shared among threads moves its last bit.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,18 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import saved_pipeline
 
     return saved_pipeline(tmp_path_factory.mktemp("tiny-model"))
+
+
+@pytest.fixture(scope="session")
+def official(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`official("sdxl")`: the folder of a tiny random pipeline in an official layout, saved by diffusers."""
+    from tests import official as layouts
+
+    @functools.cache
+    def folder(name: str) -> Path:
+        return layouts.official(name, tmp_path_factory.mktemp("official") / name)
+
+    return folder
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from hubgen.cli import default_out, is_expected, main
+from hubgen.cli import is_expected, main
+from hubgen.cli.generate import default_out
 from hubgen.hub.provenance import Request, read_request, write_picture
 
 REQUEST = Request(

@@ -36,7 +36,8 @@ from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer, CL
 from hubgen.autoencoders.autoencoder_kl import AutoencoderKL
 from hubgen.backbones.mmdit import SD3Transformer2DModel
 from hubgen.backbones.unet_condition import UNet2DConditionModel
-from hubgen.conditioning.text import TextCondition, condition_inputs
+from hubgen.conditioning.inputs import condition_inputs
+from hubgen.conditioning.text import TextCondition
 from hubgen.data.cache import LatentCache, TextCache, cache_latents, cache_text_embeddings, module_digest
 from hubgen.data.image_folder import ImageTextFolder
 from hubgen.data.sampler import StepBatchSampler, step_generator, step_seed
@@ -505,6 +506,7 @@ def build_pipeline(settings: Settings, backbone: nn.Module, vae: AutoencoderKL, 
             clip_sample=False,
             timestep_spacing="trailing",
         )
+    trained: dict[str, Any] = {"transformer" if settings.backbone == "mmdit" else "unet": backbone}
     return TextToImagePipeline(
         vae=vae,
         text_encoder=text.text_encoder,
@@ -512,7 +514,7 @@ def build_pipeline(settings: Settings, backbone: nn.Module, vae: AutoencoderKL, 
         scheduler=scheduler,
         default_num_inference_steps=settings.validation_inference_steps,
         default_guidance_scale=settings.validation_guidance_scale,
-        **{"transformer" if settings.backbone == "mmdit" else "unet": backbone},
+        **trained,
     )
 
 

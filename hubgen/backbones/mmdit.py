@@ -22,101 +22,51 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import apply_lora_scale
 from torch import nn
 
-from hubgen.layers.attention import Attention, JointAttnProcessor
+from hubgen.formats.loading import StrictModelMixin
+from hubgen.formats.single_file import SingleFileMixin
 from hubgen.layers.embeddings import CombinedTimestepTextProjEmbeddings, PatchEmbed
-from hubgen.layers.feed_forward import FeedForward
-from hubgen.layers.normalization import AdaLayerNormContinuous, AdaLayerNormZero, SD35AdaLayerNormZeroX, modulate
+from hubgen.layers.joint import JointTransformerBlock, initialize_joint_
+from hubgen.layers.normalization import AdaLayerNormContinuous
+from hubgen.layers.shapes import require_shape
 
 
-def add_gated(x: torch.Tensor, gate: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
-    """x + gate * update, the same gate for all tokens: (B, T, D), (B, D), (B, T, D) -> (B, T, D)."""
-    return torch.addcmul(x, gate[:, None], update)
+def stable_diffusion_3_medium() -> dict[str, Any]:
+    """Config of SD3's transformer of 2.0 billion parameters (2403.03206; d = 24, d heads and a width of 64 d)."""
+    return {
+        "num_layers": 24,
+        "num_attention_heads": 24,
+        "caption_projection_dim": 1536,
+        "pos_embed_max_size": 192,
+    }
 
 
-class JointTransformerBlock(nn.Module):
-    """One block of figure 2b: both streams are modulated, attend jointly, and pass MLPs of their own.
-
-    Args:
-        dim: Features of a token, image and text alike.
-        num_attention_heads: Heads of the joint attention.
-        attention_head_dim: Features of a head.
-        context_pre_only: Whether the text only informs this attention and is not computed further (the last block).
-        qk_norm: `"rms_norm"` or `None`, see `Attention`.
-        use_dual_attention: Whether the image tokens have a second attention among themselves (SD3.5 medium).
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_attention_heads: int,
-        attention_head_dim: int,
-        context_pre_only: bool = False,
-        qk_norm: str | None = None,
-        use_dual_attention: bool = False,
-    ):
-        super().__init__()
-        self.context_pre_only = context_pre_only
-        self.use_dual_attention = use_dual_attention
-        attention: dict[str, Any] = {
-            "query_dim": dim,
-            "heads": num_attention_heads,
-            "dim_head": attention_head_dim,
-            "bias": True,
-            "qk_norm": qk_norm,
-        }
-
-        self.norm1 = SD35AdaLayerNormZeroX(dim) if use_dual_attention else AdaLayerNormZero(dim)
-        self.norm1_context = (
-            AdaLayerNormContinuous(dim, dim, elementwise_affine=False, eps=1e-6)
-            if context_pre_only
-            else AdaLayerNormZero(dim)
-        )
-        self.attn = Attention(**attention, added_kv_proj_dim=dim, context_pre_only=context_pre_only)
-        if use_dual_attention:
-            self.attn2 = Attention(**attention, processor=JointAttnProcessor())
-        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.ff = FeedForward(dim, activation_fn="gelu-approximate")
-        if not context_pre_only:
-            self.norm2_context = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-            self.ff_context = FeedForward(dim, activation_fn="gelu-approximate")
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        temb: torch.Tensor,
-        joint_attention_kwargs: dict[str, Any] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, T, D), (B, L, D), (B, D) -> text (B, L, D), image (B, T, D); a pre-only block hands the text on as is."""
-        x, context, kwargs = hidden_states, encoder_hidden_states, joint_attention_kwargs or {}
-
-        if self.use_dual_attention:
-            x_in, gate, shift_mlp, scale_mlp, gate_mlp, x_in2, gate2 = self.norm1(x, temb)
-        else:
-            x_in, gate, shift_mlp, scale_mlp, gate_mlp = self.norm1(x, temb)
-        if self.context_pre_only:
-            context_in = self.norm1_context(context, temb)
-        else:
-            context_in, c_gate, c_shift_mlp, c_scale_mlp, c_gate_mlp = self.norm1_context(context, temb)
-
-        x_out, context_out = self.attn(x_in, context_in, **kwargs)  # (B, T, D), (B, L, D)
-        x = add_gated(x, gate, x_out)
-        if self.use_dual_attention:
-            x = add_gated(x, gate2, self.attn2(x_in2, **kwargs))
-        x = add_gated(x, gate_mlp, self.ff(modulate(self.norm2(x), scale_mlp, shift_mlp)))
-
-        if not self.context_pre_only:
-            context = add_gated(context, c_gate, context_out)
-            c_in = modulate(self.norm2_context(context), c_scale_mlp, c_shift_mlp)
-            context = add_gated(context, c_gate_mlp, self.ff_context(c_in))
-        return context, x
+def stable_diffusion_3_5_medium() -> dict[str, Any]:
+    """Config of SD3.5 medium's transformer: SD3's with normalised queries and keys, and dual attention in 13 blocks."""
+    return {
+        **stable_diffusion_3_medium(),
+        "pos_embed_max_size": 384,
+        "qk_norm": "rms_norm",
+        "dual_attention_layers": tuple(range(13)),
+    }
 
 
-class SD3Transformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
+def stable_diffusion_3_5_large() -> dict[str, Any]:
+    """Config of SD3.5 large's transformer of 8.1 billion parameters (2403.03206, d = 38)."""
+    return {
+        **stable_diffusion_3_medium(),
+        "num_layers": 38,
+        "num_attention_heads": 38,
+        "caption_projection_dim": 2432,
+        "qk_norm": "rms_norm",
+    }
+
+
+class SD3Transformer2DModel(
+    StrictModelMixin, SingleFileMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin
+):
     """The multimodal diffusion transformer of Stable Diffusion 3 and 3.5 (2403.03206).
 
     Args:
@@ -197,22 +147,7 @@ class SD3Transformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         self.norm_out = AdaLayerNormContinuous(self.inner_dim, self.inner_dim, elementwise_affine=False, eps=1e-6)
         self.proj_out = nn.Linear(self.inner_dim, patch_size * patch_size * self.out_channels)
         self.gradient_checkpointing = False
-        self.initialize_weights()
-
-    def initialize_weights(self) -> None:
-        """adaLN-Zero (2212.09748): every block starts as the identity, and the prediction as exactly 0."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                nn.init.xavier_uniform_(module.weight.flatten(1))  # the convolution is a linear layer on patches
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        for embedder in (self.time_text_embed.timestep_embedder, self.time_text_embed.text_embedder):
-            nn.init.normal_(embedder.linear_1.weight, std=0.02)
-            nn.init.normal_(embedder.linear_2.weight, std=0.02)
-        for module in self.modules():
-            if isinstance(module, AdaLayerNormZero | SD35AdaLayerNormZeroX | AdaLayerNormContinuous):
-                nn.init.zeros_(module.linear.weight)
-        nn.init.zeros_(self.proj_out.weight)
+        initialize_joint_(self)
 
     def enable_cache(self, config: Any) -> None:
         """Reuses features between steps, an approximation (diffusers' `FirstBlockCacheConfig` and the like)."""
@@ -290,17 +225,7 @@ class SD3Transformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
     ) -> None:
         batch, config = len(hidden_states), self.config
         steps = 1 if timestep is not None and timestep.shape == (1,) else batch
-        for name, value, expected in (
-            ("hidden_states", hidden_states, (batch, config.in_channels, "height", "width")),
-            ("encoder_hidden_states", encoder_hidden_states, (batch, "tokens", config.joint_attention_dim)),
-            ("pooled_projections", pooled_projections, (batch, config.pooled_projection_dim)),
-            ("timestep", timestep, (steps,)),
-        ):
-            shape = None if value is None else tuple(value.shape)
-            if (
-                shape is None
-                or len(shape) != len(expected)
-                or any(isinstance(e, int) and e != n for e, n in zip(expected, shape, strict=True))
-            ):
-                wanted = ", ".join(str(e) for e in expected)
-                raise ValueError(f"`{name}` must have the shape ({wanted}), got {shape}.")
+        require_shape("hidden_states", hidden_states, (batch, config.in_channels, "height", "width"))
+        require_shape("encoder_hidden_states", encoder_hidden_states, (batch, "tokens", config.joint_attention_dim))
+        require_shape("pooled_projections", pooled_projections, (batch, config.pooled_projection_dim))
+        require_shape("timestep", timestep, (steps,))

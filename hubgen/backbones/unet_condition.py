@@ -24,14 +24,14 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.utils import apply_lora_scale
 from torch import nn
 
+from hubgen.formats.loading import StrictModelMixin
+from hubgen.formats.single_file import SingleFileMixin
 from hubgen.layers.embeddings import TimestepEmbedding, Timesteps
-from hubgen.layers.resnet import ResnetBlock2D
-from hubgen.layers.transformer import Transformer2DModel
 from hubgen.layers.unet_blocks import (
     CrossAttnDownBlock2D,
     CrossAttnUpBlock2D,
@@ -40,6 +40,7 @@ from hubgen.layers.unet_blocks import (
     UNetMidBlock2D,
     UNetMidBlock2DCrossAttn,
     UpBlock2D,
+    start_at_zero,
 )
 
 DOWN_BLOCKS = {"DownBlock2D": DownBlock2D, "CrossAttnDownBlock2D": CrossAttnDownBlock2D}
@@ -152,7 +153,9 @@ def require_positive(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
 
 
-class UNet2DConditionModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+class UNet2DConditionModel(
+    StrictModelMixin, SingleFileMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin
+):
     """The U-Net of Stable Diffusion 1.x and 2.x and of SDXL; arguments and weights are those of diffusers' class.
 
     Arguments that are missing below belong to variants that are not built here (`SUPPORTED` lists the values that
@@ -296,7 +299,14 @@ class UNet2DConditionModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterM
         def attention(level: int, depth: int | tuple[int, ...], block_type: str) -> LevelAttention | None:
             if not block_type.startswith(("CrossAttn", "UNetMidBlock2DCrossAttn")):
                 return None
-            return LevelAttention(heads[level], context_dims[level], depth, use_linear_projection, upcast_attention)
+            return LevelAttention(
+                heads[level],
+                context_dims[level],
+                depth,
+                use_linear_projection,
+                upcast_attention,
+                config.norm_num_groups,
+            )
 
         self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], conv_in_kernel, padding=conv_in_kernel // 2)
 
@@ -366,22 +376,8 @@ class UNet2DConditionModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterM
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """Every residual branch and the prediction start at zero, so that the network starts as its skip connections.
-
-        As in the code of 2105.05233 and 2112.10752; all else keeps torch's default.
-        """
-        for module in self.modules():
-            last: nn.Module
-            if isinstance(module, ResnetBlock2D):
-                last = module.conv2
-            elif isinstance(module, Transformer2DModel):
-                last = module.proj_out
-            elif module is self:
-                last = self.conv_out
-            else:
-                continue
-            for parameter in last.parameters():
-                nn.init.zeros_(parameter)
+        """Every residual branch and the prediction start at zero, so that the network starts as its skip connections."""
+        start_at_zero(self)
 
     def check_config(self) -> None:
         """Raises ValueError naming the argument whose value cannot be built or does not fit another."""

@@ -16,6 +16,9 @@ logger = logging.getLogger(__name__)
 # Encoders trained by contrast with images: their pooled output is the sentence. Elsewhere (BERT's is trained on "is
 # this the next sentence?", T5 has none) the mean over the tokens says more (sentence-transformers, 1908.10084).
 POOLS_ITSELF = ("clip", "siglip", "align", "altclip")
+# The encoders of Stable Diffusion and FLUX, whose backbones were trained on the states of all tokens, padding included,
+# and, unless an encoder's config says otherwise, with padding attended to.
+SHOWS_PADDING = ("clip_text_model", "clip", "t5", "umt5")
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class TextEmbeddings:
     """What a text encoder makes of B prompts."""
 
     tokens: torch.Tensor
-    """(B, L, D), zeros where there is no token"""
+    """(B, L, D)"""
     pooled: torch.Tensor
     """(B, P)"""
 
@@ -54,7 +57,9 @@ class TextCondition:
     Embeddings come as the encoder gives them, not normalised (MiniLM: standard deviation about 0.5 for tokens and 0.35
     pooled). The pooled vector is the model's own where it was trained to be one (CLIP, projected where the model has a
     projection), else the mean over the prompt's tokens; for sentence-transformers models its direction is the sentence
-    embedding. The empty prompt is the unconditional one, embedded as any other.
+    embedding. The empty prompt is the unconditional one, embedded as any other. Tokens of padding are zeros, so that a
+    backbone without masks is not shown what the encoder makes of them; but CLIP's and T5's are left as they come, as
+    Stable Diffusion and FLUX have them.
 
     Args:
         text_encoder: A transformers encoder: BERT and its kin, CLIP's text models, `T5EncoderModel`, ...
@@ -95,7 +100,13 @@ class TextCondition:
         """Where the encoder's weights lie."""
         return next(self.text_encoder.parameters()).device
 
-    def encode(self, prompts: list[str], device: torch.device | str | None = None) -> TextEmbeddings:
+    def encode(
+        self,
+        prompts: list[str],
+        device: torch.device | str | None = None,
+        skip: int = 0,
+        normed: bool = True,
+    ) -> TextEmbeddings:
         """Embeds prompts, in the encoder's dtype; gradients as the caller's context has them.
 
         A prompt of more than `max_length` tokens is cut at the end, and a warning tells what was cut.
@@ -103,6 +114,8 @@ class TextCondition:
         Args:
             prompts: B prompts.
             device: Where the encoder runs; `None` for where its weights lie (offloaded weights move by hooks).
+            skip: The token states are those before the last `skip` layers (CLIP only).
+            normed: Whether such states go through the norm that follows the last layer.
 
         Raises:
             ValueError: `prompts` is not a non-empty list of strings.
@@ -116,13 +129,23 @@ class TextCondition:
         )
         batch = batch.to(self.device if device is None else device)
         mask = batch["attention_mask"].bool()[:, :, None]  # (B, L, 1)
-        output = self.text_encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        config, options = self.text_encoder.config, {}
+        shows_padding = config.model_type in SHOWS_PADDING
+        if not shows_padding or getattr(config, "use_attention_mask", False):
+            options["attention_mask"] = batch["attention_mask"]
+        if skip:
+            options["output_hidden_states"] = True
+        output = self.text_encoder(input_ids=batch["input_ids"], **options)
 
-        # Zeroed, so that a backbone without masks is not shown what the encoder makes of padding.
-        tokens = output.last_hidden_state.masked_fill(~mask, 0.0)  # (B, L, D)
+        tokens = output.hidden_states[-1 - skip] if skip else output.last_hidden_state  # (B, L, D)
+        if skip and normed:
+            # transformers before 5 has the layers one level deeper
+            tokens = getattr(self.text_encoder, "text_model", self.text_encoder).final_layer_norm(tokens)
+        if not shows_padding:
+            tokens = tokens.masked_fill(~mask, 0.0)
         pooled = self._own_pooled(output)
         if pooled is None:
-            pooled = tokens.sum(1) / mask.sum(1)  # (B, D)
+            pooled = tokens.masked_fill(~mask, 0.0).sum(1) / mask.sum(1)  # (B, D)
         return TextEmbeddings(tokens, pooled)
 
     def _own_pooled(self, output: Any) -> torch.Tensor | None:
@@ -140,52 +163,3 @@ class TextCondition:
             # At most so many tokens are spelled out: a prompt may be a book.
             cut = self.tokenizer.decode(ids[room : room + 50]) + (" ..." if len(ids) > room + 50 else "")
             logger.warning("The prompt has %d tokens, but the model reads %d. Not read: %r", len(ids), room, cut)
-
-
-def takes_pooled(backbone: nn.Module) -> bool:
-    """Whether a backbone is told the pooled text, beside the token states."""
-    config: Any = backbone.config
-    return (
-        config.get("pooled_projection_dim") is not None
-        or config.get("class_embed_type") == "projection"
-        or config.get("addition_embed_type") == "text_time"
-    )
-
-
-def condition_inputs(
-    backbone: nn.Module, embeddings: TextEmbeddings, size: tuple[int, int] | None = None
-) -> dict[str, Any]:
-    """The keywords by which a backbone's forward takes text: the one place that knows, by the backbone's config.
-
-    Args:
-        backbone: A model with a diffusers config: MM-DiT (token states and pooled), U-Net (token states, and pooled
-            only where the config asks for it). Unwrapped, where a trainer has wrapped it.
-        embeddings: Of B prompts.
-        size: Height and width in pixels of the pictures, for U-Nets that are told (SDXL); the picture counts as whole,
-            not as a crop.
-
-    Raises:
-        ValueError: The config asks for something that text does not give, or for `size` where it is `None`.
-    """
-    config: Any = backbone.config
-    inputs: dict[str, Any] = {"encoder_hidden_states": embeddings.tokens}
-    if config.get("pooled_projection_dim") is not None:
-        inputs["pooled_projections"] = embeddings.pooled
-    if config.get("class_embed_type") == "projection":
-        inputs["class_labels"] = embeddings.pooled
-    elif config.get("class_embed_type") is not None or config.get("num_class_embeds") is not None:
-        raise ValueError("The backbone wants class labels (`class_embed_type`, `num_class_embeds`); text gives none.")
-    if config.get("addition_embed_type") == "text_time":
-        if size is None:
-            raise ValueError(
-                "`size` must be (height, width), because the backbone has `addition_embed_type='text_time'`."
-            )
-        # SDXL (2307.01952, section 2.2): original height and width, top and left of the crop, target height and width.
-        numbers = torch.tensor([*size, 0, 0, *size], dtype=embeddings.pooled.dtype, device=embeddings.pooled.device)
-        time_ids = numbers.expand(len(embeddings), -1)  # (B, 6)
-        inputs["added_cond_kwargs"] = {"text_embeds": embeddings.pooled, "time_ids": time_ids}
-    elif config.get("addition_embed_type") is not None:
-        raise ValueError(
-            f"`addition_embed_type` of the backbone must be None or 'text_time', got {config['addition_embed_type']!r}."
-        )
-    return inputs

@@ -33,7 +33,7 @@ class Request:
     """
 
     prompts: list[str]
-    """One or more, none of them blank."""
+    """None of them blank; none at all for a model that draws without."""
     negative_prompt: str | None
     n: int
     """Pictures of each prompt."""
@@ -52,6 +52,12 @@ class Request:
     dtype: str
     batch_size: int
     """Pictures made at a time; other batches round differently."""
+    image: str | None = None
+    """File that the picture starts from; not a part of what is written."""
+    mask: str | None = None
+    """File that is white where `image` is drawn anew."""
+    strength: float | None = None
+    """How much of `image` is drawn over, above 0 and at most 1."""
 
 
 def versions() -> dict[str, str]:
@@ -119,8 +125,10 @@ def read_request(path: Path) -> tuple[Request, dict[str, str]]:
         fields, made_with = dict(content["request"]), dict(content["versions"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: its settings are damaged and cannot be read") from error
-    names = {field.name for field in dataclasses.fields(Request)}
-    for problem, found in (("lack", names - fields.keys()), ("have an unknown", fields.keys() - names)):
+    known = dataclasses.fields(Request)
+    names = {field.name for field in known}
+    needed = {field.name for field in known if field.default is dataclasses.MISSING}
+    for problem, found in (("lack", needed - fields.keys()), ("have an unknown", fields.keys() - names)):
         if found:
             raise ValueError(f"{path}: its settings {problem} {', '.join(sorted(map(str, found)))}")
     for name, value in fields.items():
@@ -134,10 +142,10 @@ def is_valid(name: str, value: Any) -> bool:
     whole = isinstance(value, int) and not isinstance(value, bool)
     match name:
         case "prompts":
-            return isinstance(value, list) and bool(value) and all(isinstance(prompt, str) for prompt in value)
+            return isinstance(value, list) and all(isinstance(prompt, str) for prompt in value)
         case "model" | "device":
             return isinstance(value, str)
-        case "negative_prompt" | "revision":
+        case "negative_prompt" | "revision" | "image" | "mask":
             return value is None or isinstance(value, str)
         case "dtype":
             return value in DTYPES
@@ -145,6 +153,8 @@ def is_valid(name: str, value: Any) -> bool:
             return value is None or (whole or isinstance(value, float)) and math.isfinite(value)
         case "seed":
             return whole and 0 <= value <= LARGEST_SEED
+        case "strength":
+            return value is None or (whole or isinstance(value, float)) and 0 < value <= 1
         case "width" | "height":
             return value is None or whole and 1 <= value <= LARGEST_SIDE
         case "num_inference_steps":

@@ -64,6 +64,22 @@ class Timesteps(nn.Module):
         )
 
 
+class GaussianFourierProjection(nn.Module):
+    """Sines and cosines of the logarithm of a noise level at fixed random frequencies: (B,) -> (B, 2 embedding_size).
+
+    2011.13456, section 4.4, after 2006.10739. The frequencies are drawn once, normal with the standard deviation
+    `scale`, and are saved with the weights, but not trained.
+    """
+
+    def __init__(self, embedding_size: int, scale: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(embedding_size) * scale, requires_grad=False)
+
+    def forward(self, sigmas: torch.Tensor) -> torch.Tensor:
+        angles = 2 * math.pi * (torch.log(sigmas)[:, None] * self.weight)  # (B, embedding_size)
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
 class TimestepEmbedding(nn.Module):
     """Two linear layers on a sinusoidal embedding: (B, in_channels) -> (B, out_dim).
 
@@ -129,6 +145,46 @@ class CombinedTimestepTextProjEmbeddings(nn.Module):
         return self.timestep_embedder(waves) + self.text_embedder(pooled_projection)
 
 
+class CombinedTimestepGuidanceTextProjEmbeddings(CombinedTimestepTextProjEmbeddings):
+    """The same plus the embedded guidance scale, of a model into which guidance was distilled (FLUX.1 dev)."""
+
+    def __init__(self, embedding_dim: int, pooled_projection_dim: int):
+        super().__init__(embedding_dim, pooled_projection_dim)
+        self.guidance_embedder = TimestepEmbedding(in_channels=256, time_embed_dim=embedding_dim)
+
+    def forward(  # type: ignore[override]
+        self, timestep: torch.Tensor, guidance: torch.Tensor, pooled_projection: torch.Tensor
+    ) -> torch.Tensor:
+        """(B,), (B,), (B, pooled_projection_dim) -> (B, embedding_dim)."""
+        waves = self.time_proj(guidance).to(pooled_projection.dtype)  # (B, 256)
+        return super().forward(timestep, pooled_projection) + self.guidance_embedder(waves)
+
+
+class FluxPosEmbed(nn.Module):
+    """Rotary position embedding with several axes, each of which turns features of its own (2104.09864; FLUX).
+
+    Args:
+        theta: The longest period of an axis, in units of 2 pi positions.
+        axes_dim: Features that each axis turns, even numbers; together those of a head.
+    """
+
+    def __init__(self, theta: int, axes_dim: tuple[int, ...]):
+        super().__init__()
+        self.theta = theta
+        self.axes_dim = axes_dim
+
+    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions (T, axes) -> cosines and sines, each (T, D) in float32, every angle twice."""
+        # float64 as in FLUX, wherever the device has it: positions go into the thousands.
+        precise = torch.float32 if ids.device.type in ("mps", "npu") else torch.float64
+        angles = []
+        for axis, dim in enumerate(self.axes_dim):
+            exponent = torch.arange(0, dim, 2, dtype=precise, device=ids.device) / dim
+            angles.append(ids[:, axis, None].to(precise) / self.theta**exponent)  # (T, dim / 2)
+        of_pairs = torch.cat(angles, dim=1).repeat_interleave(2, dim=1)  # (T, D)
+        return of_pairs.cos().float(), of_pairs.sin().float()
+
+
 def sincos_position_embedding(dim: int, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """Fixed position embedding of a grid, one row after another: (h,), (w,) -> (h * w, dim), float32.
 
@@ -190,9 +246,8 @@ class PatchEmbed(nn.Module):
         size = (self.height, self.width) if pos_embed_max_size is None else (pos_embed_max_size,) * 2
         self.register_buffer("pos_embed", self.positions(*size), persistent=pos_embed_max_size is not None)
 
-    def positions(self, rows: int, columns: int) -> torch.Tensor:
+    def positions(self, rows: int, columns: int, device: torch.device | None = None) -> torch.Tensor:
         """(1, rows * columns, D); a grid of any size spans the `height` patches that the model was made for."""
-        device = self.proj.weight.device
         spans = [
             torch.arange(n, dtype=torch.float32, device=device) / (n / self.height) / self.interpolation_scale
             for n in (rows, columns)
@@ -237,5 +292,5 @@ class PatchEmbed(nn.Module):
         elif (rows, columns) == (self.height, self.width):
             positions = self.pos_embed
         else:
-            positions = self.positions(rows, columns)
+            positions = self.positions(rows, columns, tokens.device)
         return (tokens + positions).to(tokens.dtype)

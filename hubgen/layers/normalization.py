@@ -37,6 +37,20 @@ class AdaLayerNormZero(nn.Module):
         return modulate(self.norm(x), scale, shift), gate, shift_mlp, scale_mlp, gate_mlp
 
 
+class AdaLayerNormZeroSingle(nn.Module):
+    """adaLN-Zero for a block whose attention and MLP stand side by side and share all (FLUX's single blocks)."""
+
+    def __init__(self, embedding_dim: int):
+        super().__init__()
+        self.linear = nn.Linear(embedding_dim, 3 * embedding_dim)
+        self.norm = nn.LayerNorm(embedding_dim, elementwise_affine=False, eps=1e-6)
+
+    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, T, D), (B, D) -> modulated x (B, T, D), the gate (B, D)."""
+        shift, scale, gate = self.linear(F.silu(emb)).chunk(3, dim=1)
+        return modulate(self.norm(x), scale, shift), gate
+
+
 class SD35AdaLayerNormZeroX(nn.Module):
     """adaLN-Zero for a block of two attentions (SD3.5 medium), each with a scale, shift and gate of its own."""
 

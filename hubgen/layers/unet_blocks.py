@@ -1,8 +1,9 @@
 """The levels of a U-Net: stacks of residual blocks, with or without a look at the context, down, in the middle and up.
 
-A level with attention has a spatial transformer after every residual block (in the middle: after the first) and
-nothing else besides, so each pair of classes is one forward and two names. Names, forward arguments and parameter
-names are those of diffusers' blocks.
+A level with attention has it after every residual block (in the middle: after the first) and nothing else besides, so
+each level is one forward with several names: `CrossAttn` looks at a context by a spatial transformer, `Attn` at the
+feature map's own pixels. The `Skip` levels of NCSN++ are in `unet_skip_blocks.py`. Names, forward arguments and
+parameter names are those of diffusers' blocks.
 
 Shapes: B batch, C channels, H and W height and width, T features of the time embedding, S context tokens, E their
 features.
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hubgen.layers.attention import SpatialAttention
 from hubgen.layers.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from hubgen.layers.transformer import Transformer2DModel
 
@@ -33,8 +35,10 @@ class LevelAttention:
     """See `Transformer2DModel`."""
     upcast_attention: bool = False
     """See `Attention`."""
+    groups: int = 32
+    """Groups of their GroupNorms."""
 
-    def build(self, channels: int, groups: int, count: int) -> nn.ModuleList:
+    def build(self, channels: int, count: int) -> nn.ModuleList:
         """`count` spatial transformers for feature maps of `channels` channels."""
         layers = (self.layers,) * count if isinstance(self.layers, int) else self.layers
         return nn.ModuleList(
@@ -45,7 +49,7 @@ class LevelAttention:
                     channels,
                     layers[i],
                     self.context_dim,
-                    groups,
+                    self.groups,
                     self.use_linear_projection,
                     self.upcast_attention,
                 )
@@ -54,8 +58,50 @@ class LevelAttention:
         )
 
 
+@dataclass(frozen=True)
+class PixelAttention:
+    """What the attention layers of one level without a context have in common; see `SpatialAttention`."""
+
+    dim_head: int | None = None
+    """Features of a head; `None` for a single head."""
+    groups: int | None = 32
+    """Groups of their GroupNorms; `None` for no norm."""
+    eps: float = 1e-6
+    """Epsilon of the same."""
+    output_scale_factor: float = 1.0
+    """What the sum of a layer's input and its attention is divided by."""
+
+    def build(self, channels: int, count: int) -> nn.ModuleList:
+        """`count` layers for feature maps of `channels` channels."""
+        return nn.ModuleList(
+            [
+                SpatialAttention(channels, self.groups, self.eps, self.dim_head, self.output_scale_factor)
+                for _ in range(count)
+            ]
+        )
+
+
+def start_at_zero(model: nn.Module) -> None:
+    """Zeroes the last layer of every residual branch of a U-Net and of the U-Net itself, so that it predicts zero.
+
+    As in the code of 2006.11239, 2105.05233 and 2112.10752; all else keeps torch's default.
+    """
+    for module in model.modules():
+        last: Any = None
+        if isinstance(module, ResnetBlock2D):
+            last = module.conv2
+        elif isinstance(module, Transformer2DModel):
+            last = module.proj_out
+        elif isinstance(module, SpatialAttention):
+            last = module.to_out[0]
+        elif module is model:
+            last = module.conv_out
+        for parameter in () if last is None else last.parameters():
+            nn.init.zeros_(parameter)
+
+
 class UNetLevel(nn.Module):
-    """What all levels share: residual blocks, and spatial transformers where the level has attention."""
+    """What all levels share: residual blocks, and attention layers where the level has them."""
 
     has_cross_attention = False
     gradient_checkpointing = False
@@ -70,6 +116,12 @@ class UNetLevel(nn.Module):
             return self._gradient_checkpointing_func(self.resnets[i], x, temb)
         return self.resnets[i](x, temb)
 
+    def attend(self, i: int, x: torch.Tensor, *context: Any) -> torch.Tensor:
+        """Attention layer `i`, if there is one; `context` is what spatial transformers look at, and their masks."""
+        if self.attentions is None or i >= len(self.attentions):
+            return x
+        return self.attentions[i](x, *context) if self.has_cross_attention else self.attentions[i](x)
+
 
 class DownBlock2D(UNetLevel):
     """Residual blocks, then half the size; every intermediate feature map is kept for the way up.
@@ -79,12 +131,14 @@ class DownBlock2D(UNetLevel):
         out_channels: Channels of the output.
         temb_channels: Features of the time embedding (T).
         num_layers: Number of residual blocks.
-        attention: The spatial transformers after them; `None` for a level without.
-        groups: Groups of all GroupNorms.
+        attention: The attention layers after them; `None` for a level without.
+        groups: Groups of the residual blocks' GroupNorms.
         eps: Epsilon of the residual blocks' GroupNorms.
         dropout: Probability of dropping a feature in a residual block.
         add_downsample: Whether the size is halved at the end.
         downsample_padding: See `Downsample2D`.
+        scale_shift: See `ResnetBlock2D`.
+        resnet_resample: Whether a residual block halves the size instead of a `Downsample2D`.
     """
 
     def __init__(
@@ -93,20 +147,26 @@ class DownBlock2D(UNetLevel):
         out_channels: int,
         temb_channels: int,
         num_layers: int = 1,
-        attention: LevelAttention | None = None,
+        attention: LevelAttention | PixelAttention | None = None,
         groups: int = 32,
         eps: float = 1e-5,
         dropout: float = 0.0,
         add_downsample: bool = True,
         downsample_padding: int = 1,
+        scale_shift: bool = False,
+        resnet_resample: bool = False,
     ):
         super().__init__()
         widths = [in_channels] + [out_channels] * (num_layers - 1)
-        self.attentions = None if attention is None else attention.build(out_channels, groups, num_layers)
-        self.resnets = nn.ModuleList(
-            [ResnetBlock2D(width, out_channels, temb_channels, groups, eps, dropout) for width in widths]
-        )
-        self.downsamplers = nn.ModuleList([Downsample2D(out_channels, downsample_padding)]) if add_downsample else None
+        self.attentions = None if attention is None else attention.build(out_channels, num_layers)
+        options: dict[str, Any] = {"groups": groups, "eps": eps, "dropout": dropout, "scale_shift": scale_shift}
+        self.resnets = nn.ModuleList([ResnetBlock2D(width, out_channels, temb_channels, **options) for width in widths])
+        halve: nn.Module | None = None
+        if add_downsample and resnet_resample:
+            halve = ResnetBlock2D(out_channels, out_channels, temb_channels, resample=nn.AvgPool2d(2), **options)
+        elif add_downsample:
+            halve = Downsample2D(out_channels, downsample_padding)
+        self.downsamplers = None if halve is None else nn.ModuleList([halve])
 
     def forward(
         self,
@@ -133,15 +193,13 @@ class DownBlock2D(UNetLevel):
         x, skips = hidden_states, []  # (B, C_in, H, W)
         for i in range(len(self.resnets)):
             x = self.residual(i, x, temb)  # (B, C, H, W)
-            if self.attentions is not None:
-                x = self.attentions[i](
-                    x, encoder_hidden_states, attention_mask, encoder_attention_mask, cross_attention_kwargs
-                )
+            x = self.attend(i, x, encoder_hidden_states, attention_mask, encoder_attention_mask, cross_attention_kwargs)
             skips.append(x)
         if self.has_cross_attention and additional_residuals is not None:
             x = skips[-1] = x + additional_residuals
         if self.downsamplers is not None:
-            x = self.downsamplers[0](x)  # (B, C, H/2, W/2)
+            halve = self.downsamplers[0]
+            x = halve(x, temb) if isinstance(halve, ResnetBlock2D) else halve(x)  # (B, C, H/2, W/2)
             skips.append(x)
         if not self.has_cross_attention and additional_residuals is not None:
             x = skips[-1] = x + additional_residuals
@@ -149,22 +207,32 @@ class DownBlock2D(UNetLevel):
 
 
 class CrossAttnDownBlock2D(DownBlock2D):
-    """A `DownBlock2D` with `attention`."""
+    """A `DownBlock2D` with `LevelAttention`."""
 
     has_cross_attention = True
 
 
+class AttnDownBlock2D(DownBlock2D):
+    """A `DownBlock2D` with `PixelAttention`."""
+
+
+class ResnetDownsampleBlock2D(DownBlock2D):
+    """A `DownBlock2D` with `resnet_resample`."""
+
+
 class UNetMidBlock2D(UNetLevel):
-    """One residual block at the lowest resolution; with attention a spatial transformer and a second one.
+    """One residual block at the lowest resolution; with attention an attention layer and a second one.
 
     Args:
         channels: Channels of input and output.
         temb_channels: Features of the time embedding (T).
-        attention: The spatial transformer; `None` for a middle without.
-        groups: Groups of all GroupNorms.
+        attention: The attention layer; `None` for a middle without.
+        groups: Groups of the residual blocks' GroupNorms.
         eps: Epsilon of the residual blocks' GroupNorms.
         dropout: Probability of dropping a feature in a residual block.
         output_scale_factor: See `ResnetBlock2D`.
+        scale_shift: See `ResnetBlock2D`.
+        num_layers: Residual blocks; `None` for two with attention and one without.
     """
 
     attentions: nn.ModuleList
@@ -173,18 +241,21 @@ class UNetMidBlock2D(UNetLevel):
         self,
         channels: int,
         temb_channels: int,
-        attention: LevelAttention | None = None,
+        attention: LevelAttention | PixelAttention | None = None,
         groups: int = 32,
         eps: float = 1e-5,
         dropout: float = 0.0,
         output_scale_factor: float = 1.0,
+        scale_shift: bool = False,
+        num_layers: int | None = None,
     ):
         super().__init__()
-        self.attentions = nn.ModuleList() if attention is None else attention.build(channels, groups, 1)
+        self.attentions = nn.ModuleList() if attention is None else attention.build(channels, 1)
+        options: dict[str, Any] = {"groups": groups, "eps": eps, "dropout": dropout, "scale_shift": scale_shift}
         self.resnets = nn.ModuleList(
             [
-                ResnetBlock2D(channels, channels, temb_channels, groups, eps, dropout, output_scale_factor)
-                for _ in range(1 + len(self.attentions))
+                ResnetBlock2D(channels, channels, temb_channels, output_scale_factor=output_scale_factor, **options)
+                for _ in range(1 + len(self.attentions) if num_layers is None else num_layers)
             ]
         )
 
@@ -199,14 +270,16 @@ class UNetMidBlock2D(UNetLevel):
     ) -> torch.Tensor:
         """(B, C, H, W) -> (B, C, H, W); the arguments are those of `DownBlock2D.forward`."""
         x = self.residual(0, hidden_states, temb)  # (B, C, H, W)
-        for i, attention in enumerate(self.attentions):
-            x = attention(x, encoder_hidden_states, attention_mask, encoder_attention_mask, cross_attention_kwargs)
-            x = self.residual(i + 1, x, temb)  # (B, C, H, W)
+        for i in range(1, len(self.resnets)):
+            x = self.attend(
+                i - 1, x, encoder_hidden_states, attention_mask, encoder_attention_mask, cross_attention_kwargs
+            )
+            x = self.residual(i, x, temb)  # (B, C, H, W)
         return x
 
 
 class UNetMidBlock2DCrossAttn(UNetMidBlock2D):
-    """A `UNetMidBlock2D` with `attention`."""
+    """A `UNetMidBlock2D` with `LevelAttention`."""
 
     has_cross_attention = True
 
@@ -220,11 +293,13 @@ class UpBlock2D(UNetLevel):
         prev_output_channel: Channels of the input.
         temb_channels: Features of the time embedding (T).
         num_layers: Number of residual blocks.
-        attention: The spatial transformers after them; `None` for a level without.
-        groups: Groups of all GroupNorms.
+        attention: The attention layers after them; `None` for a level without.
+        groups: Groups of the residual blocks' GroupNorms.
         eps: Epsilon of the residual blocks' GroupNorms.
         dropout: Probability of dropping a feature in a residual block.
         add_upsample: Whether the size is doubled at the end.
+        scale_shift: See `ResnetBlock2D`.
+        resnet_resample: Whether a residual block doubles the size instead of an `Upsample2D`.
     """
 
     def __init__(
@@ -234,23 +309,33 @@ class UpBlock2D(UNetLevel):
         prev_output_channel: int,
         temb_channels: int,
         num_layers: int = 1,
-        attention: LevelAttention | None = None,
+        attention: LevelAttention | PixelAttention | None = None,
         groups: int = 32,
         eps: float = 1e-5,
         dropout: float = 0.0,
         add_upsample: bool = True,
+        scale_shift: bool = False,
+        resnet_resample: bool = False,
     ):
         super().__init__()
         widths = [prev_output_channel] + [out_channels] * (num_layers - 1)
         skip_widths = [out_channels] * (num_layers - 1) + [in_channels]
-        self.attentions = None if attention is None else attention.build(out_channels, groups, num_layers)
+        self.attentions = None if attention is None else attention.build(out_channels, num_layers)
+        options: dict[str, Any] = {"groups": groups, "eps": eps, "dropout": dropout, "scale_shift": scale_shift}
         self.resnets = nn.ModuleList(
             [
-                ResnetBlock2D(width + skip_width, out_channels, temb_channels, groups, eps, dropout)
+                ResnetBlock2D(width + skip_width, out_channels, temb_channels, **options)
                 for width, skip_width in zip(widths, skip_widths, strict=True)
             ]
         )
-        self.upsamplers = nn.ModuleList([Upsample2D(out_channels)]) if add_upsample else None
+        double: nn.Module | None = None
+        if add_upsample and resnet_resample:
+            double = ResnetBlock2D(
+                out_channels, out_channels, temb_channels, resample=nn.Upsample(scale_factor=2.0), **options
+            )
+        elif add_upsample:
+            double = Upsample2D(out_channels)
+        self.upsamplers = None if double is None else nn.ModuleList([double])
 
     def forward(
         self,
@@ -275,14 +360,22 @@ class UpBlock2D(UNetLevel):
         x = hidden_states  # (B, C_in, H, W)
         for i, skip in enumerate(reversed(res_hidden_states_tuple)):
             x = self.residual(i, torch.cat([x, skip], dim=1), temb)  # (B, C, H, W)
-            if self.attentions is not None:
-                x = self.attentions[i](
-                    x, encoder_hidden_states, attention_mask, encoder_attention_mask, cross_attention_kwargs
-                )
-        return x if self.upsamplers is None else self.upsamplers[0](x, upsample_size)  # (B, C, 2H, 2W)
+            x = self.attend(i, x, encoder_hidden_states, attention_mask, encoder_attention_mask, cross_attention_kwargs)
+        if self.upsamplers is None:
+            return x
+        double = self.upsamplers[0]
+        return double(x, temb) if isinstance(double, ResnetBlock2D) else double(x, upsample_size)  # (B, C, 2H, 2W)
 
 
 class CrossAttnUpBlock2D(UpBlock2D):
-    """An `UpBlock2D` with `attention`."""
+    """An `UpBlock2D` with `LevelAttention`."""
 
     has_cross_attention = True
+
+
+class AttnUpBlock2D(UpBlock2D):
+    """An `UpBlock2D` with `PixelAttention`."""
+
+
+class ResnetUpsampleBlock2D(UpBlock2D):
+    """An `UpBlock2D` with `resnet_resample`."""

@@ -1,7 +1,7 @@
 """Predictor-corrector sampling of the variance-exploding SDE: "Score-Based Generative Modeling through Stochastic
 Differential Equations" (2011.13456), algorithm 2 and section 4.2.
 
-    dx = sqrt(d sigma(t)^2 / dt) dw        x_t = data + sigma(t) noise        sigma(t) = sigma_min (sigma_max / sigma_min)^t
+    dx = sqrt(d sigma(t)^2 / dt) dw      x_t = data + sigma(t) noise      sigma(t) = sigma_min (sigma_max / sigma_min)^t
 
 Time runs from t = 1, where x_t is noise of the standard deviation sigma_max, down to t = sampling_eps. Each step first
 corrects x_t at its own noise level (`step_correct`, Langevin dynamics), then predicts the x of the next, lower one

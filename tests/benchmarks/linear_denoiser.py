@@ -28,7 +28,8 @@ from typing import Any
 import torch
 import yaml
 
-from hubgen.conditioning.text import TextCondition, TextEmbeddings, condition_inputs
+from hubgen.conditioning.inputs import condition_inputs
+from hubgen.conditioning.text import TextCondition, TextEmbeddings
 from hubgen.data.image_folder import ImageTextFolder
 from hubgen.data.sampler import step_generator
 from hubgen.paths.path import ProbabilityPath

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import T5Config, T5EncoderModel
 
-from hubgen.conditioning.text import TextCondition, TextEmbeddings, condition_inputs, takes_pooled
+from hubgen.conditioning.inputs import condition_inputs, takes_pooled
+from hubgen.conditioning.text import TextCondition, TextEmbeddings
 from tests import tiny
 
 PROMPTS = ["", "a red cat", "the big blue dog"]

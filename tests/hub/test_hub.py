@@ -5,9 +5,10 @@ The client reads the Hub's address when it is imported, so each test is a proces
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,48 @@ assert "tester/missing" in load_missing()
 assert type(pipeline.from_pretrained(repo)) is pipeline
 """
     run(code, hub, tmp_path / "home", repo=REPO)
+
+
+@pytest.mark.parametrize("registered", [True, False])
+def test_an_official_repository_loads_with_our_classes(
+    registered: bool, hub: Hub, official: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Made by diffusers; also with a diffusers that hubgen cannot register with."""
+    hub.add("tester/official", official("sdxl"))
+    code = """
+import diffusers.pipelines.pipeline_loading_utils as loading
+import hubgen
+if not registered:
+    hubgen.TextToImagePipeline
+    del loading.LOADABLE_CLASSES["hubgen"]
+pipe = hubgen.TextToImagePipeline.from_pretrained(repo)
+assert type(pipe.unet) is hubgen.UNet2DConditionModel and type(pipe.vae) is hubgen.AutoencoderKL
+assert type(pipe.text_encoder_2).__module__.startswith("transformers.")
+assert (picture(pipe) - picture(hubgen.TextToImagePipeline.from_pretrained(folder))).abs().max() < 1e-4
+"""
+    code = code.replace("not registered", str(not registered))
+    run(code, hub, tmp_path / "home", repo="tester/official", folder=str(official("sdxl")))
+
+
+def test_an_index_with_something_unknown_is_refused_before_weights_are_fetched(
+    hub: Hub, official: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(official("sd1"), folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "unet": ["diffusers", "UNetOfTomorrow"]}))
+    hub.add("tester/unknown", folder)
+    code = """
+import hubgen
+try:
+    hubgen.TextToImagePipeline.from_pretrained(repo)
+except ValueError as error:
+    assert "tester/unknown" in str(error) and "UNetOfTomorrow" in str(error), error
+else:
+    raise AssertionError("it loaded")
+"""
+    run(code, hub, tmp_path / "home", repo="tester/unknown")
+    assert not [request for request in hub.requests if "safetensors" in request]
 
 
 def test_what_is_pushed_loads_again(hub: Hub, tiny_model: Path, tmp_path: Path) -> None:

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention as DiffusersAttention
 from diffusers.models.attention_processor import AttnProcessor2_0, JointAttnProcessor2_0
+from peft import LoraConfig, inject_adapter_in_model
 
-from hubgen.layers.attention import Attention, AttnProcessor, JointAttnProcessor, SpatialAttention
+from hubgen.layers.attention import Attention, AttnProcessor, FluxAttnProcessor, JointAttnProcessor, SpatialAttention
 
 
 def with_weights_of(theirs: torch.nn.Module, ours: torch.nn.Module) -> torch.nn.Module:
@@ -154,3 +155,60 @@ def test_autocast_reaches_queries_keys_and_their_norms_without_a_warning() -> No
 def test_an_unknown_qk_norm_is_named() -> None:
     with pytest.raises(ValueError, match=r"`qk_norm` must be 'rms_norm' or None, got 'layer_norm'"):
         Attention(8, heads=2, dim_head=4, qk_norm="layer_norm")
+
+
+def test_joint_attention_is_the_same_in_any_order_of_its_tokens() -> None:
+    attention = Attention(16, heads=2, dim_head=8, bias=True, qk_norm="rms_norm", added_kv_proj_dim=16)
+    x, text = torch.randn(2, 7, 16), torch.randn(2, 5, 16)
+    text_last = attention(x, text)
+    attention.set_processor(FluxAttnProcessor())
+    for first, last in zip(attention(x, text), text_last, strict=True):
+        torch.testing.assert_close(first, last, rtol=1e-5, atol=1e-5)
+
+
+def fusable(kind: str) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
+    x, text = torch.randn(2, 7, 16), torch.randn(2, 5, 16)
+    if kind == "spatial":
+        return SpatialAttention(16, groups=4), (torch.randn(2, 16, 3, 3),)
+    if kind == "self":
+        return Attention(16, heads=2, dim_head=8), (x,)
+    if kind == "cross":
+        return Attention(16, 16, heads=2, dim_head=8), (x, text)
+    return Attention(16, heads=2, dim_head=8, bias=True, qk_norm="rms_norm", added_kv_proj_dim=16), (x, text)
+
+
+def asked(attention: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    outputs = attention(*inputs)
+    return list(outputs) if isinstance(outputs, tuple) else [outputs]
+
+
+@pytest.mark.parametrize("kind", ["spatial", "self", "cross", "joint"])
+def test_fused_projections_compute_what_separate_ones_do(kind: str) -> None:
+    attention, inputs = fusable(kind)
+    keys, expected = set(attention.state_dict()), asked(attention, inputs)
+    attention.fuse_projections()
+    separate = []
+    for name in ("to_k", "to_v", "add_q_proj"):
+        if getattr(attention, name, None) is not None:
+            getattr(attention, name).register_forward_hook(lambda *_: separate.append(1))
+    for fused, plain in zip(asked(attention, inputs), expected, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
+    assert not separate
+    attention.unfuse_projections()
+    assert set(attention.state_dict()) == keys
+    for unfused, plain in zip(asked(attention, inputs), expected, strict=True):
+        assert torch.equal(unfused, plain)
+
+
+def test_an_adapter_takes_effect_whether_it_comes_before_or_after_the_fusion() -> None:
+    lora = LoraConfig(r=2, target_modules=["to_v"], init_lora_weights=False)
+    attention, inputs = fusable("joint")
+    attention.fuse_projections()
+    (plain, _) = attention(*inputs)
+    inject_adapter_in_model(lora, attention)
+    (adapted, _) = attention(*inputs)
+    assert (adapted - plain).abs().max() > 1e-3
+    attention.unfuse_projections()
+    torch.testing.assert_close(attention(*inputs)[0], adapted, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"\['to_v'\] carry an adapter, expected plain layers"):
+        attention.fuse_projections()

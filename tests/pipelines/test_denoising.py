@@ -2,14 +2,27 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
 from diffusers import FlowMatchEulerDiscreteScheduler as DiffusersFlowMatchEuler
+from diffusers import FlowMatchHeunDiscreteScheduler as DiffusersFlowMatchHeun
 
 from hubgen.conditioning.guidance import ClassifierFreeGuidance
 from hubgen.paths.path import RectifiedFlowPath, VariancePreservingPath
 from hubgen.pipelines.denoising import denoise, times
+from hubgen.schedulers.ddim import DDIMScheduler
 from hubgen.schedulers.ddpm import DDPMScheduler
 from hubgen.schedulers.flow_match_euler import FlowMatchEulerDiscreteScheduler
+from hubgen.schedulers.flow_match_heun import FlowMatchHeunDiscreteScheduler
 
 
 def flow(steps: int) -> FlowMatchEulerDiscreteScheduler:
@@ -96,11 +109,59 @@ def test_an_interrupted_loop_returns_what_it_has() -> None:
         (DiffusersFlowMatchEuler(), RectifiedFlowPath()),
         (UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"), RectifiedFlowPath()),
         (DDPMScheduler(), VariancePreservingPath()),
+        (FlowMatchHeunDiscreteScheduler(shift=3.0), RectifiedFlowPath()),
+        (DiffusersFlowMatchHeun(), RectifiedFlowPath()),
+        (DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"), RectifiedFlowPath()),
         (DDIMScheduler(), VariancePreservingPath()),
         (EulerDiscreteScheduler(), VariancePreservingPath()),
+        (EulerAncestralDiscreteScheduler(), VariancePreservingPath()),
+        (DPMSolverMultistepScheduler(), VariancePreservingPath()),
+        (UniPCMultistepScheduler(), VariancePreservingPath()),
+        (PNDMScheduler(), VariancePreservingPath()),
+        (LMSDiscreteScheduler(), VariancePreservingPath()),
+        (HeunDiscreteScheduler(beta_start=0.0001, beta_end=0.02), VariancePreservingPath()),
+        (LCMScheduler(), VariancePreservingPath()),
     ],
     ids=lambda value: type(value).__name__,
 )
 def test_a_timestep_means_the_time_that_its_path_says(scheduler, path) -> None:
     scheduler.set_timesteps(7)
     torch.testing.assert_close(torch.tensor(times(scheduler, scheduler.timesteps)), path.time(scheduler.timesteps))
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+        EDMEulerScheduler(),
+        EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction", timestep_spacing="leading"),
+    ],
+    ids=["reversed time", "EDM", "continuous"],
+)
+def test_whatever_clock_a_model_has_its_times_fall_from_1_and_stay_above_0(scheduler) -> None:
+    scheduler.set_timesteps(8)
+    found = times(scheduler, scheduler.timesteps)
+    assert found[0] == 1.0 and found == sorted(found, reverse=True) and found[-1] > 0
+    assert times(scheduler, scheduler.timesteps[3:]) == found[3:]  # a start in the middle
+
+
+@pytest.mark.parametrize(
+    "scheduler", [FlowMatchHeunDiscreteScheduler(), DiffusersFlowMatchHeun()], ids=["ours", "theirs"]
+)
+def test_a_scheduler_of_second_order_calls_back_after_each_call_of_the_network(scheduler) -> None:
+    """dx/dt = x from 1 to 0 ends at 1/e of the start; Euler's method with as many calls is further from it."""
+    calls: list[tuple[int, float]] = []
+
+    def on_step(step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        calls.append((step, timestep.item()))
+        return latents
+
+    def end(scheduler, steps: int) -> float:
+        scheduler.set_timesteps(steps)
+        start, guidance = torch.ones(1, 1), ClassifierFreeGuidance(1.0)
+        return denoise(lambda x, t, guided: x, scheduler, start, scheduler.timesteps, guidance, on_step=on_step).item()
+
+    second = end(scheduler, 8)
+    assert calls == list(enumerate(scheduler.timesteps.tolist())) and len(calls) == 15
+    exact = torch.tensor(-1.0).exp().item()
+    assert abs(second - exact) < 0.2 * abs(end(FlowMatchEulerDiscreteScheduler(), 15) - exact)

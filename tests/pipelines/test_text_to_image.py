@@ -161,7 +161,7 @@ def test_an_empty_interval_is_guidance_of_one_and_the_full_one_is_guidance(pipe:
 
 def test_batched_guidance_equals_two_calls(pipe: TextToImagePipeline) -> None:
     """A loop written out here, with one call for each half."""
-    from hubgen.conditioning.text import condition_inputs
+    from hubgen.conditioning.inputs import condition_inputs
 
     scale, size = 4.0, (16, 16)
     with torch.no_grad():

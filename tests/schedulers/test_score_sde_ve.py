@@ -99,19 +99,19 @@ def test_half_the_drift_is_seen_in_the_predictor_alone_and_hidden_by_the_correct
         def step_pred(self, model_output, timestep, sample, generator=None, return_dict=True):
             return super().step_pred(model_output / 2, timestep, sample, generator, return_dict)
 
-    assert ring_divergence(sample_ring(HalfDrift(**RING), 200, corrects=False)) > 0.1
-    assert ring_divergence(sample_ring(HalfDrift(**RING), 1000)) < 0.02
+    assert ring_divergence(sample_ring(HalfDrift(**RING), 100, corrects=False)) > 0.5
+    assert ring_divergence(sample_ring(HalfDrift(**RING), 200)) < 0.05
 
 
 @pytest.mark.parametrize("mistake", ["snr not squared", "root of e noise"])
 def test_the_ring_tells_a_wrong_corrector(mistake):
     wrong = WrongCorrector(**RING)
     wrong.mistake = mistake
-    assert ring_divergence(sample_ring(wrong, 100)) > 0.05
+    assert ring_divergence(sample_ring(wrong, 50)) > 0.05
 
 
 def test_the_corrector_keeps_a_normal_distribution_but_for_its_known_bias():
-    """x' = x (1 - e / v) + sqrt(2 e) noise has the variance v / (1 - e / 2 v), and e = 2 snr^2 v for the exact score."""
+    """x' = x (1 - e / v) + sqrt(2 e) noise, with e = 2 (snr |noise| / |score|)^2 = 2 snr^2 v^2 / var(x)."""
     scheduler = ScoreSdeVeScheduler(snr=0.3)
     generator = torch.Generator().manual_seed(0)
     variance = 9.0
@@ -119,8 +119,7 @@ def test_the_corrector_keeps_a_normal_distribution_but_for_its_known_bias():
     for _ in range(60):
         x = scheduler.step_correct(-x / variance, x, generator).prev_sample
         variance_now = x.var().item()
-    # |score|^2 = var(x) / v^2, so that e = 2 snr^2 v^2 / var(x): the fixed point solves its own equation.
-    expected = variance
+    expected = variance  # the fixed point of the variance's own recursion
     for _ in range(100):
         e = 2 * 0.3**2 * variance**2 / expected
         expected = expected * (1 - e / variance) ** 2 + 2 * e
@@ -256,3 +255,11 @@ def test_bad_arguments_are_named(call, named):
     with pytest.raises(ValueError) as error:
         call()
     assert named in str(error.value)
+
+
+def test_the_timesteps_are_the_times_of_the_denoising_loop():
+    from hubgen.pipelines.denoising import times
+
+    scheduler = ScoreSdeVeScheduler()
+    scheduler.set_timesteps(5)
+    assert times(scheduler, scheduler.timesteps) == scheduler.timesteps.tolist()

@@ -1,0 +1,278 @@
+"""FLUX.1's transformer: MM-DiT's double blocks, then single blocks in which text and image are one sequence.
+
+      packed x_t             t, guidance, pooled text         text tokens
+          |                            |                           |
+      x_embedder                time_text_embed            context_embedder
+          |                            |                           |
+          x --> 19 double blocks: joint attention, two MLPs <-- context        (hubgen/layers/joint.py)
+          |                                                        |
+          +--> 38 single blocks: attention and MLP side by side <--+
+          |
+    norm_out, proj_out
+          |
+     the velocity, noise minus data
+
+Positions (frame, row, column) enter by turning the queries and keys of every block. The weights are described by the
+authors' code, black-forest-labs/flux; there is no paper. `dev` takes a guidance scale as an input, `schnell` none.
+
+Shapes: B batch, T image tokens (2 x 2 latent pixels of 16 channels each), L text tokens, D features of a token.
+"""
+
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import FluxTransformer2DLoadersMixin, PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.utils import apply_lora_scale, logging
+from torch import nn
+
+from hubgen.formats.loading import StrictModelMixin
+from hubgen.formats.single_file import SingleFileMixin
+from hubgen.layers.embeddings import (
+    CombinedTimestepGuidanceTextProjEmbeddings,
+    CombinedTimestepTextProjEmbeddings,
+    FluxPosEmbed,
+)
+from hubgen.layers.joint import FluxSingleTransformerBlock, FluxTransformerBlock, Rotary, initialize_joint_
+from hubgen.layers.normalization import AdaLayerNormContinuous
+from hubgen.layers.shapes import require_shape
+
+logger = logging.get_logger(__name__)
+
+
+def flux_dev() -> dict[str, Any]:
+    """Config of FLUX.1 dev's transformer, 11.9 billion parameters."""
+    return {**flux_schnell(), "guidance_embeds": True}
+
+
+def flux_schnell() -> dict[str, Any]:
+    """Config of FLUX.1 schnell's transformer: the default one."""
+    return {
+        "in_channels": 64,
+        "num_layers": 19,
+        "num_single_layers": 38,
+        "attention_head_dim": 128,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 4096,
+        "pooled_projection_dim": 768,
+        "guidance_embeds": False,
+        "axes_dims_rope": (16, 56, 56),
+    }
+
+
+class FluxTransformer2DModel(
+    StrictModelMixin,
+    SingleFileMixin,
+    AttentionMixin,
+    ConfigMixin,
+    PeftAdapterMixin,
+    FluxTransformer2DLoadersMixin,
+    CacheMixin,
+):
+    """The transformer of FLUX.1; same name, same checkpoint as diffusers' class, of which a fresh model predicts 0.
+
+    Args:
+        patch_size: Side of the square of pixels that one token's prediction holds; 1, as tokens are packed outside.
+        in_channels: Features of a packed token of latents.
+        out_channels: Features of a packed token of the prediction; `None` for `in_channels`.
+        num_layers: Double blocks.
+        num_single_layers: Single blocks.
+        attention_head_dim: Features of a head.
+        num_attention_heads: Heads; the width D is heads times features.
+        joint_attention_dim: Features of the text tokens.
+        pooled_projection_dim: Features of the pooled text embedding.
+        guidance_embeds: Whether the guidance scale is an input (dev), for guidance was distilled into the weights.
+        axes_dims_rope: Features of a head that each axis of the positions turns.
+
+    Raises:
+        ValueError: `axes_dims_rope` do not share a head's features out in even parts.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["FluxTransformerBlock", "FluxSingleTransformerBlock"]
+    _repeated_blocks = ["FluxTransformerBlock", "FluxSingleTransformerBlock"]
+    _skip_layerwise_casting_patterns = ["pos_embed", "norm"]
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: int = 1,
+        in_channels: int = 64,
+        out_channels: int | None = None,
+        num_layers: int = 19,
+        num_single_layers: int = 38,
+        attention_head_dim: int = 128,
+        num_attention_heads: int = 24,
+        joint_attention_dim: int = 4096,
+        pooled_projection_dim: int = 768,
+        guidance_embeds: bool = False,
+        axes_dims_rope: tuple[int, ...] = (16, 56, 56),
+    ):
+        super().__init__()
+        if sum(axes_dims_rope) != attention_head_dim or any(dim % 2 for dim in axes_dims_rope):
+            raise ValueError(
+                f"`axes_dims_rope` must be even numbers that add up to `attention_head_dim` = {attention_head_dim}, "
+                f"got {tuple(axes_dims_rope)}."
+            )
+        self.inner_dim = num_attention_heads * attention_head_dim
+        self.out_channels = in_channels if out_channels is None else out_channels
+
+        self.pos_embed = FluxPosEmbed(theta=10000, axes_dim=tuple(axes_dims_rope))
+        embeddings = (
+            CombinedTimestepGuidanceTextProjEmbeddings if guidance_embeds else CombinedTimestepTextProjEmbeddings
+        )
+        self.time_text_embed = embeddings(self.inner_dim, pooled_projection_dim)
+        self.context_embedder = nn.Linear(joint_attention_dim, self.inner_dim)
+        self.x_embedder = nn.Linear(in_channels, self.inner_dim)
+        block = {
+            "dim": self.inner_dim,
+            "num_attention_heads": num_attention_heads,
+            "attention_head_dim": attention_head_dim,
+        }
+        self.transformer_blocks = nn.ModuleList(FluxTransformerBlock(**block) for _ in range(num_layers))
+        self.single_transformer_blocks = nn.ModuleList(
+            FluxSingleTransformerBlock(**block) for _ in range(num_single_layers)
+        )
+        self.norm_out = AdaLayerNormContinuous(self.inner_dim, self.inner_dim, elementwise_affine=False, eps=1e-6)
+        self.proj_out = nn.Linear(self.inner_dim, patch_size * patch_size * self.out_channels)
+        self.gradient_checkpointing = False
+        initialize_joint_(self)
+
+    def enable_cache(self, config: Any) -> None:
+        """Reuses features between steps, an approximation (diffusers' `FirstBlockCacheConfig` and the like)."""
+        # Registered here rather than at import, because the registry imports every transformer of diffusers.
+        from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+
+        for block in (FluxTransformerBlock, FluxSingleTransformerBlock):
+            metadata = TransformerBlockMetadata(return_hidden_states_index=1, return_encoder_hidden_states_index=0)
+            TransformerBlockRegistry.register(block, metadata)
+        super().enable_cache(config)
+
+    @apply_lora_scale("joint_attention_kwargs")
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        pooled_projections: torch.Tensor | None = None,
+        timestep: torch.Tensor | None = None,
+        img_ids: torch.Tensor | None = None,
+        txt_ids: torch.Tensor | None = None,
+        guidance: torch.Tensor | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        controlnet_block_samples: list[torch.Tensor] | None = None,
+        controlnet_single_block_samples: list[torch.Tensor] | None = None,
+        return_dict: bool = True,
+        controlnet_blocks_repeat: bool = False,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """Predicts the velocity, noise minus data, of packed latents.
+
+        Args:
+            hidden_states: Packed x_t, (B, T, in_channels).
+            encoder_hidden_states: Text tokens, (B, L, joint_attention_dim).
+            pooled_projections: Pooled text, (B, pooled_projection_dim).
+            timestep: (B,), or (1,) for all; 0 (data) to 1 (noise).
+            img_ids: Positions of the image tokens on every axis, (T, axes).
+            txt_ids: Positions of the text tokens, (L, axes); zeros in FLUX.1.
+            guidance: Guidance scale, (B,), or (1,) for all; `None` for a model without `guidance_embeds`.
+            joint_attention_kwargs: Keywords for the attention processors; `scale`, the strength of LoRA layers; and
+                `ip_adapter_image_embeds`, the pictures of loaded IP-Adapters.
+            controlnet_block_samples: A ControlNet's features, each (B, T, D), added to the image tokens after double
+                blocks; fewer than the blocks serve several neighbouring blocks each.
+            controlnet_single_block_samples: The same for the single blocks.
+            return_dict: Whether to return an output object rather than a tuple of one.
+            controlnet_blocks_repeat: Whether `controlnet_block_samples` serve the double blocks in turns instead.
+
+        Returns:
+            `sample`: (B, T, out_channels).
+
+        Raises:
+            ValueError: An input is missing or its shape does not fit the config.
+        """
+        img_ids, txt_ids = without_batch("img_ids", img_ids), without_batch("txt_ids", txt_ids)
+        self._check_inputs(
+            hidden_states, encoder_hidden_states, pooled_projections, timestep, img_ids, txt_ids, guidance
+        )
+        assert img_ids is not None and txt_ids is not None  # or the check had raised
+        double_kwargs, single_kwargs = self._split_kwargs(joint_attention_kwargs)
+
+        x = self.x_embedder(hidden_states)  # (B, T, D)
+        context = self.context_embedder(encoder_hidden_states)  # (B, L, D)
+        # Both are rounded to the precision of x before they grow, as they were when the weights were trained.
+        scales = [1000 * scale.to(x.dtype) for scale in (timestep, guidance) if scale is not None]
+        temb = self.time_text_embed(*scales, pooled_projections)  # (B, D)
+        rotary = self.pos_embed(torch.cat([txt_ids, img_ids]))  # (L + T, features of a head), twice
+
+        for i, block in enumerate(self.transformer_blocks):
+            context, x = self._run(block, x, context, temb, rotary, double_kwargs)
+            if controlnet_block_samples:
+                every = 1 if controlnet_blocks_repeat else spread(self.transformer_blocks, controlnet_block_samples)
+                x = x + controlnet_block_samples[i // every % len(controlnet_block_samples)]
+        for i, block in enumerate(self.single_transformer_blocks):
+            context, x = self._run(block, x, context, temb, rotary, single_kwargs)
+            if controlnet_single_block_samples:
+                every = spread(self.single_transformer_blocks, controlnet_single_block_samples)
+                x = x + controlnet_single_block_samples[i // every]
+
+        sample = self.proj_out(self.norm_out(x, temb))  # (B, T, out_channels)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _run(
+        self,
+        block: nn.Module,
+        x: torch.Tensor,
+        context: torch.Tensor,
+        temb: torch.Tensor,
+        rotary: Rotary,
+        kwargs: dict[str, Any],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, T, D), (B, L, D), ... -> text (B, L, D), image (B, T, D)."""
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(block, x, context, temb, rotary, kwargs)
+        return block(x, context, temb, rotary, kwargs)
+
+    def _split_kwargs(self, kwargs: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Keywords of the double and of the single blocks' processors; IP-Adapters speak to the double blocks alone."""
+        double = dict(kwargs or {})
+        if "ip_adapter_image_embeds" in double:
+            double["ip_hidden_states"] = self.encoder_hid_proj(double.pop("ip_adapter_image_embeds"))
+        return double, {name: value for name, value in double.items() if not name.startswith("ip_")}
+
+    def _check_inputs(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None,
+        pooled_projections: torch.Tensor | None,
+        timestep: torch.Tensor | None,
+        img_ids: torch.Tensor | None,
+        txt_ids: torch.Tensor | None,
+        guidance: torch.Tensor | None,
+    ) -> None:
+        batch, config, axes = len(hidden_states), self.config, len(self.config.axes_dims_rope)
+        require_shape("hidden_states", hidden_states, (batch, "tokens", config.in_channels))
+        require_shape("encoder_hidden_states", encoder_hidden_states, (batch, "tokens", config.joint_attention_dim))
+        require_shape("pooled_projections", pooled_projections, (batch, config.pooled_projection_dim))
+        require_shape("img_ids", img_ids, (hidden_states.shape[1], axes))
+        require_shape("txt_ids", txt_ids, (encoder_hidden_states.shape[1], axes))
+        if guidance is not None and not config.guidance_embeds:
+            raise ValueError("`guidance` must be None for a model without `guidance_embeds`, got a tensor.")
+        scales = {"timestep": timestep} | ({"guidance": guidance} if config.guidance_embeds else {})
+        for name, value in scales.items():
+            require_shape(name, value, (1 if value is not None and value.shape == (1,) else batch,))
+
+
+def without_batch(name: str, ids: torch.Tensor | None) -> torch.Tensor | None:
+    """(T, axes), or one of (B, T, axes), which older code passes; every picture of a batch has the same positions."""
+    if ids is not None and ids.ndim == 3:
+        logger.warning(
+            f"`{name}` of the shape {tuple(ids.shape)} is deprecated, expected no batch: the first is taken."
+        )
+        return ids[0]
+    return ids
+
+
+def spread(blocks: nn.ModuleList, samples: list[torch.Tensor]) -> int:
+    """Neighbouring blocks that share one of a ControlNet's samples."""
+    return -(-len(blocks) // len(samples))

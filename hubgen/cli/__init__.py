@@ -1,0 +1,118 @@
+"""The `hubgen` command: pictures from a prompt, and data to train on.
+
+`main` parses, does what it was asked and returns the exit status. Heavy libraries are imported by the functions that
+use them, so that `--help` and mistakes in the arguments answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import version as installed_version
+from typing import Any, NoReturn
+
+from hubgen.cli.arguments import EXIT_ERROR, Parser
+from hubgen.cli.data import add_data
+from hubgen.cli.generate import add_generate
+
+EXIT_OK, EXIT_INTERRUPTED = 0, 130
+
+DESCRIPTION = """\
+hubgen makes pictures from words with diffusion and flow-matching models, and builds data to train such models on.
+
+Without --model, `hubgen generate` uses the model that comes with the package: it was trained on emoji, makes pictures
+of 64x64 pixels and needs neither a network nor an accelerator.
+"""
+
+EPILOG = """\
+examples:
+  hubgen generate "a smiling cat" --out cat.png
+  hubgen generate --from cat.png                     the same picture again, from what cat.png says about itself
+  hubgen data emoji --style fluent --size 64 --out data/fluent
+
+environment:
+  HF_HOME          where models from the Hub are kept (default: ~/.cache/huggingface)
+  HF_HUB_OFFLINE   1: never use the network; set by hubgen itself for the bundled model and for local folders
+  HUBGEN_DEBUG     1: show the traceback of every error
+
+exit status:
+  0    done
+  2    something in the arguments, files or data is wrong; one line on standard error says what
+  130  interrupted from the keyboard
+  1    a fault in hubgen or in a library below it, with its traceback
+
+Each command has a page of its own: `hubgen generate --help`, `hubgen data emoji --help`.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status: 0, 2 for an expected error, 130 for Ctrl-C.
+
+    `argv` are the arguments after the command's name; None reads them from the process. Faults that nobody expected
+    leave as exceptions, with their traceback.
+    """
+    try:
+        arguments = build_parser().parse_args(argv)
+        run: Callable[[argparse.Namespace], None] = arguments.run
+        run(arguments)
+    except KeyboardInterrupt:
+        print("\nhubgen: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except SystemExit as exit_request:  # argparse leaves this way, after --help too
+        return exit_request.code if isinstance(exit_request.code, int) else EXIT_ERROR
+    except Exception as error:
+        if not is_expected(error) or os.environ.get("HUBGEN_DEBUG") == "1":
+            raise
+        print(f"hubgen: error: {one_line(error)}", file=sys.stderr)
+        return EXIT_ERROR
+    return EXIT_OK
+
+
+def is_expected(error: Exception) -> bool:
+    """Whether an error tells of bad input or a full machine, rather than of a fault in the program."""
+    if isinstance(error, (ValueError, OSError)):
+        return True
+    # Named, not imported: the modules that define them are heavy, and may not have been loaded when the error came.
+    names = {f"{kind.__module__.split('.')[0]}.{kind.__name__}" for kind in type(error).__mro__}
+    expected = {"torch.OutOfMemoryError", "safetensors_rust.SafetensorError", "safetensors.SafetensorError"}
+    expected |= {"huggingface_hub.EntryNotFoundError", "huggingface_hub.RevisionResolutionError"}
+    if names & expected:
+        return True
+    # On a CPU, torch reports exhausted memory as a plain RuntimeError.
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def one_line(error: Exception) -> str:
+    """An error's message on one line; an OSError of the system names its file first."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{os.fspath(error.filename)}: {error.strerror}"
+    text = " ".join(str(error).split()) or type(error).__name__
+    if "allocate memory" in text or "OutOfMemory" in type(error).__name__:
+        text = f"out of memory; try a smaller --batch-size or --size ({text})"
+    return text
+
+
+class ShowVersion(argparse.Action):
+    """Print the version when asked; reading the package's metadata at every start would cost time."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        print(f"hubgen {installed_version('hubgen')}")
+        raise SystemExit(EXIT_OK)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command; each command's function is in `run`."""
+    parser = Parser(
+        prog="hubgen",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action=ShowVersion, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    add_generate(commands)
+    add_data(commands)
+    return parser

@@ -1,0 +1,83 @@
+"""The parser of every command, and what a word on the command line may be: each function reads one kind of argument."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import sys
+from typing import Any, NoReturn
+
+from hubgen.hub.provenance import LARGEST_SEED, LARGEST_SIDE
+
+EXIT_ERROR = 2
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with its errors in hubgen's one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"hubgen: error: {' '.join(message.split())} (see `{self.prog} --help`)", file=sys.stderr)
+        raise SystemExit(EXIT_ERROR)
+
+
+def add_command(commands: Any, name: str, *, summary: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def positive(text: str) -> int:
+    number = whole(text)
+    if not 1 <= number <= 10_000:  # more would be a slip of the keyboard, and days of work
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 10000, found {text!r}")
+    return number
+
+
+def seed(text: str) -> int:
+    number = whole(text)
+    if not 0 <= number <= LARGEST_SEED:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2^63 - 1, found {text!r}")
+    return number
+
+
+def whole(text: str) -> int:
+    if not re.fullmatch(r"[+-]?[0-9]{1,30}", text):
+        raise argparse.ArgumentTypeError(f"expected a whole number, found {text!r}")
+    return int(text)
+
+
+def finite(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"expected a finite number, found {text!r}")
+    return number
+
+
+def size(text: str) -> tuple[int, int]:
+    """`64` or `96x64` to (width, height) in pixels."""
+    match = re.fullmatch(r"([0-9]{1,9})(?:[xX×]([0-9]{1,9}))?", text)
+    sides = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not all(1 <= side <= LARGEST_SIDE for side in sides):
+        raise argparse.ArgumentTypeError(
+            f"expected N or WIDTHxHEIGHT in pixels, from 1 to {LARGEST_SIDE}, such as 64 or 96x64, found {text!r}"
+        )
+    return sides
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def fraction(text: str) -> float:
+    number = finite(text)
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number above 0 and at most 1, found {text!r}")
+    return number

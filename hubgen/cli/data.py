@@ -1,0 +1,76 @@
+"""`hubgen data`: image-text folders to train on."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from hubgen.cli.arguments import add_command, positive, seed
+
+EMOJI_DESCRIPTION = """\
+Build an image-text folder from emoji: DIR/train and DIR/test, each with pictures and a metadata.jsonl of captions,
+and the licence of the art beside them. The folder loads with `datasets` (imagefolder) and with hubgen's trainers.
+
+Running it again after an interruption finishes what is missing.
+"""
+
+EMOJI_EPILOG = """\
+examples:
+  hubgen data emoji --style fluent --size 64 --out data/fluent
+  hubgen data emoji --style noto --size 128 --out data/noto --font NotoColorEmoji.ttf
+  hubgen data emoji --style fluent --out data/fluent --archive fluent-emoji-3d.tgz --names-archive emojibase-data.tgz
+
+The art and the names come from the npm registry; without a network, give the files by path. --style noto above 64
+pixels needs the font NotoColorEmoji.ttf, or the Debian package that holds it, given as --font.
+
+exit status:
+  0 done, 2 bad arguments or files (one line says what), 130 interrupted, 1 a fault in hubgen
+"""
+
+
+def add_data(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "data",
+        summary="build data to train on",
+        description="Build image-text folders to train on.",
+        epilog="Each has a page of its own: `hubgen data emoji --help`.",
+    )
+    kinds = parser.add_subparsers(title="kinds of data", metavar="KIND", required=True)
+    emoji = add_command(
+        kinds, "emoji", summary="emoji with their names", description=EMOJI_DESCRIPTION, epilog=EMOJI_EPILOG
+    )
+    emoji.add_argument("--out", type=Path, metavar="DIR", required=True, help="the folder to write")
+    emoji.add_argument("--style", choices=("fluent", "noto"), default="fluent", help="whose art (default: fluent)")
+    emoji.add_argument("--size", type=positive, default=64, metavar="N", help="pixels of a side (default: 64)")
+    emoji.add_argument("--archive", type=Path, metavar="FILE", help="the art's package (.tgz) if it is already here")
+    emoji.add_argument("--names-archive", type=Path, metavar="FILE", help="the names' package (.tgz), likewise")
+    emoji.add_argument("--font", type=Path, metavar="FILE", help="the colour font for --style noto, likewise")
+    emoji.add_argument("--seed", type=seed, metavar="N", help="seed of the split (default: the builder's, fixed)")
+    emoji.add_argument(
+        "--held-out", type=positive, metavar="N", help="how many captions to hold out (default: the builder's)"
+    )
+    emoji.set_defaults(run=data_emoji)
+
+
+def data_emoji(arguments: argparse.Namespace) -> None:
+    """`hubgen data emoji`: an image-text folder from emoji."""
+    from hubgen.data.emoji import build_emoji_dataset
+
+    options = {
+        "archive": arguments.archive,
+        "names_archive": arguments.names_archive,
+        "font": arguments.font,
+        "seed": arguments.seed,
+        "held_out": arguments.held_out,
+    }
+    for name in ("archive", "names_archive", "font"):
+        path = options[name]
+        if path is not None and not path.is_file():
+            raise ValueError(f"--{name.replace('_', '-')} {path}: no such file")
+    given = {name: value for name, value in options.items() if value is not None}
+    print(build_emoji_dataset(arguments.style, arguments.size, arguments.out, **given))
+
+
+# ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,483 @@
+"""`hubgen generate`: pictures by any pipeline, written with what is needed to make them again."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import re
+import secrets
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hubgen.cli.arguments import add_command, finite, fraction, positive, seed, size
+from hubgen.cli.messages import quiet_libraries, say
+from hubgen.hub.provenance import DTYPES, FORMATS, LARGEST_SEED, Request, read_request, versions, write_picture
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+BUNDLED = "bundled"
+
+GENERATE_DESCRIPTION = """\
+Make a picture of each prompt and write it to a file. Several prompts, or -n above 1, give one picture with a grid:
+with both, a row for each prompt.
+
+--model takes the folder or repository of any pipeline that hubgen reads: Stable Diffusion 1.x, 2.x, XL, 3 and 3.5,
+FLUX.1 and hubgen's own draw prompts; with DiT a prompt is the name or number of a class; DDPM and NCSN++ take none.
+--image starts from a picture instead of noise, and --mask names the part of it that is drawn anew.
+
+A PNG carries the prompts, the seed and all settings in its text chunk `hubgen` (JSON); --from reads them back.
+"""
+
+GENERATE_EPILOG = """\
+examples:
+  hubgen generate "a smiling cat" --out cat.png
+  hubgen generate "a red apple" "a green apple" "a blue apple" -n 4 --seed 7 --out apples.png
+  hubgen generate "a house by the sea" --model runs/my-model --num-inference-steps 50 --guidance-scale 5 --out house.png
+  hubgen generate "a watercolour" --model owner/model --image photo.png --strength 0.6 --out painted.png
+  hubgen generate "a hat" --model owner/model --image photo.png --mask head.png --out hat.png
+  hubgen generate "golden retriever" --model facebook/DiT-XL-2-256 --out dog.png
+  hubgen generate --model google/ddpm-cifar10-32 -n 16 --out samples.png
+  hubgen generate --from cat.png                           the same picture, written beside it under a new name
+  hubgen generate --from cat.png --seed 8 --out other.png  the same settings, another seed
+
+Picture j of a prompt (from 0) is drawn from seed + j, so each cell of a grid can be made again alone.
+The same command gives the same picture on the same machine; other hardware or library versions round differently.
+
+exit status:
+  0 done, 2 bad arguments or files (one line says what), 130 interrupted, 1 a fault in hubgen
+"""
+
+
+def add_generate(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "generate",
+        summary="make pictures from prompts",
+        description=GENERATE_DESCRIPTION,
+        epilog=GENERATE_EPILOG,
+    )
+    # No defaults here: None says "not given", so that --from can tell what to override.
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what the picture shows; several give a grid")
+    parser.add_argument("--image", type=Path, metavar="FILE", help="a picture to start from, instead of noise")
+    parser.add_argument(
+        "--mask", type=Path, metavar="FILE", help="white where --image is drawn anew, black where it stays"
+    )
+    parser.add_argument(
+        "--strength",
+        type=fraction,
+        metavar="X",
+        help="how much of --image is drawn over: above 0, at most 1 (default: the pipeline's)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the picture to write: .png, .jpg or .webp (default: a new PNG named after the prompt)",
+    )
+    parser.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        metavar="FILE",
+        help="repeat a PNG that hubgen wrote; options given beside it override what the file says",
+    )
+    parser.add_argument(
+        "--model", metavar="MODEL", help="a pipeline folder, or owner/name on the Hub (default: the bundled model)"
+    )
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a model on the Hub")
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="what the picture should not show (default: nothing)")
+    parser.add_argument(
+        "-n",
+        "--num-images-per-prompt",
+        dest="n",
+        type=positive,
+        metavar="N",
+        help="pictures of each prompt (default: 1)",
+    )
+    parser.add_argument(
+        "--num-inference-steps", type=positive, metavar="N", help="steps from noise to picture (default: the model's)"
+    )
+    parser.add_argument(
+        "--guidance-scale",
+        type=finite,
+        metavar="X",
+        help="how strongly the prompt steers; 1 is no guidance (default: the model's)",
+    )
+    parser.add_argument("--seed", type=seed, metavar="N", help="start of the random numbers (default: drawn, and told)")
+    parser.add_argument(
+        "--size", type=size, metavar="N or WxH", help="pixels of each picture (default: what the model was trained for)"
+    )
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
+    parser.add_argument("--dtype", choices=DTYPES, help="precision (default: float32; bfloat16 on cuda)")
+    parser.add_argument("--batch-size", type=positive, metavar="N", help="pictures made at a time (default: 8)")
+    parser.set_defaults(run=generate)
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    """`hubgen generate`: prompts to a picture file."""
+    started = time.perf_counter()
+    source = None
+    if arguments.source is not None:
+        source, made_with = read_request(arguments.source)
+        tell_other_versions(arguments.source, made_with)
+
+    def chosen(name: str, default: Any = None) -> Any:
+        """What the command line says, else what the picture to repeat says, else the default."""
+        return first_given(getattr(arguments, name), getattr(source, name, None), default)
+
+    model = chosen("model", BUNDLED)
+    if source is not None and source.model != model:
+        source = dataclasses.replace(source, width=None, height=None, revision=None)  # those belong to its model
+    prompts = check_prompts(arguments.prompts or (source.prompts if source else []))
+    out = check_out(arguments.out or default_out(prompts[0] if prompts else model, arguments.source))
+    image, mask = check_pictures(chosen("image"), chosen("mask"), chosen("strength"))
+    folder = find_model(model)
+    if folder is not None:
+        if arguments.revision is not None:
+            raise ValueError(f"--revision {arguments.revision}: for models on the Hub; {model} is a folder here")
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the first import of huggingface_hub, which reads it once
+    n, seed = chosen("n", 1), chosen("seed", secrets.randbelow(2**32))
+    if seed + n - 1 > LARGEST_SEED:
+        raise ValueError(f"--seed {seed} with -n {n}: the last picture's seed would be above 2^63 - 1")
+
+    say(f"loading {'the bundled model' if model == BUNDLED else model} ...")
+    device, dtype = choose_device(chosen("device"), chosen("dtype"))
+    width, height = arguments.size or ((source.width, source.height) if source else (None, None))
+    request = Request(
+        prompts=prompts,
+        negative_prompt=chosen("negative_prompt"),
+        n=n,
+        num_inference_steps=chosen("num_inference_steps"),
+        guidance_scale=chosen("guidance_scale"),
+        seed=seed,
+        width=width,
+        height=height,
+        model=model,
+        revision=chosen("revision"),
+        device=device,
+        dtype=dtype,
+        batch_size=chosen("batch_size", 8),
+        image=image,
+        mask=mask,
+        strength=chosen("strength"),
+    )
+    with quiet_libraries():
+        kind = kind_of(read_index(request, folder), request)
+        pipe = load_pipeline(kind, request, folder)
+        request = complete(kind, request, pipe)
+        if folder is None:
+            request = dataclasses.replace(request, revision=loaded_commit(model, request.revision))
+        loaded = time.perf_counter()
+        say(f"loaded in {loaded - started:.1f} s; {describe(request)}")
+        pictures = sample(kind, pipe, request)
+        request = dataclasses.replace(request, width=pictures[0].width, height=pictures[0].height)
+    sampled = time.perf_counter()
+    write_picture(out, grid(pictures, max(len(prompts), 1), n), request)
+    if out.suffix.lower() != ".png":
+        say(f"{out.suffix} files carry no settings: only a .png can be repeated with --from")
+    pictures_made = f"{len(pictures)} {'picture' if len(pictures) == 1 else 'pictures'}"
+    print(
+        f"wrote {out} ({pictures_made} of {request.width}x{request.height}, seed {seed}, "
+        f"sampled in {sampled - loaded:.1f} s, {time.perf_counter() - started:.1f} s in all)"
+    )
+
+
+def check_prompts(prompts: list[str]) -> list[str]:
+    for number, prompt in enumerate(prompts, start=1):
+        if not prompt.strip():
+            raise ValueError(f"prompt {number} of {len(prompts)} is empty; expected words")
+        if not prompt.isascii() and prompt.encode("utf-8", "replace").decode() != prompt:
+            raise ValueError(f"prompt {number} of {len(prompts)} is not valid UTF-8 text")
+    return prompts
+
+
+def check_pictures(
+    image: Path | str | None, mask: Path | str | None, strength: float | None
+) -> tuple[str | None, str | None]:
+    """The files of --image and --mask; raises ValueError where one cannot be read or comes without the other."""
+    from PIL import Image, UnidentifiedImageError
+
+    for option, value in (("--mask", mask), ("--strength", strength)):
+        if value is not None and image is None:
+            raise ValueError(f"{option} {value}: comes with --image, which is not given")
+    sizes = {}
+    for option, path in (("--image", image), ("--mask", mask)):
+        if path is None:
+            continue
+        try:
+            with Image.open(path) as picture:
+                sizes[option] = picture.size
+        except UnidentifiedImageError as error:
+            raise ValueError(f"{option} {path}: not a picture") from error
+        except OSError as error:
+            raise ValueError(f"{option} {path}: {error.strerror or error}") from error
+    if len(set(sizes.values())) > 1:
+        found = ", ".join(f"{option} {width}x{height}" for option, (width, height) in sizes.items())
+        raise ValueError(f"--mask {mask}: must have the size of the picture, found {found}")
+    return str(image) if image else None, str(mask) if mask else None
+
+
+def default_out(prompt: str, source: Path | None) -> Path:
+    """A name that is free: after the file that is repeated, beside it, or after the prompt, here."""
+    folder, stem = (source.parent, source.stem) if source is not None else (Path(), slug(prompt))
+    candidates = (folder / f"{stem}{f'-{number}' if number > 1 else ''}.png" for number in range(1, 10_000))
+    free = next((path for path in candidates if not path.exists()), None)
+    if free is None:
+        raise ValueError(f"--out not given, and {folder / stem}.png to {stem}-9999.png all exist; name a file")
+    return free
+
+
+def slug(prompt: str) -> str:
+    return re.sub(r"[\W_]+", "-", prompt.lower())[:60].strip("-") or "picture"
+
+
+def check_out(out: Path) -> Path:
+    """Fail before the work, not after it: the format, the folder, and whether it takes a file."""
+    if out.is_dir():
+        raise ValueError(f"--out {out}: is a folder, expected a file name such as {out / 'cat.png'}")
+    if out.suffix.lower() not in FORMATS:
+        raise ValueError(f"--out {out}: expected a file name ending in {', '.join(FORMATS)}, found {out.suffix!r}")
+    if not out.parent.is_dir():
+        raise ValueError(f"--out {out}: the folder {out.parent} does not exist; create it first")
+    try:
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out {out}: cannot write in {out.parent}: {error.strerror}") from error
+    return out
+
+
+def find_model(model: str) -> Path | None:
+    """The folder of a model, or None if it is on the Hub.
+
+    Raises:
+        ValueError: it is neither a pipeline folder nor of the form owner/name.
+    """
+    if model == BUNDLED:
+        from hubgen.hub.bundled import bundled_model
+
+        return bundled_model()
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise ValueError(f"--model {model}: not a pipeline folder, it holds no model_index.json")
+        try:
+            index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"--model {model}: its model_index.json is not JSON ({error})") from error
+        if not isinstance(index, dict) or "_class_name" not in index:
+            raise ValueError(f"--model {model}: its model_index.json names no pipeline (`_class_name`)")
+        return folder
+    if folder.exists():
+        raise ValueError(f"--model {model}: is a file, expected a pipeline folder or owner/name on the Hub")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model):
+        raise ValueError(f"--model {model}: no such folder; expected a pipeline folder or owner/name on the Hub")
+    return None
+
+
+def choose_device(device: str | None, dtype: str | None) -> tuple[str, str]:
+    """The device and precision to use: those asked for, or the fastest device and what suits it."""
+    import torch
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        kind = torch.device(device)
+        torch.empty(1, device=kind)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {device}: not to be had on this machine ({reason}); cpu always is") from error
+    if kind.type == "meta":
+        raise ValueError("--device meta: holds no numbers; expected cpu, cuda or mps")
+    return device, dtype or ("bfloat16" if kind.type == "cuda" else "float32")
+
+
+def read_index(request: Request, folder: Path | None) -> dict[str, Any]:
+    """The `model_index.json` of a folder, or of a repository on the Hub."""
+    if folder is None:
+        from huggingface_hub import hf_hub_download
+
+        try:
+            path = hf_hub_download(request.model, "model_index.json", revision=request.revision)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"--model {request.model}: does not load: no folder of that name here, and from the Hub: {error}"
+            ) from error
+        folder = Path(path).parent
+    return json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What a pipeline draws from, and how the command calls it."""
+
+    pipeline: str
+    """Its name in hubgen."""
+    draws: str
+    """What a prompt is to it, in the words of an error message; empty if it takes none."""
+    options: tuple[str, ...]
+    """What it takes beside prompts, of the fields of `Request`."""
+
+
+KINDS = (
+    Kind(
+        "TextToImagePipeline",
+        'say what to draw, such as hubgen generate "a smiling cat" --out cat.png',
+        ("negative_prompt", "guidance_scale", "height", "width", "image", "mask", "strength"),
+    ),
+    Kind("ClassToImagePipeline", "name a class or its number", ("guidance_scale", "height", "width")),
+    Kind("UnconditionalPipeline", "", ()),
+)
+
+
+def kind_of(index: dict[str, Any], request: Request) -> Kind:
+    """The kind of pipeline that reads a model's index.
+
+    Raises:
+        ValueError: there is none, or the request asks for what that kind cannot do.
+    """
+    import hubgen
+
+    name = index["_class_name"]
+    kinds = [kind for kind in KINDS if name in (kind.pipeline, *getattr(hubgen, kind.pipeline).reads)]
+    if not kinds:
+        known = sorted({reads for kind in KINDS for reads in (kind.pipeline, *getattr(hubgen, kind.pipeline).reads)})
+        raise ValueError(f"--model {request.model}: is a {name}; hubgen draws with {', '.join(known)}")
+    kind = kinds[0]
+    if not request.prompts and kind.draws:
+        raise ValueError(f"no prompt: {kind.draws}")
+    if request.prompts and not kind.draws:
+        raise ValueError(f"prompt {request.prompts[0]!r}: {request.model} draws without prompts; expected none")
+    for option in KINDS[0].options:
+        if getattr(request, option) is not None and option not in kind.options:
+            flag = "size" if option in ("width", "height") else option.replace("_", "-")
+            raise ValueError(f"--{flag}: {request.model} is a {name}, which does not take it")
+    return kind
+
+
+def load_pipeline(kind: Kind, request: Request, folder: Path | None) -> Any:
+    import torch
+
+    import hubgen
+
+    options: dict[str, Any] = {"torch_dtype": getattr(torch, request.dtype)}
+    if folder is None:
+        options["revision"] = request.revision
+    try:
+        pipe = getattr(hubgen, kind.pipeline).from_pretrained(str(folder or request.model), **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model {request.model}: does not load: {error}") from error
+    return pipe.to(request.device)
+
+
+def complete(kind: Kind, request: Request, pipe: Any) -> Request:
+    """The request with the model's own settings in place of None, so that the picture's file says them too."""
+    steps, scale = pipe.config.get("default_num_inference_steps"), pipe.config.get("default_guidance_scale")
+    if kind.pipeline == "TextToImagePipeline":
+        defaults = pipe.defaults(image=request.image is not None, mask=request.mask is not None)
+        steps, scale = defaults.steps, defaults.guidance_scale
+        if request.image is not None and request.strength is None:
+            request = dataclasses.replace(request, strength=defaults.strength)
+    return dataclasses.replace(
+        request,
+        num_inference_steps=first_given(request.num_inference_steps, steps),
+        guidance_scale=first_given(request.guidance_scale, scale if "guidance_scale" in kind.options else None),
+    )
+
+
+def loaded_commit(model: str, revision: str | None) -> str | None:
+    """The commit of the Hub's files that were just loaded, so that a picture can be repeated after the branch moved."""
+    from huggingface_hub import try_to_load_from_cache
+
+    index = try_to_load_from_cache(model, "model_index.json", revision=revision)
+    return Path(index).parent.name if isinstance(index, str) else revision
+
+
+def sample(kind: Kind, pipe: Any, request: Request) -> list[Image.Image]:
+    """The pictures, all those of the first prompt first, each from a generator of its own."""
+    prompts: list[str | None] = [prompt for prompt in request.prompts or [None] for _ in range(request.n)]
+    seeds = [request.seed + j for _ in request.prompts or [None] for j in range(request.n)]
+    options = {name: getattr(request, name) for name in kind.options if getattr(request, name) is not None}
+    options |= opened_pictures(options)
+    pictures: list[Image.Image] = []
+    for start in range(0, len(prompts), request.batch_size):
+        batch = slice(start, start + request.batch_size)
+        count = f" {start + 1}-{min(start + request.batch_size, len(prompts))} of {len(prompts)}"
+        pipe.set_progress_bar_config(desc="sampling" + (count if len(prompts) > 1 else ""), file=sys.stderr)
+        drawn: dict[str, Any] = {"batch_size": len(prompts[batch])}
+        if kind.pipeline == "TextToImagePipeline":
+            drawn = {"prompt": prompts[batch]}
+        elif kind.pipeline == "ClassToImagePipeline":
+            drawn = {"class_labels": [int(word) if word.isdecimal() else word for word in prompts[batch] if word]}
+        pictures += pipe(
+            **drawn,
+            **options,
+            num_inference_steps=request.num_inference_steps,
+            generator=[seeded(number) for number in seeds[batch]],
+        ).images
+    return pictures
+
+
+def opened_pictures(options: dict[str, Any]) -> dict[str, Any]:
+    """The files among the options as the pictures in them, under the pipeline's names."""
+    from PIL import Image
+
+    opened: dict[str, Any] = {}
+    for option, name, mode in (("image", "image", "RGB"), ("mask", "mask_image", "L")):
+        if option in options:
+            with Image.open(options.pop(option)) as picture:
+                opened[name] = picture.convert(mode)
+    return opened
+
+
+def seeded(number: int) -> torch.Generator:
+    """A generator on the CPU on every device, so that the noise is the same everywhere."""
+    import torch
+
+    return torch.Generator("cpu").manual_seed(number)
+
+
+def grid(pictures: list[Image.Image], prompts: int, n: int) -> Image.Image:
+    """One picture of all: a row for each prompt, or as square as it goes when there is one row or one column."""
+    from PIL import Image
+
+    columns = n if prompts > 1 and n > 1 else math.ceil(math.sqrt(len(pictures)))
+    rows = math.ceil(len(pictures) / columns)
+    width, height = pictures[0].size
+    sheet = Image.new("RGB", (columns * width, rows * height), "white")
+    for number, picture in enumerate(pictures):
+        sheet.paste(picture, (number % columns * width, number // columns * height))
+    return sheet
+
+
+def describe(request: Request) -> str:
+    """One line that says what is about to be made."""
+    parts = [f"{request.width}x{request.height} pixels"] if request.width else []
+    parts += [f"{request.num_inference_steps} steps"] if request.num_inference_steps else []
+    parts += [f"guidance {request.guidance_scale:g}"] if request.guidance_scale is not None else []
+    parts += [f"from {request.image}"] if request.image else []
+    return ", ".join([*parts, f"seed {request.seed}", f"{request.dtype} on {request.device}"])
+
+
+def tell_other_versions(path: Path, made_with: dict[str, str]) -> None:
+    """Say it where a picture was made with other libraries than those here."""
+    here = versions()
+    other = [name for name, number in made_with.items() if here.get(name) != number]
+    if other:
+        then, now = (", ".join(f"{name} {table.get(name)}" for name in other) for table in (made_with, here))
+        say(f"{path} was made with {then}; here: {now}. The picture may differ slightly.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def first_given(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)

@@ -1,0 +1,194 @@
+"""Which family a single file belongs to, told from its keys, and which tensors are whose."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hubgen.formats import flux_layout, ldm_unet, sd3_layout
+from hubgen.formats.headers import TensorHeader, listing, read_header
+from hubgen.formats.key_maps import Rule
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models whose single files look alike."""
+
+    title: str
+    backbone: str
+    """Its component: `unet` or `transformer`"""
+    backbone_class: str
+    key_map: Callable[[Mapping[str, Any]], list[Rule]]
+    """Of the backbone"""
+    infer_config: Callable[[Mapping[str, TensorHeader]], dict[str, Any]]
+    latents: str
+    """Key of `ldm_vae.LATENTS`"""
+    text_encoders: Mapping[str, str]
+    """Component -> prefix"""
+    vae_prefix: str = "first_stage_model."
+    """The one to write"""
+
+
+UNET: dict[str, Any] = {
+    "backbone": "unet",
+    "backbone_class": "UNet2DConditionModel",
+    "key_map": ldm_unet.key_map,
+    "infer_config": ldm_unet.infer_config,
+}
+SD3: dict[str, Any] = {
+    "backbone": "transformer",
+    "backbone_class": "SD3Transformer2DModel",
+    "key_map": sd3_layout.key_map,
+    "infer_config": sd3_layout.infer_config,
+}
+FLUX: dict[str, Any] = {
+    "backbone": "transformer",
+    "backbone_class": "FluxTransformer2DModel",
+    "key_map": flux_layout.key_map,
+    "infer_config": flux_layout.infer_config,
+}
+CLIP_L, CLIP_G, T5 = (f"text_encoders.{name}.transformer." for name in ("clip_l", "clip_g", "t5xxl"))
+
+FAMILIES: dict[str, Family] = {
+    "sd1": Family("Stable Diffusion 1.x", **UNET, latents="sd", text_encoders={
+        "text_encoder": "cond_stage_model.transformer.",
+    }),
+    "sd2": Family("Stable Diffusion 2.x", **UNET, latents="sd", text_encoders={
+        "text_encoder": "cond_stage_model.model.",
+    }),
+    "sdxl": Family("Stable Diffusion XL", **UNET, latents="sdxl", text_encoders={
+        "text_encoder": "conditioner.embedders.0.transformer.",
+        "text_encoder_2": "conditioner.embedders.1.model.",
+    }),
+    "sdxl-refiner": Family("Stable Diffusion XL's refiner", **UNET, latents="sdxl", text_encoders={
+        "text_encoder_2": "conditioner.embedders.0.model.",
+    }),
+    "sd3": Family("Stable Diffusion 3 and 3.5", **SD3, latents="sd3", text_encoders={
+        "text_encoder": CLIP_L, "text_encoder_2": CLIP_G, "text_encoder_3": T5,
+    }),
+    "flux": Family("FLUX.1", **FLUX, latents="flux", vae_prefix="vae.", text_encoders={
+        "text_encoder": CLIP_L, "text_encoder_2": T5,
+    }),
+}  # fmt: skip
+
+BACKBONE_PREFIXES = ("model.diffusion_model.", "")
+VAE_PREFIXES = ("first_stage_model.", "vae.", "")
+# a backbone's key, after its prefix, that no other layout has
+UNET_KEY = "input_blocks.0.0.weight"
+SD3_KEY = "joint_blocks.0.x_block.attn.qkv.weight"
+FLUX_KEY = "double_blocks.0.img_attn.qkv.weight"
+VAE_KEY = "decoder.mid.block_1.conv1.weight"
+REFINER_WIDTH = 1280  # of its text; the base has 2048
+
+# What training leaves in a file beside the components: EMA copies, tables of the schedule, losses, temperatures.
+LEFT_BY_TRAINING = re.compile(
+    r"^(model_ema\.|first_stage_model\.loss\.|loss\.|alphas_cumprod|betas$|sqrt_|log_one_minus|posterior_|lvlb_weights"
+    r"|logvar$|scale_factor$|denoiser\.sigmas|model_sampling\."
+    r"|(cond_stage_model|conditioner\.embedders\.\d)\.(model\.|transformer\.)?logit_scale"
+    r"|text_encoders\.\w+\.(transformer\.)?logit_scale|text_encoders\.t5xxl\.spiece_model)"
+)
+HINTS = (  # what else people have files of: (a pattern of keys, what it is)
+    (r"lora_(down|up|A|B)\.", "a LoRA, which is loaded onto a model"),
+    (r"^(down_blocks|up_blocks)\.\d+\.resnets|^(single_)?transformer_blocks\.\d+\.attn|^encoder\.down_blocks\.",
+     "already in diffusers' layout: put it into a folder with its config.json and use `from_pretrained`"),
+    (r"^control_model\.|^controlnet_|^input_hint_block", "a ControlNet"),
+    (r"^text_model\.|^encoder\.block\.\d+\.layer\.", "a text encoder of transformers"),
+    (r"\.(scale_weight|weight_scale|quant_state)", "quantised"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SingleFile:
+    """What lies in a single file, read from its header."""
+
+    path: Path
+    family: str | None
+    """A key of `FAMILIES`; None for an autoencoder alone"""
+    parts: dict[str, dict[str, TensorHeader]]
+    """Component -> its tensors, without prefix"""
+    prefixes: dict[str, str]
+    """Component -> prefix"""
+    others: list[str]
+    """Keys that belong to no component, and are not what training leaves"""
+
+    def describe(self) -> str:
+        """For messages."""
+        title = "an autoencoder" if self.family is None else FAMILIES[self.family].title
+        return f"{title} ({', '.join(sorted(self.parts))})"
+
+
+def open_single_file(path: Path) -> SingleFile:
+    """Reads the header of a file in an original layout.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is pickled, damaged, or in no layout that is known; says what was found.
+    """
+    tensors = read_header(path)
+    family, backbone_prefix = detect(tensors)
+    vae_prefix = next((prefix for prefix in VAE_PREFIXES if prefix + VAE_KEY in tensors), None)
+    if family is None and vae_prefix is None:
+        raise unknown(path, tensors)
+    prefixes: dict[str, str] = {}
+    if vae_prefix is not None:
+        prefixes["vae"] = vae_prefix
+    if family is not None:
+        prefixes[FAMILIES[family].backbone] = backbone_prefix
+        prefixes |= FAMILIES[family].text_encoders
+    parts: dict[str, dict[str, TensorHeader]] = {}
+    others = []
+    longest_first = sorted(prefixes.items(), key=lambda item: -len(item[1]))
+    for key, header in tensors.items():
+        if LEFT_BY_TRAINING.search(key):
+            continue
+        owner = next((component for component, prefix in longest_first if key.startswith(prefix)), None)
+        if owner is None:
+            others.append(key)
+        else:
+            parts.setdefault(owner, {})[key.removeprefix(prefixes[owner])] = header
+    return SingleFile(path, family, parts, {name: prefixes[name] for name in parts}, others)
+
+
+def detect(tensors: Mapping[str, TensorHeader]) -> tuple[str | None, str]:
+    """The family of a file, and the prefix of its backbone; (None, "") where it has no backbone."""
+    for prefix in BACKBONE_PREFIXES:
+        if prefix + SD3_KEY in tensors:
+            return "sd3", prefix
+        if prefix + FLUX_KEY in tensors:
+            return "flux", prefix
+        if prefix + UNET_KEY in tensors:
+            return detect_unet(tensors, prefix), prefix
+    return None, ""
+
+
+def detect_unet(tensors: Mapping[str, TensorHeader], prefix: str) -> str:
+    """Which Stable Diffusion: by its text encoders, or where it has none, by the U-Net itself."""
+    by_length = sorted(
+        (
+            (text, name)
+            for name in ("sd1", "sd2", "sdxl", "sdxl-refiner")
+            for text in FAMILIES[name].text_encoders.values()
+        ),
+        key=lambda item: ("embedders.1" not in item[0], item[0]),
+    )
+    for text, name in by_length:
+        if any(key.startswith(text) for key in tensors):
+            return name
+    attention = f"{prefix}middle_block.1."
+    text_width = tensors.get(f"{attention}transformer_blocks.0.attn2.to_k.weight")
+    if f"{prefix}label_emb.0.0.weight" in tensors:
+        return "sdxl-refiner" if text_width is not None and text_width.shape[-1] == REFINER_WIDTH else "sdxl"
+    linear = tensors.get(f"{attention}proj_in.weight")
+    return "sd2" if linear is not None and len(linear.shape) == 2 else "sd1"
+
+
+def unknown(path: Path, tensors: Mapping[str, TensorHeader]) -> ValueError:
+    """The error for a file in no layout that is known."""
+    hint = next((what for pattern, what in HINTS if any(re.search(pattern, key) for key in tensors)), None)
+    looks = f" It looks like {hint}." if hint else ""
+    known = "; ".join(family.title for family in FAMILIES.values())
+    return ValueError(
+        f"{path}: in no layout that is known.{looks} Known are the original layouts of {known}, "
+        f"and of their autoencoders alone. Found {len(tensors)} tensors:{listing(sorted(tensors))}"
+    )

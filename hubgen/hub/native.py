@@ -1,0 +1,216 @@
+"""One pipeline, the folders of many: reads the `model_index.json` of diffusers' pipelines, and writes it again.
+
+A folder's index names the pipeline and, for each component, a library and a class. Read by hubgen, every
+`["diffusers", X]` becomes `["hubgen", X]` where hubgen has X; other schedulers and transformers' text encoders stay as
+they are. Written by hubgen, the index names diffusers' pipeline and classes again wherever diffusers has a pipeline for
+these components, so that the folder needs no hubgen. What only hubgen takes (default steps and guidance, ...)
+goes under a name with an underscore in front, as diffusers itself stores what a pipeline does not take.
+"""
+
+import importlib
+import inspect
+import json
+import os
+import sys
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import diffusers
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+from hubgen.formats.folders import check_pipeline_folder
+from hubgen.hub.registration import is_registered
+
+# What a pipeline's folder holds; no pickled weights.
+PIPELINE_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
+# Names that old indices have and today's transformers has not.
+RENAMED = {"CLIPFeatureExtractor": "CLIPImageProcessor"}
+
+
+class NativePipeline(DiffusionPipeline):
+    """Base of hubgen's pipelines: `from_pretrained` and `save_pretrained` in the layouts of diffusers' pipelines.
+
+    A pipeline says in `reads` whose folders it takes, and in `native_class` whose folder it writes.
+    """
+
+    reads: ClassVar[tuple[str, ...]] = ()
+    """Classes of diffusers whose `model_index.json` this pipeline takes, beside its own."""
+
+    def native_class(self) -> str | None:
+        """The class of diffusers that can be made of these very components; `None` where there is none."""
+        return None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
+        """As diffusers' `DiffusionPipeline.from_pretrained`: a pipeline's folder, or a repository on the Hub.
+
+        Raises:
+            ValueError: A folder that is no pipeline, or an index with a pipeline, library, class or component that
+                is not known; before any weights are read.
+            OSError: Neither a folder nor a repository that can be reached.
+        """
+        path = os.fspath(pretrained_model_name_or_path)
+        if os.path.isdir(path) and not os.path.isfile(os.path.join(path, cls.config_name)):
+            raise ValueError(f"{path} is no pipeline folder: it holds no {cls.config_name}.")
+        options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        cls.check_index(cls.load_config(path, **options), path, passed=kwargs)
+        if not os.path.isdir(path) and not is_registered():
+            # A diffusers that hubgen cannot register with refuses our classes from the Hub, but not from a folder.
+            from huggingface_hub import snapshot_download
+
+            known = inspect.signature(snapshot_download).parameters
+            options = {name: value for name, value in kwargs.items() if name in known}
+            path = snapshot_download(path, allow_patterns=PIPELINE_FILES, **options)
+        if os.path.isdir(path):
+            cls.check_components(path, kwargs)
+        return super().from_pretrained(path, **kwargs)
+
+    @classmethod
+    def download(cls, pretrained_model_name: str | os.PathLike, **kwargs: Any) -> str:
+        """As diffusers', which `from_pretrained` calls for a repository; what came is checked before it loads."""
+        folder: str = super().download(pretrained_model_name, **kwargs)
+        cls.check_components(folder, kwargs)
+        return folder
+
+    @classmethod
+    def check_components(cls, folder: str, options: Mapping[str, Any]) -> None:
+        """Checks the files of all components that `from_pretrained` would load with these options, by their headers."""
+        classes = {
+            name: require_class(*value, where=f"{folder}: `{name}`")
+            for name, value in cls.load_config(folder).items()
+            if is_component(value) and name not in options
+        }
+        check_pipeline_folder(Path(folder), classes, variant=options.get("variant"))
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """As `ConfigMixin.load_config`, with hubgen's class for every component of diffusers that has one."""
+        loaded = super().load_config(pretrained_model_name_or_path, *args, **kwargs)
+        index, *others = loaded if isinstance(loaded, tuple) else (loaded,)
+        if not isinstance(index, dict):
+            raise ValueError(f"{pretrained_model_name_or_path}: the index must be a JSON object, got {index!r:.100}.")
+        index = cls.with_our_classes(index)
+        return (index, *others) if others else index
+
+    @classmethod
+    def with_our_classes(cls, index: Mapping[str, Any]) -> dict[str, Any]:
+        """An index as hubgen reads it: see this file's head."""
+        hubgen = importlib.import_module("hubgen")
+        parameters = inspect.signature(cls).parameters
+        ours: dict[str, Any] = {}
+        for name, value in index.items():
+            if is_component(value):
+                library, class_name = value
+                class_name = RENAMED.get(class_name, class_name)
+                library = "hubgen" if library == "diffusers" and class_name in hubgen.HOMES else library
+                value = [library, class_name]
+            elif name.startswith("_") and name[1:] in parameters and name[1:] not in index:
+                name = name[1:]
+            ours[name] = value
+        return ours
+
+    @classmethod
+    def check_index(cls, index: Mapping[str, Any], path: str, passed: Collection[str] = ()) -> None:
+        """Raises ValueError unless every part of an index is known.
+
+        Args:
+            index: As read.
+            path: The folder or repository, for the message.
+            passed: Names of components that the caller brings along; what the index says about them does not count.
+        """
+        where, known = f"{path}: {cls.config_name}", (cls.__name__, *cls.reads)
+        if index.get("_class_name") not in known:
+            found = repr(index["_class_name"]) if "_class_name" in index else "none"
+            raise ValueError(f"{where} names {found} as the pipeline; {cls.__name__} reads {', '.join(known)}.")
+        slots, _ = cls._get_signature_keys(cls)
+        for name, value in index.items():
+            is_slot = name in slots
+            if name == "_class_name" or name in passed or not (is_slot or is_component(value)):
+                continue
+            if not is_slot:
+                raise ValueError(
+                    f"{where} has a component `{name}` ({'.'.join(value)}), for which {cls.__name__} has no place; "
+                    f"it takes {', '.join(slots)}."
+                )
+            if is_component(value):
+                require_class(*value, where=f"{where}: `{name}`")
+            elif value is not None and value != [None, None]:
+                raise ValueError(f"{where}: `{name}` must be [library, class] or [null, null], got {value!r}.")
+
+    def to_json_file(self, json_file_path: str | os.PathLike) -> None:
+        """Writes the index: that of diffusers' pipeline where there is one for these components, else hubgen's."""
+        index = self.native_index()
+        if index is None:
+            super().to_json_file(json_file_path)
+            return
+        with open(json_file_path, "w", encoding="utf-8") as file:
+            file.write(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    def native_index(self) -> dict[str, Any] | None:
+        """The index by which diffusers loads these components alone, or `None` where it has no such pipeline."""
+        native = self.native_class()
+        if native is None:
+            return None
+        index: dict[str, Any] = json.loads(self.to_json_string())
+        native_class = getattr(diffusers, native)
+        theirs = inspect.signature(native_class).parameters
+        ours = inspect.signature(type(self)).parameters
+        written: dict[str, Any] = {"_class_name": native}
+        for name, value in index.items():
+            if is_component(value):
+                library, class_name = value
+                if library == "hubgen":
+                    library = "diffusers" if hasattr(diffusers, class_name) else None
+                if library is None or name not in theirs:
+                    return None
+                # The variant without torchvision reads the same files; older versions know the plain name alone.
+                written[name] = [library, class_name.replace("ImageProcessorPil", "ImageProcessor")]
+            elif name in theirs:
+                written[name] = value
+            elif name in ours and value not in (None, [None, None]) and value != ours[name].default:
+                written["_" + name] = value
+            elif name.startswith("_") and name not in written:
+                written[name] = value
+        slots, _ = native_class._get_signature_keys(native_class)
+        return {**dict.fromkeys(slots, [None, None]), **written}
+
+
+def is_component(value: object) -> bool:
+    """Whether a value of an index is `[library, class]`."""
+    return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(part, str) for part in value)
+
+
+def require_class(library: str, class_name: str, where: str) -> type:
+    """The class of a component; ValueError unless `library` is one that components come from and has such a class.
+
+    Libraries are hubgen, diffusers, transformers, the folders of diffusers' pipelines (for parts such as
+    `StableDiffusionSafetyChecker`), and what the program has imported itself.
+    """
+    libraries = ("hubgen", "diffusers", "transformers")
+    if library in libraries:
+        module = importlib.import_module(library)
+    elif "." not in library and hasattr(diffusers.pipelines, library):
+        module = getattr(diffusers.pipelines, library)
+    elif library in sys.modules:
+        module = sys.modules[library]
+    else:
+        raise ValueError(
+            f"{where} comes from an unknown library, {library!r}; known are {', '.join(libraries)} and what is "
+            "imported. Code that lies in a repository is not run."
+        )
+    if not inspect.isclass(getattr(module, class_name, None)):
+        raise ValueError(
+            f"{where}: {library} has no class {class_name!r}; known are {', '.join(similar(module, class_name))}."
+        )
+    return getattr(module, class_name)
+
+
+def similar(module: Any, class_name: str) -> list[str]:
+    """Classes of a library, for a message: the nearest by name, of libraries with hundreds of them."""
+    import difflib
+
+    names = [name for name in dir(module) if name[:1].isupper()]
+    near = difflib.get_close_matches(class_name, names, n=5, cutoff=0.5)
+    return near or [f"{len(names)} others"]

@@ -1,0 +1,144 @@
+"""The prompts of a call, or embeddings in their place: checked, and brought to lists."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hubgen.conditioning.inputs import takes_pooled
+from hubgen.conditioning.prompts import PromptCondition
+from hubgen.conditioning.text import TextEmbeddings
+from hubgen.pipelines.calls import require_whole
+
+EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
+PROMPTS = ("prompt", "prompt_2", "prompt_3")
+NEGATIVES = ("negative_prompt", "negative_prompt_2", "negative_prompt_3")
+
+Prompt = str | list[str] | None
+
+
+@dataclass(frozen=True)
+class PromptInputs:
+    """See the arguments of the same names of `TextToImagePipeline.__call__`."""
+
+    prompt: Prompt = None
+    prompt_2: Prompt = None
+    prompt_3: Prompt = None
+    negative_prompt: Prompt = None
+    negative_prompt_2: Prompt = None
+    negative_prompt_3: Prompt = None
+    prompt_embeds: torch.Tensor | None = None
+    pooled_prompt_embeds: torch.Tensor | None = None
+    negative_prompt_embeds: torch.Tensor | None = None
+    negative_pooled_prompt_embeds: torch.Tensor | None = None
+    num_images_per_prompt: int = 1
+    clip_skip: int | None = None
+    max_sequence_length: int | None = None
+
+    @property
+    def count(self) -> int:
+        """The number of prompts."""
+        if self.prompt_embeds is not None:
+            return len(self.prompt_embeds)
+        return 1 if isinstance(self.prompt, str) else len(self.prompt or ())
+
+    @property
+    def batch(self) -> int:
+        """B, the number of pictures."""
+        return self.count * self.num_images_per_prompt
+
+    @property
+    def has_negative(self) -> bool:
+        """Whether there is something that guidance is to lead away from, if only the empty string."""
+        return any(getattr(self, name) is not None for name in (*NEGATIVES, "negative_prompt_embeds"))
+
+    def texts(self, names: Sequence[str]) -> list[list[str]]:
+        """For each of `names` a list of prompts; the first stands for those that were not given."""
+        first = getattr(self, names[0])
+        values = [getattr(self, name) or first or "" for name in names]
+        return [[value] * self.count if isinstance(value, str) else list(value) for value in values]
+
+    def encode(
+        self, condition: PromptCondition, names: Sequence[str], device: torch.device, clip_skip: int | None = None
+    ) -> TextEmbeddings:
+        """The embeddings of the prompts or negative prompts `names`, each once."""
+        first, second, third = self.texts(names)
+        return condition.encode(
+            first,
+            device,
+            prompts_2=second,
+            prompts_3=third,
+            clip_skip=clip_skip,
+            max_sequence_length=self.max_sequence_length,
+        )
+
+    def check(self, condition: PromptCondition, backbone: nn.Module, guided: bool) -> None:
+        """Raises ValueError where prompts, embeddings and their options are wrong or do not fit each other."""
+        require_whole("num_images_per_prompt", self.num_images_per_prompt)
+        given: dict[str, Any] = {name: getattr(self, name) for name in EMBEDDINGS}
+        if (self.prompt is None) == (given["prompt_embeds"] is None):
+            found = "neither" if self.prompt is None else "both"
+            raise ValueError(f"`prompt`, `prompt_embeds`: got {found}, expected exactly one of them.")
+        if self.negative_prompt is not None and given["negative_prompt_embeds"] is not None:
+            raise ValueError("`negative_prompt`, `negative_prompt_embeds`: got both, expected at most one of them.")
+        if self.prompt is None and not torch.is_tensor(self.prompt_embeds):
+            raise ValueError(f"`prompt_embeds`: got {self.prompt_embeds!r}, expected a tensor.")
+        self._check_texts(condition.prompts)
+        self._check_embeddings(given, takes_pooled(backbone))
+        condition.check_options(self.clip_skip, self.max_sequence_length)
+        if condition.missing and self.prompt is not None:
+            names = ", ".join(f"`{name}`" for name in condition.missing)
+            raise ValueError(f"`prompt`: the pipeline has no {names} to read it; expected `prompt_embeds`.")
+        negative = guided and given["negative_prompt_embeds"] is None
+        if condition.missing and negative and (self.has_negative or not condition.zero_without_prompt):
+            names = ", ".join(f"`{name}`" for name in condition.missing)
+            raise ValueError(
+                f"`negative_prompt_embeds`: got None, expected them, because the pipeline guides and has no {names}."
+            )
+
+    def _check_texts(self, known: int) -> None:
+        for number, name in enumerate((*PROMPTS, *NEGATIVES)):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if number % len(PROMPTS) >= known:
+                raise ValueError(
+                    f"`{name}`: the text encoders of this model read {known}, not {number % 3 + 1} prompts."
+                )
+            texts = [value] if isinstance(value, str) else value
+            if not isinstance(texts, list | tuple) or not texts:
+                raise ValueError(f"`{name}`: got {value!r}, expected a string or a non-empty list of strings.")
+            for position, text in enumerate(texts):
+                if not isinstance(text, str):
+                    raise ValueError(f"`{name}`: got {text!r} as number {position}, expected a string.")
+            if not isinstance(value, str) and len(value) != self.count:
+                raise ValueError(
+                    f"`{name}`: got {len(value)}, expected one for all or one for each of the {self.count} prompts."
+                )
+            if name in PROMPTS[1:] and self.prompt is None:
+                raise ValueError(f"`{name}`: got one beside `prompt_embeds`, expected it beside `prompt`.")
+            if name in NEGATIVES[1:] and self.negative_prompt_embeds is not None:
+                raise ValueError(f"`{name}`: got one beside `negative_prompt_embeds`, expected at most one of them.")
+
+    def _check_embeddings(self, given: dict[str, Any], pools: bool) -> None:
+        for tokens, pooled in (EMBEDDINGS[:2], EMBEDDINGS[2:]):
+            if given[pooled] is not None and given[tokens] is None:
+                raise ValueError(f"`{pooled}`: got a tensor without `{tokens}`, expected both or none.")
+            if given[tokens] is not None and given[pooled] is None and pools:
+                raise ValueError(
+                    f"`{pooled}`: got None beside `{tokens}`, expected both: the backbone takes pooled text."
+                )
+        for name, ndim in zip(EMBEDDINGS, (3, 2, 3, 2), strict=True):
+            tensor = given[name]
+            if tensor is not None and (not torch.is_tensor(tensor) or tensor.ndim != ndim or len(tensor) != self.count):
+                found = str(tuple(tensor.shape)) if torch.is_tensor(tensor) else repr(tensor)
+                features = "tokens, features" if ndim == 3 else "features"
+                raise ValueError(f"`{name}`: got {found}, expected a tensor of shape ({self.count}, {features}).")
+        positive, negative = given["prompt_embeds"], given["negative_prompt_embeds"]
+        if positive is not None and negative is not None and positive.shape != negative.shape:
+            raise ValueError(
+                f"`negative_prompt_embeds`: got {tuple(negative.shape)}, expected the shape of `prompt_embeds`, "
+                f"{tuple(positive.shape)}."
+            )

@@ -1,0 +1,265 @@
+"""Noise to pictures without a condition: denoising loop -> pixels, for DDPM, DDIM and NCSN++.
+
+Shapes: B pictures of C channels, H and W pixels.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+
+from hubgen.backbones.unet import UNet2DModel
+from hubgen.conditioning.guidance import ClassifierFreeGuidance
+from hubgen.hub.native import NativePipeline
+from hubgen.hub.registration import loadable
+from hubgen.pipelines.calls import (
+    check_generator,
+    check_latents,
+    check_output,
+    check_tensor_names,
+    require_whole,
+    set_grid,
+)
+from hubgen.pipelines.denoising import Generator, denoise, supported
+from hubgen.schedulers.score_sde_ve import ScoreSdeVeScheduler
+
+LEARNED_VARIANCES = ("learned", "learned_range")
+DEFAULT_STEPS = {"DDIMPipeline": 50, "DDPMPipeline": 1000, "ScoreSdeVePipeline": 2000}
+"""What diffusers' pipelines do where nobody names a number of steps."""
+
+
+@loadable
+class UnconditionalPipeline(NativePipeline):
+    """Pictures out of noise alone, in pixel space (DDPM, 2006.11239; DDIM, 2010.02502; NCSN++, 2011.13456).
+
+    Reads the folders of diffusers' `DDPMPipeline` (`google/ddpm-cifar10-32`), `DDIMPipeline` and `ScoreSdeVePipeline`
+    (`google/ncsnpp-ffhq-256`), and is saved as one of them. Components may be hubgen's or diffusers' classes of the
+    same names, and schedulers any of diffusers'; with `ScoreSdeVeScheduler` a predictor's step follows a corrector's.
+
+    Args:
+        unet: The backbone, without class labels.
+        scheduler: The way from noise to data.
+        default_num_inference_steps: What a call does that names no number of steps; saved with the pipeline. `None` is
+            50 for DDIM, 2000 for NCSN++ and 1000 for all others, at most as many as the model was trained with.
+
+    Raises:
+        ValueError: The U-Net wants class labels, or does not say the size of its pictures.
+    """
+
+    model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs = ["latents"]
+    reads = ("DDPMPipeline", "DDIMPipeline", "ScoreSdeVePipeline")
+
+    def __init__(
+        self,
+        unet: UNet2DModel | diffusers.UNet2DModel,
+        scheduler: SchedulerMixin,
+        default_num_inference_steps: int | None = None,
+    ):
+        super().__init__()
+        for name in ("class_embed_type", "num_class_embeds"):
+            if unet.config.get(name) is not None:
+                raise ValueError(
+                    f"`unet`: got one with `{name}`={unet.config[name]!r}, expected one without class labels; classes "
+                    "are for ClassToImagePipeline."
+                )
+        if unet.config.sample_size is None:
+            raise ValueError("`unet`: got one without `sample_size`, expected the size of its pictures there.")
+        if default_num_inference_steps is not None:
+            require_whole("default_num_inference_steps", default_num_inference_steps)
+        if hasattr(scheduler, "step_correct") and not isinstance(scheduler, ScoreSdeVeScheduler):
+            scheduler = ScoreSdeVeScheduler.from_config(scheduler.config)  # diffusers' has two stages, but no `step`
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_to_config(default_num_inference_steps=default_num_inference_steps)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+        self._num_timesteps = 0
+        self._interrupt = False
+
+    def native_class(self) -> str | None:
+        """By the scheduler: `ScoreSdeVePipeline`, `DDIMPipeline`, or `DDPMPipeline` for all others."""
+        if self.is_score_sde:
+            return "ScoreSdeVePipeline"
+        return "DDIMPipeline" if type(self.scheduler).__name__ == "DDIMScheduler" else "DDPMPipeline"
+
+    @classmethod
+    def with_our_classes(cls, index: Mapping[str, Any]) -> dict[str, Any]:
+        """As in `NativePipeline`; a `DDIMPipeline` samples by DDIM, whatever scheduler the model was trained with."""
+        if index.get("_class_name") == "DDIMPipeline" and "scheduler" in index:
+            index = {**index, "scheduler": ["diffusers", "DDIMScheduler"]}
+        return super().with_our_classes(index)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: Generator = None,
+        num_inference_steps: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        eta: float = 0.0,
+        use_clipped_model_output: bool | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        latents: torch.Tensor | None = None,
+        callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Makes pictures. The first five arguments are those of diffusers' `DDPMPipeline`, in its order.
+
+        Args:
+            batch_size: Number of pictures.
+            generator: Source of the noise. A list has one for each picture, which then comes out the same in any batch
+                (but for NCSN++'s corrector, whose step is the batch's).
+            num_inference_steps: `None` for the model's default, or for as many as `timesteps` or `sigmas` has.
+            output_type: "pil"; "np", (B, H, W, C) in [0, 1]; "pt", (B, C, H, W) in [0, 1]; or "latent", what the loop
+                ends with, (B, C, H, W): in [-1, 1], of NCSN++ in [0, 1], both about and not clipped.
+            return_dict: Whether to return `ImagePipelineOutput` or a tuple of its `images`.
+            eta: DDIM's share of noise, from 0 (none) to 1 (DDPM); for schedulers whose step takes it.
+            use_clipped_model_output: See `DDIMScheduler.step`; for schedulers whose step takes it.
+            timesteps: The scheduler's grid, instead of its own; or
+            sigmas: the same in terms of noise; not every scheduler takes them.
+            latents: The noise to start from, (B, C, H, W), standard normal, instead of drawing it.
+            callback_on_step_end: `(pipeline, step, timestep, tensors) -> tensors`; those returned replace the old ones.
+            callback_on_step_end_tensor_inputs: Names of `tensors`, of `_callback_tensor_inputs`.
+
+        Raises:
+            ValueError: An argument is not one that the model can work with; before anything is computed.
+        """
+        require_whole("batch_size", batch_size)
+        shape = (batch_size, self.unet.config.in_channels, *self.size)
+        check_generator(generator, batch_size)
+        check_latents(latents, shape)
+        check_output(
+            output_type, callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
+        )
+        step_options = self.check_step_options(eta, use_clipped_model_output)
+        self.check_channels()
+        device = self._execution_device
+        steps = set_grid(self.scheduler, num_inference_steps, timesteps, sigmas, self.default_steps, device)
+        self._num_timesteps, self._interrupt = len(steps), False
+
+        if latents is None:
+            latents = randn_tensor(shape, generator, device, torch.float32)
+        latents = latents.to(device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        latents = self.denoise(
+            latents, steps, generator, step_options, callback_on_step_end, callback_on_step_end_tensor_inputs
+        )
+        images = self.to_pictures(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def denoise(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        generator: Generator = None,
+        step_options: Mapping[str, Any] | None = None,
+        callback: Callable[..., dict[str, Any] | None] | None = None,
+        callback_tensors: Sequence[str] = ("latents",),
+    ) -> torch.Tensor:
+        """From noise to data, (B, C, H, W): the loop of `hubgen.pipelines.denoising` with this U-Net."""
+        unet, scheduler, dtype = self.unet, self.scheduler, self.unet.dtype
+        channels = latents.shape[1] * (2 if self.scheduler_wants_variance else 1)
+        callback_tensors = getattr(callback, "tensor_inputs", callback_tensors)  # diffusers' callback objects
+
+        def predict(x_t: torch.Tensor, t: torch.Tensor, guided: bool) -> torch.Tensor:
+            told = scheduler.sigma(t) if self.is_score_sde else t
+            return unet(x_t.to(dtype), told, return_dict=False)[0][:, :channels]
+
+        def correct(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            for _ in range(scheduler.config.correct_steps):
+                score = predict(x_t, t.expand(len(x_t)), False).to(x_t.dtype)
+                x_t = scheduler.step_correct(score, x_t, generator=generator, return_dict=False)[0]
+            return x_t
+
+        def on_step(step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+            progress_bar.update()
+            if callback is None:
+                return latents
+            tensors = {name: latents for name in callback_tensors}
+            changed = callback(self, step, timestep, tensors) or {}
+            check_tensor_names("callback_on_step_end", changed, self._callback_tensor_inputs)
+            return changed.get("latents", latents)
+
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            return denoise(
+                predict,
+                scheduler,
+                latents,
+                timesteps,
+                ClassifierFreeGuidance(1.0),
+                generator,
+                on_step=on_step,
+                interrupted=lambda: self._interrupt,
+                step_options=step_options,
+                correct=correct if self.is_score_sde else None,
+            )
+
+    def to_pictures(self, latents: torch.Tensor, output_type: str) -> Any:
+        """Pictures of what the loop ends with, (B, C, H, W); see the call for `output_type`."""
+        if output_type == "latent":
+            return latents
+        if self.is_score_sde:  # data in [0, 1]
+            latents = 2 * latents - 1
+        return self.image_processor.postprocess(latents, output_type=output_type)
+
+    @property
+    def is_score_sde(self) -> bool:
+        """Whether the network is told noise levels and returns scores."""
+        return isinstance(self.scheduler, ScoreSdeVeScheduler)
+
+    @property
+    def scheduler_wants_variance(self) -> bool:
+        """Whether the scheduler's step takes a learned variance beside the prediction."""
+        return self.scheduler.config.get("variance_type") in LEARNED_VARIANCES
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the pictures in pixels."""
+        side = self.unet.config.sample_size
+        return (side, side) if isinstance(side, int) else tuple(side)
+
+    @property
+    def default_steps(self) -> int:
+        """Steps of a call that names no number."""
+        if self.config.default_num_inference_steps is not None:
+            return self.config.default_num_inference_steps
+        return min(DEFAULT_STEPS[self.native_class() or ""], self.scheduler.config.num_train_timesteps)
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the last call."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the call is to end with what it has; set `_interrupt`, from a callback or another thread."""
+        return self._interrupt
+
+    def check_step_options(self, eta: float, use_clipped_model_output: bool | None) -> dict[str, Any]:
+        """Options of the scheduler's steps; raises ValueError for those that it does not take."""
+        options: dict[str, Any] = {}
+        if eta:
+            if not 0 <= eta <= 1:
+                raise ValueError(f"`eta`: got {eta!r}, expected a number from 0 (DDIM) to 1 (DDPM).")
+            options["eta"] = eta
+        if use_clipped_model_output is not None:
+            options["use_clipped_model_output"] = use_clipped_model_output
+        for name in options.keys() - supported(self.scheduler.step, **options).keys():
+            raise ValueError(f"`{name}`: got {options[name]}, but {type(self.scheduler).__name__} takes none.")
+        return options
+
+    def check_channels(self) -> None:
+        """Raises ValueError where the U-Net predicts fewer channels than the scheduler's step takes."""
+        config = self.unet.config
+        wanted = config.in_channels * (2 if self.scheduler_wants_variance else 1)
+        if config.out_channels < wanted:
+            raise ValueError(
+                f"`scheduler`: got `variance_type`={self.scheduler.config.get('variance_type')!r}, which takes "
+                f"{wanted} channels of a prediction; the U-Net has `out_channels`={config.out_channels}."
+            )

@@ -1,0 +1,330 @@
+"""UNet2DModel: parity with diffusers on random weights, and what diffusers' features ask of a model."""
+
+import diffusers
+import pytest
+import torch
+from torch import nn
+
+from hubgen.backbones.unet import UNet2DModel, ddpm_celebahq_256, ddpm_cifar10, ncsnpp_256, ncsnpp_ffhq_1024
+from hubgen.layers.fir import FirDownsample2D, FirUpsample2D
+from tests.parity import assert_parity, randomize_, share_weights_
+
+SMALL = {
+    "sample_size": 8,
+    "block_out_channels": (16, 32),
+    "norm_num_groups": 8,
+    "layers_per_block": 1,
+    "attention_head_dim": None,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+}
+NCSNPP = {
+    "block_out_channels": (32, 32, 64),
+    "down_block_types": ("SkipDownBlock2D", "AttnSkipDownBlock2D", "SkipDownBlock2D"),
+    "up_block_types": ("SkipUpBlock2D", "AttnSkipUpBlock2D", "SkipUpBlock2D"),
+    "time_embedding_type": "fourier",
+    "mid_block_scale_factor": 2**0.5,
+    "norm_num_groups": None,
+    "norm_eps": 1e-6,
+}
+GUIDED = {
+    "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    "downsample_type": "resnet",
+    "upsample_type": "resnet",
+    "resnet_time_scale_shift": "scale_shift",
+    "attention_head_dim": 8,
+    "out_channels": 6,
+    "num_class_embeds": 7,
+}
+VARIANTS = {
+    "ddpm": {"downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1, "norm_eps": 1e-6},
+    "deep": {
+        "block_out_channels": (16, 32, 32),
+        "layers_per_block": 2,
+        "down_block_types": ("AttnDownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    },
+    "several heads": {"attention_head_dim": 4},
+    "ncsn++": NCSNPP,
+    "ncsn++, two residual blocks": {**NCSNPP, "layers_per_block": 2},
+    "ncsn++ with scale and shift": {**NCSNPP, "resnet_time_scale_shift": "scale_shift"},
+    "ncsn++, narrower below": {
+        **NCSNPP,
+        "block_out_channels": (32, 16),
+        "down_block_types": ("AttnSkipDownBlock2D", "SkipDownBlock2D"),
+        "up_block_types": ("SkipUpBlock2D", "AttnSkipUpBlock2D"),
+    },
+    "input skip alone": {**NCSNPP, "up_block_types": ("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"), "norm_num_groups": 8},
+    "output skip alone": {
+        **NCSNPP,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        "norm_num_groups": 8,
+    },
+    "guided diffusion": GUIDED,
+    "guided diffusion with a norm": {**GUIDED, "attn_norm_num_groups": 16},
+    "resampling without attention": {
+        "down_block_types": ("ResnetDownsampleBlock2D",) * 2,
+        "up_block_types": ("ResnetUpsampleBlock2D",) * 2,
+        "add_attention": False,
+    },
+    "attention resamples by residual blocks": {
+        "down_block_types": ("AttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "downsample_type": "resnet",
+        "upsample_type": "resnet",
+    },
+    "no middle": {"mid_block_type": None},
+    "scaled middle": {"mid_block_scale_factor": 1.5},
+    "learned timesteps": {"time_embedding_type": "learned", "num_train_timesteps": 1000, "time_embedding_dim": 40},
+    "timestep class": {"class_embed_type": "timestep"},
+    "class vector": {"class_embed_type": "identity"},
+    "five channels in [0, 1]": {"in_channels": 5, "out_channels": 6, "center_input_sample": True},
+    "names of the first configs": {
+        "down_block_types": ("UNetResDownBlock2D", "UNetResAttnDownBlock2D"),
+        "up_block_types": ("UNetResAttnUpBlock2D", "UNetResUpBlock2D"),
+    },
+}
+
+
+def inputs_for(config: dict, size: tuple[int, int] = (8, 8)) -> dict:
+    """Random inputs of batch 2 that a model of this configuration takes."""
+    config = {**SMALL, **config}
+    fourier = config.get("time_embedding_type") == "fourier"
+    inputs = {
+        "sample": torch.randn(2, config.get("in_channels", 3), *size),
+        "timestep": torch.tensor([0.5, 40.0]) if fourier else torch.tensor([7, 991]),
+    }
+    if config.get("class_embed_type") == "identity":
+        inputs["class_labels"] = torch.randn(2, 64)
+    if config.get("class_embed_type") == "timestep":
+        inputs["class_labels"] = torch.tensor([3.0, 400.0])
+    if "num_class_embeds" in config:
+        inputs["class_labels"] = torch.tensor([0, 6])
+    return inputs
+
+
+def pair(**config) -> tuple[UNet2DModel, diffusers.UNet2DModel]:
+    """Our model and diffusers' with the same weights, every parameter drawn anew."""
+    ours, theirs = (cls(**{**SMALL, **config}) for cls in (UNet2DModel, diffusers.UNet2DModel))
+    share_weights_(ours, theirs)
+    return ours, theirs
+
+
+def random_model(**config) -> UNet2DModel:
+    return randomize_(UNet2DModel(**{**SMALL, **config})).eval()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_output_agrees_with_diffusers_on_random_weights(variant):
+    ours, theirs = pair(**VARIANTS[variant])
+    assert_parity(ours, theirs, inputs_for(VARIANTS[variant], (8, 16)))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_config_parameters_and_processors_are_named_as_in_diffusers(variant):
+    ours, theirs = pair(**VARIANTS[variant])
+    assert {k: v for k, v in ours.config.items() if k[0] != "_"} == {
+        k: v for k, v in theirs.config.items() if k[0] != "_"
+    }
+    shapes = [{k: v.shape for k, v in model.state_dict().items()} for model in (ours, theirs)]
+    assert shapes[0] == shapes[1]
+    assert list(ours.attn_processors) == [
+        f"{name}.processor" for name, module in theirs.named_modules() if hasattr(module, "set_processor")
+    ]
+
+
+@pytest.mark.parametrize(
+    "preset, count",
+    [
+        (ddpm_cifar10, 35_746_307),
+        (ddpm_celebahq_256, 113_673_219),
+        (ncsnpp_256, 65_574_549),
+        (ncsnpp_ffhq_1024, 105_785_896),
+    ],
+)
+def test_full_size_presets_have_the_published_number_of_parameters_and_diffusers_keys(preset, count, record_property):
+    with torch.device("meta"):
+        ours, theirs = UNet2DModel(**preset()), diffusers.UNet2DModel(**preset())
+    assert sum(p.numel() for p in ours.parameters()) == count
+    shapes = [{k: v.shape for k, v in model.state_dict().items()} for model in (ours, theirs)]
+    assert shapes[0] == shapes[1]
+    row = "DDPM" if preset in (ddpm_cifar10, ddpm_celebahq_256) else "NCSN++"
+    record_property("shows", {"row": row, "column": "parameters"})
+
+
+def test_the_full_ddpm_of_cifar10_agrees_with_diffusers():
+    ours, theirs = UNet2DModel(**ddpm_cifar10()), diffusers.UNet2DModel(**ddpm_cifar10())
+    share_weights_(ours, theirs)
+    assert_parity(ours, theirs, {"sample": torch.randn(2, 3, 32, 32), "timestep": torch.tensor([3, 700])})
+
+
+def test_the_full_ncsnpp_agrees_with_diffusers_on_small_pictures():
+    ours, theirs = UNet2DModel(**ncsnpp_256()), diffusers.UNet2DModel(**ncsnpp_256())
+    share_weights_(ours, theirs)
+    assert_parity(ours, theirs, {"sample": torch.randn(1, 3, 64, 64), "timestep": torch.tensor([20.0])})
+
+
+def test_fir_resampling_keeps_constants_inside_and_has_the_binomial_impulse_response():
+    impulse = torch.zeros(1, 2, 5, 5)
+    impulse[0, 1, 2, 2] = 1
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 4
+    up = FirUpsample2D()(impulse)  # (1, 2, 10, 10)
+    assert (up[0, 0] == 0).all()
+    torch.testing.assert_close(up[0, 1, 3:7, 3:7], torch.outer(taps, taps))
+    assert up.sum() == 4
+    constant = torch.ones(1, 1, 8, 8)
+    assert (FirDownsample2D()(constant)[..., 1:-1, 1:-1] == 1).all()
+    assert (FirUpsample2D()(constant)[..., 1:-1, 1:-1] == 1).all()
+
+
+def test_fir_resampling_down_is_the_adjoint_of_up():
+    up, down = FirUpsample2D(), FirDownsample2D()
+    small, large = torch.randn(2, 3, 4, 6), torch.randn(2, 3, 8, 12)
+    torch.testing.assert_close((up(small) * large).sum(), 4 * (small * down(large)).sum())
+
+
+@pytest.mark.parametrize("timestep", [3, torch.tensor(3), torch.tensor([3])])
+def test_one_timestep_serves_the_whole_batch(timestep):
+    ours, theirs = pair()
+    assert_parity(ours, theirs, {**inputs_for({}), "timestep": timestep})
+
+
+def test_a_sigma_that_is_a_plain_number_is_not_rounded():
+    model = random_model(**NCSNPP)
+    sample = inputs_for(NCSNPP)["sample"]
+    with torch.no_grad():
+        torch.testing.assert_close(model(sample, 0.5).sample, model(sample, torch.tensor([0.5, 0.5])).sample)
+
+
+def test_ncsnpp_divides_by_sigma_so_that_the_score_grows_where_there_is_little_noise():
+    model = random_model(**NCSNPP)
+    model.time_proj.weight.zero_()  # the network sees no sigma
+    sample = inputs_for(NCSNPP)["sample"]
+    with torch.no_grad():
+        torch.testing.assert_close(model(sample, 0.01).sample, 100 * model(sample, 1.0).sample)
+
+
+@pytest.mark.parametrize("variant", ["ddpm", "ncsn++"])
+def test_a_fresh_model_predicts_zero_and_learns(variant):
+    model = UNet2DModel(**{**SMALL, **VARIANTS[variant]})
+    if variant == "ncsn++":  # the picture's convolutions are no residual branches
+        for block in model.up_blocks[:-1]:
+            nn.init.zeros_(block.skip_conv.weight)
+            nn.init.zeros_(block.skip_conv.bias)
+    out = model(**inputs_for(VARIANTS[variant])).sample
+    assert (out == 0).all()
+    (out - 1).square().mean().backward()
+    assert model.conv_out.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("variant", ["ddpm", "ncsn++", "guided diffusion"])
+def test_gradient_checkpointing_leaves_output_and_gradients_unchanged(variant):
+    inputs = inputs_for(VARIANTS[variant])
+    results = []
+    for checkpointing in (False, True):
+        model = random_model(**VARIANTS[variant]).train()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        out = model(**inputs).sample
+        out.square().mean().backward()
+        results.append((out, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}))
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(grad is not None for grad in results[0][1].values())
+    torch.testing.assert_close(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("variant", ["ddpm", "ncsn++", "guided diffusion"])
+def test_saved_models_load_in_diffusers_and_the_other_way_round(variant, tmp_path):
+    ours, theirs = pair(**VARIANTS[variant])
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    inputs = inputs_for(VARIANTS[variant])
+    assert_parity(UNet2DModel.from_pretrained(tmp_path / "theirs"), theirs, inputs)
+    assert_parity(ours, diffusers.UNet2DModel.from_pretrained(tmp_path / "ours"), inputs)
+
+
+@pytest.mark.parametrize("variant", ["ddpm", "ncsn++"])
+def test_half_precision_stays_near_the_float32_output(variant):
+    model = random_model(**VARIANTS[variant])
+    inputs = inputs_for(VARIANTS[variant])
+    with torch.no_grad():
+        full = model(**inputs).sample
+        half = model.to(torch.bfloat16)(inputs["sample"].bfloat16(), inputs["timestep"]).sample
+    assert half.dtype == torch.bfloat16
+    assert (half.float() - full).abs().max() < 0.1 * full.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["ddpm", "ncsn++"])
+def test_the_forward_compiles_without_a_graph_break(variant):
+    model, inputs = random_model(**VARIANTS[variant]), inputs_for(VARIANTS[variant])
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(**inputs).sample, model(**inputs).sample)
+
+
+@torch.no_grad()
+def test_old_names_of_attention_weights_load(tmp_path):
+    """Checkpoints of 2022, such as google/ddpm-cifar10-32, say query, key, value and proj_attn."""
+    from safetensors.torch import load_file, save_file
+
+    ours, theirs = pair(**VARIANTS["ddpm"])
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    for new, name in old.items():
+        weights = {key.replace(f".{new}.", f".{name}."): value.clone() for key, value in weights.items()}
+    assert any("proj_attn" in key for key in weights)
+    save_file(weights, file, metadata={"format": "pt"})
+    assert_parity(UNet2DModel.from_pretrained(tmp_path), theirs, inputs_for({}))
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"block_out_channels": (16, 32, 32)}, "`down_block_types` must have one entry a level, 3"),
+        ({"up_block_types": ("UpBlock2D",)}, "`up_block_types` must have one entry a level, 2"),
+        ({"down_block_types": ("KDownBlock2D", "DownBlock2D")}, "`down_block_types`.*'KDownBlock2D'"),
+        ({"mid_block_type": "UNetMidBlock2DCrossAttn"}, "`mid_block_type`.*'UNetMidBlock2DCrossAttn'"),
+        ({"down_block_types": ("SkipDownBlock2D", "DownBlock2D")}, "`down_block_types` must have `Skip` levels only"),
+        ({**NCSNPP, "in_channels": 4}, "`in_channels` must be 3 for `Skip` levels"),
+        ({**NCSNPP, "out_channels": 4}, "`out_channels` must be 3 for `Skip` levels"),
+        ({**NCSNPP, "block_out_channels": (32, 24, 64)}, "`Skip` levels normalise 88 channels in 32 groups"),
+        ({"norm_num_groups": None}, "`norm_num_groups` = None needs `Skip` levels"),
+        ({"norm_num_groups": 5}, "`norm_num_groups` = 5 must divide"),
+        ({"attn_norm_num_groups": 5}, "`attn_norm_num_groups` = 5 must divide .* 32"),
+        ({"attention_head_dim": 5}, "`attention_head_dim` = 5 must divide .* 32"),
+        ({"attention_head_dim": 0}, "`attention_head_dim` must be a positive integer, got 0"),
+        ({"layers_per_block": (1, 2)}, r"`layers_per_block` must be a positive integer, got \(1, 2\)"),
+        ({"downsample_padding": 2}, "`downsample_padding` must be 0 or 1, got 2"),
+        ({"downsample_type": "fir"}, "`downsample_type`.*'fir'"),
+        ({"time_embedding_type": "gaussian"}, "`time_embedding_type`.*'gaussian'"),
+        ({"time_embedding_type": "learned"}, "`num_train_timesteps`, got None"),
+        ({"resnet_time_scale_shift": "spatial"}, "`resnet_time_scale_shift`.*'spatial'"),
+        ({"act_fn": "gelu"}, "`act_fn`.*'gelu'"),
+        ({"class_embed_type": "projection"}, "`class_embed_type`.*'projection'"),
+        ({"class_embed_type": "timestep", "num_class_embeds": 3}, "`num_class_embeds` = 3"),
+    ],
+)
+def test_a_config_that_cannot_be_built_is_refused_by_name(config, message):
+    with pytest.raises(ValueError, match=message):
+        UNet2DModel(**{**SMALL, **config})
+
+
+@pytest.mark.parametrize(
+    "config, change, message",
+    [
+        ({}, {"sample": torch.zeros(2, 4, 8, 8)}, r"`sample` must have the shape \(batch, 3, .*\(2, 4, 8, 8\)"),
+        ({}, {"sample": torch.zeros(3, 8, 8)}, r"`sample`.*\(3, 8, 8\)"),
+        ({}, {"sample": torch.zeros(2, 3, 8, 7)}, "`sample` must have a height and width that 2 divides, got 8 x 7"),
+        ({}, {"timestep": torch.zeros(3)}, r"`timestep`.*\(3,\)"),
+        ({}, {"class_labels": torch.zeros(2)}, "`class_labels` is given"),
+        ({"num_class_embeds": 3}, {"class_labels": None}, "`class_labels` is missing"),
+        ({"class_embed_type": "identity"}, {"class_labels": torch.zeros(2, 5)}, r"\(2, 64\), got \(2, 5\)"),
+    ],
+)
+def test_an_input_that_does_not_fit_is_refused_by_name(config, change, message):
+    model = UNet2DModel(**{**SMALL, **config})
+    with pytest.raises(ValueError, match=message):
+        model(**{**inputs_for(config), **change})
