@@ -6,6 +6,7 @@
     paths/           x_t and its target: probability paths, prediction types, timestep densities, loss weightings
     schedulers/      the way back: DDPM, DDIM, score SDE, flow-match Euler and Heun
     conditioning/    prompts -> embeddings; guidance, how two predictions become one
+    acceleration/    the same results in less time: packed weights, Winograd's convolutions, what is computed once
     data/            image-text data: folders with metadata.jsonl, the emoji builder, caches
     formats/         checkpoint files: strict checks, the original layouts of single files
     hub/             the bundled model, model cards, hubgen's classes in diffusers' loader
@@ -25,6 +26,8 @@ from typing import TYPE_CHECKING, Any
 from hubgen.hub.registration import register
 
 if TYPE_CHECKING:
+    from hubgen.acceleration.optimize import optimize as optimize
+    from hubgen.acceleration.optimize import restore as restore
     from hubgen.autoencoders.autoencoder_kl import AutoencoderKL as AutoencoderKL
     from hubgen.autoencoders.vq_model import VQModel as VQModel
     from hubgen.backbones.dit import DiTTransformer2DModel as DiTTransformer2DModel
@@ -73,6 +76,8 @@ HOMES = {
     "VQModel": "hubgen.autoencoders.vq_model",
     "VariancePreservingPath": "hubgen.paths.path",
     "bundled_model": "hubgen.hub.bundled",
+    "optimize": "hubgen.acceleration.optimize",
+    "restore": "hubgen.acceleration.optimize",
 }
 # diffusers' loader looks for the base classes of a component in the component's library.
 BASE_CLASSES = {

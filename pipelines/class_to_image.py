@@ -15,6 +15,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
+from hubgen.acceleration.optimize import optimize_unless_chosen
 from hubgen.autoencoders.autoencoder_kl import AutoencoderKL
 from hubgen.backbones.dit import DiTTransformer2DModel
 from hubgen.backbones.unet import UNet2DModel
@@ -190,6 +191,7 @@ class ClassToImagePipeline(NativePipeline):
         if latents is None:
             latents = randn_tensor(shape, generator, device, torch.float32)
         latents = latents.to(device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        optimize_unless_chosen(self)
         latents = self.denoise(
             latents,
             steps,

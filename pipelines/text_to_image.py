@@ -22,6 +22,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
+from hubgen.acceleration.optimize import optimize_unless_chosen, prepared
 from hubgen.autoencoders.autoencoder_kl import AutoencoderKL
 from hubgen.backbones.flux import FluxTransformer2DModel
 from hubgen.backbones.mmdit import SD3Transformer2DModel
@@ -56,6 +57,7 @@ from hubgen.pipelines.image_inputs import Begin, ImageStart, image_start, takes_
 from hubgen.pipelines.latent_space import LatentSpace
 from hubgen.pipelines.picture_inputs import PictureInputs
 from hubgen.pipelines.prompt_inputs import EMBEDDINGS, NEGATIVES, PROMPTS, Prompt, PromptInputs
+from hubgen.pipelines.safety import blacken
 
 logger = logging.getLogger(__name__)
 
@@ -332,6 +334,7 @@ class TextToImagePipeline(NativePipeline, SingleFilePipelineMixin):
         predict = BackboneCall(
             *(self.backbone, positive, negative, numbers, told_scale, attention_kwargs, begin.extra_channels)
         )
+        optimize_unless_chosen(self)
         latents = self.denoise(
             *(predict, begin, grid, guidance, generator, step_options),
             *(callback_on_step_end, callback_on_step_end_tensor_inputs),
@@ -481,7 +484,7 @@ class TextToImagePipeline(NativePipeline, SingleFilePipelineMixin):
                 predict.embeddings = tuple(tensors[name] for name in EMBEDDINGS)
             return tensors["latents"]
 
-        with self.progress_bar(total=len(timesteps)) as progress_bar:
+        with prepared(predict, timesteps), self.progress_bar(total=len(timesteps)) as progress_bar:
             return denoise(
                 predict,
                 self.scheduler,
@@ -504,12 +507,7 @@ class TextToImagePipeline(NativePipeline, SingleFilePipelineMixin):
             return latents, None
         pixels, flagged = decode_pixels(self.vae, latents), None
         if self.safety_checker is not None:
-            pictures = self.image_processor.postprocess(pixels, output_type="pil")
-            seen = self.feature_extractor(pictures, return_tensors="pt").pixel_values
-            seen = seen.to(pixels.device, self.safety_checker.dtype)
-            _, flagged = self.safety_checker(images=pixels, clip_input=seen)
-            flagged = [bool(flag) for flag in flagged]
-            pixels[flagged] = -1.0
+            flagged = blacken(pixels, self.safety_checker, self.feature_extractor, self.image_processor)
         return self.image_processor.postprocess(pixels, output_type=output_type), flagged
 
     # ---- the parts ----

@@ -13,6 +13,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
+from hubgen.acceleration.optimize import optimize_unless_chosen
 from hubgen.backbones.unet import UNet2DModel
 from hubgen.conditioning.guidance import ClassifierFreeGuidance
 from hubgen.hub.native import NativePipeline
@@ -146,6 +147,7 @@ class UnconditionalPipeline(NativePipeline):
         if latents is None:
             latents = randn_tensor(shape, generator, device, torch.float32)
         latents = latents.to(device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        optimize_unless_chosen(self)
         latents = self.denoise(
             latents, steps, generator, step_options, callback_on_step_end, callback_on_step_end_tensor_inputs
         )

@@ -3,9 +3,9 @@
     python -m pytest --record-compatibility      runs the tests and stores what they showed
     python -m tests.compatibility                writes the table into the README
 
-A test takes part by `record_property("shows", {"row": ..., "column": ..., "diffusers": ...})`: the family, what works,
-and whether the same works with diffusers' own class (leave it out where diffusers is what the test compares with).
-A cell is green when every test that shows it has passed.
+A test takes part by the fixture `shows(row, column, diffusers)`: the family, what works, and whether the same works
+with diffusers' own class (left out where diffusers is what the test compares with). A cell is green when every test
+that shows it has passed.
 """
 
 import json
@@ -36,6 +36,23 @@ REPOSITORIES = {
 }
 """Rows of the table, by what tests call them."""
 
+OFFICIAL = {
+    "sd1": "SD 1.x",
+    "sd1-inpaint": "SD 1.x inpainting",
+    "sd2": "SD 2.x",
+    "sdxl": "SDXL",
+    "sdxl-refiner": "SDXL refiner",
+    "sd3": "SD 3",
+    "sd3.5": "SD 3.5",
+    "flux-dev": "FLUX.1 dev",
+    "flux-schnell": "FLUX.1 schnell",
+    "dit": "DiT",
+    "ddpm": "DDPM",
+    "ddim": "DDPM",
+    "ncsnpp": "NCSN++",
+}
+"""Rows of the tiny repositories of tests/official.py."""
+
 Cell = dict[str, bool | None]
 Table = dict[str, dict[str, Cell]]
 
@@ -65,7 +82,10 @@ def store(table: Table) -> None:
 
 def render(table: Table) -> str:
     """Markdown: what works a row, and with it what does not work on diffusers' own class."""
-    lines = ["| family | official repository | works in hubgen | of that, fails with diffusers' class |", "|---|---|---|---|"]
+    lines = [
+        "| family | official repository | works in hubgen | of that, fails with diffusers' class |",
+        "|---|---|---|---|",
+    ]
     for row, repository in REPOSITORIES.items():
         cells = table.get(row, {})
         works = sorted(column for column, cell in cells.items() if cell["hubgen"])

@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +44,17 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return layouts.official(name, tmp_path_factory.mktemp("official") / name)
 
     return folder
+
+
+@pytest.fixture
+def shows(record_property: Callable[[str, Any], None]) -> Callable[..., None]:
+    """`shows("sdxl", "inpainting")`: what the test shows if it passes, for the table of tests/compatibility.py."""
+    from tests.compatibility import OFFICIAL
+
+    def show(row: str, column: str, diffusers: bool | None = None) -> None:
+        record_property("shows", {"row": OFFICIAL.get(row, row), "column": column, "diffusers": diffusers})
+
+    return show
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -234,8 +234,13 @@ def sdxl_refiner() -> diffusers.DiffusionPipeline:
     )
 
 
-def sd3() -> diffusers.DiffusionPipeline:
-    """SD 3.5-medium's transformer, in which the first block attends twice; queries and keys are normalised."""
+def sd3_5() -> diffusers.DiffusionPipeline:
+    """SD 3.5-medium: the first block attends twice; queries and keys are normalised."""
+    return sd3(dual_attention_layers=(0,), qk_norm="rms_norm")
+
+
+def sd3(**kind: Any) -> diffusers.DiffusionPipeline:
+    """SD 3, or what `kind` makes of its transformer."""
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=8,
         patch_size=2,
@@ -248,8 +253,7 @@ def sd3() -> diffusers.DiffusionPipeline:
         caption_projection_dim=16,
         pooled_projection_dim=2 * PROJECTION,
         pos_embed_max_size=12,
-        dual_attention_layers=(0,),
-        qk_norm="rms_norm",
+        **kind,
     )
     return diffusers.StableDiffusion3Pipeline(
         vae=flow_vae(1.5305, 0.0609),
@@ -362,6 +366,7 @@ MAKERS: dict[str, Callable[[], diffusers.DiffusionPipeline]] = {
     "sdxl": sdxl,
     "sdxl-refiner": sdxl_refiner,
     "sd3": sd3,
+    "sd3.5": sd3_5,
     "flux-dev": flux_dev,
     "flux-schnell": flux_schnell,
     "dit": dit,

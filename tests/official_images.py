@@ -16,22 +16,13 @@ STEPS = 5
 SIZE = (32, 40)
 """Height and width of `picture` and `mask`, in pixels."""
 PROMPTS = ["a red cat", "the big blue dog"]
-ROWS = {
-    "sd1": "SD 1.x",
-    "sd1-inpaint": "SD 1.x inpainting",
-    "sd2": "SD 2.x",
-    "sdxl": "SDXL",
-    "sdxl-refiner": "SDXL refiner",
-    "sd3": "SD 3.5",
-    "flux-dev": "FLUX.1 dev",
-    "flux-schnell": "FLUX.1 schnell",
-}
 IMG2IMG = {
     "sd1": diffusers.StableDiffusionImg2ImgPipeline,
     "sd2": diffusers.StableDiffusionImg2ImgPipeline,
     "sdxl": diffusers.StableDiffusionXLImg2ImgPipeline,
     "sdxl-refiner": diffusers.StableDiffusionXLImg2ImgPipeline,
     "sd3": diffusers.StableDiffusion3Img2ImgPipeline,
+    "sd3.5": diffusers.StableDiffusion3Img2ImgPipeline,
     "flux-dev": diffusers.FluxImg2ImgPipeline,
     "flux-schnell": diffusers.FluxImg2ImgPipeline,
 }
@@ -42,6 +33,7 @@ INPAINT = {
     "sdxl": diffusers.StableDiffusionXLInpaintPipeline,
     "sdxl-refiner": diffusers.StableDiffusionXLInpaintPipeline,
     "sd3": diffusers.StableDiffusion3InpaintPipeline,
+    "sd3.5": diffusers.StableDiffusion3InpaintPipeline,
     "flux-dev": diffusers.FluxInpaintPipeline,
     "flux-schnell": diffusers.FluxInpaintPipeline,
 }
@@ -60,7 +52,7 @@ def mask(seed: int = 0) -> Image.Image:
 
 
 def is_flow(name: str) -> bool:
-    return name == "sd3" or name.startswith("flux")
+    return name.startswith(("sd3", "flux"))
 
 
 def generators(seeds: int | tuple[int, ...]) -> torch.Generator | list[torch.Generator]:

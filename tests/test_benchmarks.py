@@ -12,7 +12,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 from hubgen.autoencoders.autoencoder_kl import AutoencoderKL
 from hubgen.autoencoders.efficientnet import EfficientNetLite0
 from hubgen.paths.path import RectifiedFlowPath, VariancePreservingPath
-from tests.benchmarks import bundled_model, linear_denoiser, measures, report
+from tests.benchmarks import bundled_model, inference, linear_denoiser, measures, report
 
 COLOURS = {"red": (215, 40, 60), "green": (40, 170, 60), "blue": (40, 90, 220)}
 SHAPES = ("ball", "box")
@@ -311,3 +311,29 @@ def test_the_choice_of_captions_is_seeded():
     assert bundled_model.choose(5, 100, seed=0) == bundled_model.choose(5, 100, seed=0)
     assert bundled_model.choose(5, 100, seed=0) != bundled_model.choose(5, 100, seed=1)
     assert bundled_model.choose(9, 4, seed=0) == [0, 1, 2, 3]
+
+
+def test_the_benchmark_of_inference_compares_both_sides_and_goes_on_where_it_stopped(tmp_path):
+    torch.manual_seed(0)
+    first = inference.run(["tiny-unet"], tmp_path, pairs=2, kind="cpu", memory=False)
+    inference.run(["tiny-pipeline"], tmp_path, pairs=1, kind="cpu", memory=False)
+    stored = json.loads((tmp_path / "inference.json").read_text())["rows"]
+    assert [row["row"] for row in stored] == ["tiny-unet-float32", "tiny-pipeline-float32"]
+    assert stored[0] == first[0] and stored[0]["difference"] < 1e-5
+    assert stored[0]["flop"] > 0 and stored[0]["matrix_peak"] > 0
+    page = (tmp_path / "inference.md").read_text()
+    assert "tiny-unet-float32" in page and "tiny-pipeline-float32" in page
+    with pytest.raises(ValueError, match="no-such-row"):
+        inference.run(["no-such-row"], tmp_path)
+
+
+def test_the_middle_of_the_ratios_is_their_median():
+    assert inference.summary([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0}
+    assert inference.summary([1.0, 2.0])["median"] == 1.5
+
+
+def test_every_target_of_the_inference_benchmark_stands():
+    rows = {row.name: row.target for row in inference.rows()}
+    assert rows["sd15-unet-256-float32"] == rows["sd15-unet-256-bfloat16"] == 0.75
+    assert (rows["mmdit-256-float32"], rows["mmdit-256-bfloat16"]) == (0.80, 0.88)
+    assert all(rows[name] == 0.68 for name in rows if "interval" in name)

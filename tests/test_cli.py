@@ -410,3 +410,110 @@ def test_every_error_keeps_its_traceback_on_request(
     monkeypatch.setenv("HUBGEN_DEBUG", "1")
     with pytest.raises(ValueError, match="no such folder"):
         hubgen("generate", "a", "--model", "nowhere")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every kind of model, and pictures to start from
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3", "flux-dev"])
+def test_an_official_folder_draws_a_prompt(
+    hubgen: Callable[..., Result], official: Callable[[str], Path], name: str
+) -> None:
+    result = hubgen("generate", "a cat", "--model", official(name), *FEW, "--size", 32, "--out", "cat.png")
+    assert result.status == 0, result.err
+    request, _ = read_request(Path("cat.png"))
+    assert (request.width, request.height) == Image.open("cat.png").size == (32, 32)
+    assert hubgen("generate", "--from", "cat.png", "--out", "again.png").status == 0
+    assert (pixels("again.png") == pixels("cat.png")).all()
+
+
+FEW = ("--num-inference-steps", 2, "--seed", 1)
+
+
+def test_a_class_is_drawn_by_its_name_or_number(hubgen: Callable[..., Result], official: Callable[[str], Path]) -> None:
+    folder = Path(shutil.copytree(official("dit"), "dit"))
+    index = folder / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "id2label": {"3": "tench, Tinca tinca"}}))
+    for word, out in (("3", "number.png"), ("tench", "name.png")):
+        result = hubgen("generate", word, "--model", folder, *FEW, "--out", out)
+        assert result.status == 0, result.err
+    assert (pixels("number.png") == pixels("name.png")).all()
+
+
+def test_a_model_without_prompts_draws_a_grid(hubgen: Callable[..., Result], official: Callable[[str], Path]) -> None:
+    result = hubgen("generate", "--model", official("ddpm"), *FEW, "-n", 4, "--out", "samples.png")
+    assert result.status == 0, result.err
+    request, _ = read_request(Path("samples.png"))
+    assert request.prompts == [] and request.width is not None
+    assert Image.open("samples.png").size == (2 * request.width, 2 * request.width)
+
+
+def test_a_single_file_draws_with_what_a_folder_adds(
+    hubgen: Callable[..., Result], official: Callable[[str], Path]
+) -> None:
+    from hubgen import TextToImagePipeline
+
+    folder = official("sd1")
+    TextToImagePipeline.from_pretrained(folder).save_single_file("model.safetensors")
+    for model, out in ((("model.safetensors", "--config", folder), "file.png"), ((folder,), "folder.png")):
+        result = hubgen("generate", "a cat", "--model", *model, *FEW, "--size", 32, "--out", out)
+        assert result.status == 0, result.err
+    assert np.abs(pixels("file.png") - pixels("folder.png")).max() <= 1
+
+
+def test_a_picture_is_drawn_over_and_inside_a_mask(
+    hubgen: Callable[..., Result], official: Callable[[str], Path]
+) -> None:
+    start = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8))
+    start.save("start.png")
+    Image.new("L", (32, 32), 255).save("mask.png")
+    arguments = ("generate", "a cat", "--model", official("sd1"), *FEW, "--image", "start.png")
+    assert hubgen(*arguments, "--out", "over.png").status == 0
+    assert hubgen(*arguments, "--mask", "mask.png", "--strength", 1, "--out", "inside.png").status == 0
+    assert (pixels("over.png") != pixels("inside.png")).any()
+    assert hubgen("generate", "--from", "inside.png", "--out", "again.png").status == 0
+    assert (pixels("again.png") == pixels("inside.png")).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("a cat", "--mask", "mask.png"), "comes with --image"),
+        (("a cat", "--image", "none.png"), "none.png: No such file"),
+        (("a cat", "--image", "text.png"), "text.png: not a picture"),
+        (("a cat", "--image", "start.png", "--mask", "small.png"), "must have the size of the picture"),
+        (("a cat", "--image", "start.png", "--strength", "-0.5"), "expected a number above 0 and at most 1"),
+        (("a cat", "--config", "somewhere"), "for single .safetensors files"),
+        (("a cat", "--model", "text.safetensors", "--config", "."), "text.safetensors"),
+    ],
+)
+def test_a_bad_picture_or_file_is_told_in_one_line(
+    hubgen: Callable[..., Result], arguments: tuple[str, ...], words: str
+) -> None:
+    Image.new("RGB", (32, 32)).save("start.png")
+    Image.new("L", (16, 32)).save("small.png")
+    Image.new("L", (32, 32)).save("mask.png")
+    for name in ("text.png", "text.safetensors"):
+        Path(name).write_text("no picture")
+    result = hubgen("generate", *arguments, "--out", "out.png")
+    assert result.status == 2 and words in result.err, result.err
+    assert not Path("out.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("ddpm", ("a cat",), "draws without prompts"),
+        ("ddpm", ("--guidance-scale", "2"), "--guidance-scale"),
+        ("dit", (), "no prompt: name a class"),
+        ("dit", ("1", "--image", "start.png"), "does not take it"),
+        ("dit", ("no such class",), "no such class"),
+    ],
+)
+def test_what_a_kind_of_model_does_not_take_is_told(
+    hubgen: Callable[..., Result], official: Callable[[str], Path], name: str, arguments: tuple[str, ...], words: str
+) -> None:
+    Image.new("RGB", (32, 32)).save("start.png")
+    result = hubgen("generate", *arguments, "--model", official(name), "--out", "out.png")
+    assert result.status == 2 and words in result.err, result.err

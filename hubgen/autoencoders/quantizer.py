@@ -105,7 +105,8 @@ class VectorQuantizer(nn.Module):
         In float32, whatever the model computes in, and a few thousand vectors at a time: all distances together are
         the largest tensor of a VQ autoencoder by far.
         """
-        codes = self.embedding.weight.float()
+        # By the layer's forward, which is where hooks of offloading bring the weight in.
+        codes = self.embedding(torch.arange(self.n_e, device=vectors.device)).float()  # (K, D)
         return torch.cat([torch.cdist(part, codes).argmin(1) for part in vectors.float().split(ROWS_AT_ONCE)])
 
     def get_codebook_entry(self, indices: torch.Tensor, shape: tuple[int, ...] | None = None) -> torch.Tensor:

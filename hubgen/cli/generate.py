@@ -31,6 +31,7 @@ with both, a row for each prompt.
 
 --model takes the folder or repository of any pipeline that hubgen reads: Stable Diffusion 1.x, 2.x, XL, 3 and 3.5,
 FLUX.1 and hubgen's own draw prompts; with DiT a prompt is the name or number of a class; DDPM and NCSN++ take none.
+It also takes a single .safetensors file in an original layout, with tokenizers and configs from --config.
 --image starts from a picture instead of noise, and --mask names the part of it that is drawn anew.
 
 A PNG carries the prompts, the seed and all settings in its text chunk `hubgen` (JSON); --from reads them back.
@@ -43,6 +44,7 @@ examples:
   hubgen generate "a house by the sea" --model runs/my-model --num-inference-steps 50 --guidance-scale 5 --out house.png
   hubgen generate "a watercolour" --model owner/model --image photo.png --strength 0.6 --out painted.png
   hubgen generate "a hat" --model owner/model --image photo.png --mask head.png --out hat.png
+  hubgen generate "a cat" --model v1-5.safetensors --config my/sd15-folder --out cat.png
   hubgen generate "golden retriever" --model facebook/DiT-XL-2-256 --out dog.png
   hubgen generate --model google/ddpm-cifar10-32 -n 16 --out samples.png
   hubgen generate --from cat.png                           the same picture, written beside it under a new name
@@ -92,6 +94,12 @@ def add_generate(commands: Any) -> None:
     parser.add_argument(
         "--model", metavar="MODEL", help="a pipeline folder, or owner/name on the Hub (default: the bundled model)"
     )
+    parser.add_argument(
+        "--config",
+        metavar="MODEL",
+        help="for a single file: the pipeline folder or owner/name that has its tokenizers and configs "
+        "(default: the official repository of its family)",
+    )
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a model on the Hub")
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what the picture should not show (default: nothing)")
     parser.add_argument(
@@ -139,10 +147,13 @@ def generate(arguments: argparse.Namespace) -> None:
     prompts = check_prompts(arguments.prompts or (source.prompts if source else []))
     out = check_out(arguments.out or default_out(prompts[0] if prompts else model, arguments.source))
     image, mask = check_pictures(chosen("image"), chosen("mask"), chosen("strength"))
-    folder = find_model(model)
-    if folder is not None:
-        if arguments.revision is not None:
-            raise ValueError(f"--revision {arguments.revision}: for models on the Hub; {model} is a folder here")
+    folder, config = find_model(model), chosen("config")
+    single_file = folder is not None and folder.is_file()
+    if config is not None and not single_file:
+        raise ValueError(f"--config {config}: for single .safetensors files; {model} is none")
+    if folder is not None and arguments.revision is not None:
+        raise ValueError(f"--revision {arguments.revision}: for models on the Hub; {model} is here")
+    if folder is not None and (not single_file or Path(config or "").expanduser().is_dir()):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the first import of huggingface_hub, which reads it once
     n, seed = chosen("n", 1), chosen("seed", secrets.randbelow(2**32))
     if seed + n - 1 > LARGEST_SEED:
@@ -168,6 +179,7 @@ def generate(arguments: argparse.Namespace) -> None:
         image=image,
         mask=mask,
         strength=chosen("strength"),
+        config=config,
     )
     with quiet_libraries():
         kind = kind_of(read_index(request, folder), request)
@@ -256,10 +268,10 @@ def check_out(out: Path) -> Path:
 
 
 def find_model(model: str) -> Path | None:
-    """The folder of a model, or None if it is on the Hub.
+    """The folder or single file of a model, or None if it is on the Hub.
 
     Raises:
-        ValueError: it is neither a pipeline folder nor of the form owner/name.
+        ValueError: it is neither a pipeline folder, nor a safetensors file, nor of the form owner/name.
     """
     if model == BUNDLED:
         from hubgen.hub.bundled import bundled_model
@@ -276,8 +288,12 @@ def find_model(model: str) -> Path | None:
         if not isinstance(index, dict) or "_class_name" not in index:
             raise ValueError(f"--model {model}: its model_index.json names no pipeline (`_class_name`)")
         return folder
+    if folder.suffix == ".safetensors" and folder.is_file():
+        return folder
     if folder.exists():
-        raise ValueError(f"--model {model}: is a file, expected a pipeline folder or owner/name on the Hub")
+        raise ValueError(
+            f"--model {model}: is a file, expected a pipeline folder, a .safetensors file or owner/name on the Hub"
+        )
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model):
         raise ValueError(f"--model {model}: no such folder; expected a pipeline folder or owner/name on the Hub")
     return None
@@ -301,7 +317,9 @@ def choose_device(device: str | None, dtype: str | None) -> tuple[str, str]:
 
 
 def read_index(request: Request, folder: Path | None) -> dict[str, Any]:
-    """The `model_index.json` of a folder, or of a repository on the Hub."""
+    """The `model_index.json` of a folder, or of a repository on the Hub; of a single file what it would say."""
+    if folder is not None and folder.is_file():
+        return {"_class_name": "TextToImagePipeline"}
     if folder is None:
         from huggingface_hub import hf_hub_download
 
@@ -369,10 +387,14 @@ def load_pipeline(kind: Kind, request: Request, folder: Path | None) -> Any:
     import hubgen
 
     options: dict[str, Any] = {"torch_dtype": getattr(torch, request.dtype)}
+    pipeline = getattr(hubgen, kind.pipeline)
+    load = pipeline.from_pretrained
     if folder is None:
         options["revision"] = request.revision
+    elif folder.is_file():
+        load, options["config"] = pipeline.from_single_file, request.config
     try:
-        pipe = getattr(hubgen, kind.pipeline).from_pretrained(str(folder or request.model), **options)
+        pipe = load(str(folder or request.model), **options)
     except (OSError, ValueError) as error:
         raise ValueError(f"--model {request.model}: does not load: {error}") from error
     return pipe.to(request.device)

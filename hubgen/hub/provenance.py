@@ -58,6 +58,8 @@ class Request:
     """File that is white where `image` is drawn anew."""
     strength: float | None = None
     """How much of `image` is drawn over, above 0 and at most 1."""
+    config: str | None = None
+    """Folder or repository with what `model` lacks, where that is a single file."""
 
 
 def versions() -> dict[str, str]:
@@ -145,7 +147,7 @@ def is_valid(name: str, value: Any) -> bool:
             return isinstance(value, list) and all(isinstance(prompt, str) for prompt in value)
         case "model" | "device":
             return isinstance(value, str)
-        case "negative_prompt" | "revision" | "image" | "mask":
+        case "negative_prompt" | "revision" | "image" | "mask" | "config":
             return value is None or isinstance(value, str)
         case "dtype":
             return value in DTYPES

@@ -190,7 +190,11 @@ AUTOENCODERS = {
     "VQ autoencoder": Family(
         "VQModel",
         lambda: {"sample": drawn(2, 3, 16, 16)},
-        {**{k: v for k, v in AUTOENCODER.items() if k != "latent_channels"}, "latent_channels": 3, "num_vq_embeddings": 32},
+        {
+            **{k: v for k, v in AUTOENCODER.items() if k != "latent_channels"},
+            "latent_channels": 3,
+            "num_vq_embeddings": 32,
+        },
     ),
 }
 FAMILIES = {**DENOISERS, **AUTOENCODERS}

@@ -258,9 +258,7 @@ CASES = [(name, feature) for name in FAMILIES for feature in FEATURES if name in
 
 
 @pytest.mark.parametrize(("name", "feature"), CASES, ids=[f"{name}-{feature}" for name, feature in CASES])
-def test_the_feature_works(
-    name: str, feature: str, tmp_path: Path, record_property: Callable[[str, Any], None]
-) -> None:
+def test_the_feature_works(name: str, feature: str, tmp_path: Path, shows: Callable[..., None]) -> None:
     family, function = FAMILIES[name], FEATURES[feature]
     if not all(hasattr(library, family.class_name) for library in LIBRARIES.values()):
         pytest.fail(f"{family.class_name} is not in both libraries")
@@ -269,7 +267,7 @@ def test_the_feature_works(
         theirs = True
     except Exception:  # whatever it is, it does not work there
         theirs = False
-    record_property("shows", {"row": name, "column": feature, "diffusers": theirs})
+    shows(name, feature, theirs)
     function("hubgen", family, tmp_path / "ours")
 
 

@@ -23,6 +23,7 @@ PIPELINES = {
     "sdxl": diffusers.StableDiffusionXLPipeline,
     "sdxl-refiner": diffusers.StableDiffusionXLImg2ImgPipeline,
     "sd3": diffusers.StableDiffusion3Pipeline,
+    "sd3.5": diffusers.StableDiffusion3Pipeline,
     "flux-dev": diffusers.FluxPipeline,
     "flux-schnell": diffusers.FluxPipeline,
 }
@@ -62,7 +63,10 @@ def latents(pipe: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_a_pipeline_comes_back_from_a_single_file(name: str, official: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_pipeline_comes_back_from_a_single_file(
+    name: str, official: Callable[[str], Path], tmp_path: Path, shows: Callable[..., None]
+) -> None:
+    shows(name, "single file")
     pipe = load(official(name))
     pipe.save_single_file(tmp_path / "x.safetensors")
     small = without_weights(official(name), tmp_path / "small")

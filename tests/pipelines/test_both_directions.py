@@ -49,7 +49,7 @@ def ddpm() -> diffusers.DiffusionPipeline:
 
 
 PIPELINES: dict[str, Callable[[], diffusers.DiffusionPipeline]] = {
-    **{name: layouts.MAKERS[name] for name in ("sd1", "sd2", "sdxl", "sd3", "flux-dev", "flux-schnell")},
+    **{name: layouts.MAKERS[name] for name in ("sd1", "sd2", "sdxl", "sd3", "sd3.5", "flux-dev", "flux-schnell")},
     "dit": dit,
     "ddpm": ddpm,
 }
@@ -76,7 +76,7 @@ def pictures(pipe: Any, name: str, steps: int = 5, **options: Any) -> torch.Tens
         condition = {"batch_size": 2, "output_type": "np"}
     else:
         condition = {"prompt": PROMPT, "guidance_scale": 4.0, "height": 32, "width": 32, "output_type": "latent"}
-        condition |= {"max_sequence_length": 16} if name in ("sd3", "flux-dev", "flux-schnell") else {}
+        condition |= {"max_sequence_length": 16} if name in ("sd3", "sd3.5", "flux-dev", "flux-schnell") else {}
     images = pipe(**{**condition, **options}, num_inference_steps=steps, generator=generator, return_dict=False)[0]
     return torch.as_tensor(images)
 
@@ -96,7 +96,8 @@ def counterpart(model: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_our_models_in_diffusers_pipelines_make_the_same_pictures(name, made):
+def test_our_models_in_diffusers_pipelines_make_the_same_pictures(name, made, shows):
+    shows(name, "model works in diffusers' pipeline")
     pipe = made(name)
     models = {key: counterpart(value) for key, value in pipe.components.items()}
     swapped = {key for key, model in models.items() if type(model).__module__.startswith("hubgen.")}
@@ -212,7 +213,8 @@ SCHEDULERS: dict[str, tuple[str, Callable[[Any], Any]]] = {
 
 
 @pytest.mark.parametrize(("name", "scheduler"), SCHEDULERS.values(), ids=SCHEDULERS)
-def test_diffusers_schedulers_in_our_pipeline_make_the_same_pictures(name, scheduler, made):
+def test_diffusers_schedulers_in_our_pipeline_make_the_same_pictures(name, scheduler, made, shows):
+    shows(name, "diffusers' schedulers")
     theirs = made(name)
     ours, kept = of_the_same_parts(theirs), theirs.scheduler
     inputs = {**embeddings(theirs, name), "output_type": "np"}

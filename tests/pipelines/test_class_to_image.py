@@ -72,7 +72,8 @@ def test_an_official_folder_loads_with_our_classes_and_keeps_its_names(pipe):
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
-def test_pictures_are_those_of_diffusers_at_the_same_seed(folder, pipe, guidance_scale):
+def test_pictures_are_those_of_diffusers_at_the_same_seed(folder, pipe, guidance_scale, shows):
+    shows("dit", "class to image")
     theirs = diffusers.DiTPipeline.from_pretrained(folder)
     theirs.set_progress_bar_config(disable=True)
     call = {"guidance_scale": guidance_scale, "num_inference_steps": 5, "output_type": "np"}
@@ -95,7 +96,8 @@ def test_with_deterministic_schedulers_of_diffusers_pictures_are_the_same(schedu
     assert np.abs(ours_of(theirs)([1, 4], generator=seeded(3)[0], **call).images - expected).max() < 1e-3
 
 
-def test_saved_by_ours_it_is_diffusers_own_pipeline(pipe, tmp_path):
+def test_saved_by_ours_it_is_diffusers_own_pipeline(pipe, tmp_path, shows):
+    shows("dit", "saved files load in diffusers")
     pipe.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["_class_name"] == "DiTPipeline"

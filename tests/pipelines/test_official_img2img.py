@@ -14,7 +14,6 @@ from hubgen.pipelines.text_to_image import TextToImagePipeline
 from tests.official_images import (
     IMG2IMG,
     PROMPTS,
-    ROWS,
     SIZE,
     STEPS,
     NoEncoder,
@@ -48,9 +47,9 @@ def negative(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 @pytest.mark.parametrize("name", IMG2IMG)
 def test_latents_are_those_of_diffusers(
-    pair: Callable[[str], Pair], name: str, strength: float, record_property: Callable[[str, object], None]
+    pair: Callable[[str], Pair], name: str, strength: float, shows: Callable[..., None]
 ) -> None:
-    record_property("shows", {"row": ROWS[name], "column": "image to image"})
+    shows(name, "image to image")
     call = {"image": picture(), "strength": strength, **sized(name), **negative(name)}
     assert_same(*pair(name).latents(**call))
 
@@ -58,8 +57,8 @@ def test_latents_are_those_of_diffusers(
 @pytest.mark.parametrize("name", IMG2IMG)
 def test_latents_of_a_generator_each_are_those_of_diffusers(pair: Callable[[str], Pair], name: str) -> None:
     """diffusers' SD3 pipeline needs an image for each generator; the others repeat the image."""
-    images = {"prompt": PROMPTS, "image": [picture(1), picture(2)]} if name == "sd3" else {"image": picture()}
-    repeats = {} if name == "sd3" else {"num_images_per_prompt": 2}
+    images = {"prompt": PROMPTS, "image": [picture(1), picture(2)]} if name.startswith("sd3") else {"image": picture()}
+    repeats = {} if name.startswith("sd3") else {"num_images_per_prompt": 2}
     assert_same(*pair(name).latents((3, 4), strength=0.7, **images, **repeats, **sized(name)))
 
 

@@ -13,7 +13,6 @@ from PIL import Image
 from tests.official_images import (
     INPAINT,
     PROMPTS,
-    ROWS,
     SIZE,
     STEPS,
     NoEncoder,
@@ -59,9 +58,9 @@ def latent_image(name: str) -> torch.Tensor:
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 @pytest.mark.parametrize("name", INPAINT)
 def test_latents_are_those_of_diffusers(
-    pair: Callable[[str], Pair], name: str, strength: float, record_property: Callable[[str, object], None]
+    pair: Callable[[str], Pair], name: str, strength: float, shows: Callable[..., None]
 ) -> None:
-    record_property("shows", {"row": ROWS[name], "column": "inpainting"})
+    shows(name, "inpainting")
     assert_same(*pair(name).latents(**inputs(strength=strength), **negative(name)))
 
 

@@ -20,7 +20,7 @@ from tests import official as layouts
 Official = Callable[[str], Path]
 
 STEPS = 5
-NAMES = ["sd1", "sd2", "sdxl", "sd3", "flux-dev", "flux-schnell"]
+NAMES = ["sd1", "sd2", "sdxl", "sd3", "sd3.5", "flux-dev", "flux-schnell"]
 FOLDERS = [*NAMES, "sdxl-refiner", "sd1-inpaint"]
 PROMPTS = ["a red cat", "the big blue dog"]
 
@@ -81,8 +81,9 @@ Pair = Callable[[str], Both]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_latents_are_those_of_diffusers(name: str, both: Pair) -> None:
+def test_latents_are_those_of_diffusers(name: str, both: Pair, shows: Callable[..., None]) -> None:
     """The family's own guidance scale."""
+    shows(name, "text to image")
     both(name).assert_same()
 
 
@@ -280,8 +281,11 @@ def test_calls_do_by_default_what_diffusers_does(both: Pair) -> None:
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_saved_by_us_it_is_the_official_layout_again(name: str, official: Official, tmp_path: Path) -> None:
+def test_saved_by_us_it_is_the_official_layout_again(
+    name: str, official: Official, tmp_path: Path, shows: Callable[..., None]
+) -> None:
     """And diffusers alone loads it, as its own pipeline of its own classes, to the same latents."""
+    shows(name, "saved files load in diffusers")
     ours = TextToImagePipeline.from_pretrained(official(name))
     ours.save_pretrained(tmp_path)
     before, after = (json.loads((folder / "model_index.json").read_text()) for folder in (official(name), tmp_path))

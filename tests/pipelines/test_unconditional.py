@@ -20,7 +20,6 @@ from tests.tiny import seeded
 
 Official = Callable[[str], Path]
 NATIVE = {"ddpm": "DDPMPipeline", "ddim": "DDIMPipeline", "ncsnpp": "ScoreSdeVePipeline"}
-ROWS = {"ddpm": "DDPM", "ddim": "DDPM", "ncsnpp": "NCSN++"}
 
 
 def load(folder: Path, cls: Any = UnconditionalPipeline, **options: Any) -> Any:
@@ -47,20 +46,19 @@ def pipe() -> UnconditionalPipeline:
 
 
 @pytest.mark.parametrize("name", NATIVE)
-def test_official_folders_give_the_pictures_of_diffusers(name: str, official: Official, record_property) -> None:
+def test_official_folders_give_the_pictures_of_diffusers(name: str, official: Official, shows) -> None:
+    shows(name, "unconditional pictures")
     theirs = pictures(load(official(name), diffusers.DiffusionPipeline))
     pipe = load(official(name))
     for component in pipe.components.values():
         assert type(component).__module__.startswith("hubgen."), component
     assert theirs.std() > 0.05
     np.testing.assert_allclose(pictures(pipe), theirs, atol=1e-3)
-    record_property("shows", {"row": ROWS[name], "column": "pictures"})
 
 
 @pytest.mark.parametrize("name", NATIVE)
-def test_saved_by_ours_they_load_again_in_diffusers(
-    name: str, official: Official, tmp_path: Path, record_property
-) -> None:
+def test_saved_by_ours_they_load_again_in_diffusers(name: str, official: Official, tmp_path: Path, shows) -> None:
+    shows(name, "saved files load in diffusers")
     pipe = load(official(name))
     pipe.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
@@ -70,7 +68,6 @@ def test_saved_by_ours_they_load_again_in_diffusers(
     assert type(back).__name__ == NATIVE[name] and type(back).__module__.startswith("diffusers.")
     np.testing.assert_allclose(pictures(back), pictures(pipe), atol=1e-3)
     np.testing.assert_allclose(pictures(load(tmp_path)), pictures(pipe), atol=1e-5)
-    record_property("shows", {"row": ROWS[name], "column": "saves for diffusers"})
 
 
 def test_a_folder_with_all_files_at_the_top_loads(official: Official, tmp_path: Path) -> None:

@@ -1,0 +1,546 @@
+"""How fast is inference, and in how much memory: hubgen beside diffusers, in one process, on the same weights.
+
+    python -m tests.benchmarks.inference [--rows NAME ...] [--pairs N] [--threads N] [--clock wall|cpu] [--output DIR]
+
+Each row builds diffusers' model with random weights, gives hubgen's the very same tensors, checks that both give the
+same, and then times them in turns. A row's ratio is the median of hubgen's time over diffusers' in each pair. Peak
+memory is that of fresh processes, one a side. Rows are stored one by one; a run on rows that are there replaces them.
+Where a row misses its target, a profile of both sides is stored beside it.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import hubgen
+from hubgen.acceleration.optimize import prepared
+from hubgen.backbones.unet_condition import stable_diffusion_1, stable_diffusion_xl
+from hubgen.conditioning.guidance import ClassifierFreeGuidance
+from hubgen.conditioning.inputs import BackboneCall
+from hubgen.conditioning.text import TextEmbeddings
+from hubgen.pipelines.denoising import denoise
+from tests.benchmarks import report
+
+RESULTS = Path(__file__).parent / "results" / "inference"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SIDES = ("diffusers", "hubgen")
+STEPS = 20
+# Largest norm of the difference over the norm, by type: in bfloat16 two orders of summation differ by a percent a step.
+TOLERANCES = {"float32": 1e-4, "bfloat16": 0.1}
+MEMORY_TARGETS = {"packed": 1.6, "unpacked": 1.0}
+KL_F8: dict[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "sample_size": 512,
+}
+MMDIT: dict[str, Any] = {
+    "sample_size": 64,
+    "num_layers": 12,
+    "num_attention_heads": 12,
+    "caption_projection_dim": 768,
+    "joint_attention_dim": 768,
+    "pooled_projection_dim": 768,
+}
+TINY_UNET: dict[str, Any] = {
+    "sample_size": 8,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "attention_head_dim": 2,
+    "cross_attention_dim": 16,
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing to measure."""
+
+    name: str
+    model: str
+    """Class, of both libraries."""
+    config: dict[str, Any]
+    size: int
+    """Side of the latents."""
+    dtype: str
+    target: float | None = None
+    """Largest ratio of times that the issue allows."""
+    tokens: int = 77
+    """Of text."""
+    steps: int = 0
+    """0 for one call of the model; else those of a whole walk with guidance, and decoding."""
+    interval: tuple[float, float] = (0.0, 1.0)
+    """Where guidance is on, in time."""
+
+    def inputs(self) -> dict[str, Any]:
+        """Arguments of one call, batch 2 but for the autoencoder."""
+        draw = torch.Generator().manual_seed(1)
+
+        def noise(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=draw).to(DTYPES[self.dtype])
+
+        side, config = self.size, self.config
+        if self.model == "AutoencoderKL":
+            return {"z": noise(1, 4, side, side)}
+        if self.model == "UNet2DConditionModel":
+            inputs: dict[str, Any] = {
+                "sample": noise(2, 4, side, side),
+                "timestep": torch.tensor([500, 500]),
+                "encoder_hidden_states": noise(2, self.tokens, config["cross_attention_dim"]),
+            }
+            if config.get("addition_embed_type") == "text_time":
+                ids = torch.tensor([[512.0, 512, 0, 0, 512, 512]] * 2).to(DTYPES[self.dtype])
+                inputs["added_cond_kwargs"] = {"text_embeds": noise(2, 1280), "time_ids": ids}
+            return inputs
+        text = {
+            "encoder_hidden_states": noise(2, self.tokens, config.get("joint_attention_dim", 4096)),
+            "pooled_projections": noise(2, config.get("pooled_projection_dim", 768)),
+        }
+        if self.model == "SD3Transformer2DModel":
+            return {"hidden_states": noise(2, 16, side, side), "timestep": torch.full((2,), 500.0), **text}
+        rows = side // 2
+        grid = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(rows), indexing="ij"), -1).flatten(0, 1)
+        return {
+            "hidden_states": noise(2, rows * rows, 64),
+            "timestep": torch.full((2,), 0.5, dtype=DTYPES[self.dtype]),
+            "guidance": torch.full((2,), 3.5),
+            "img_ids": torch.cat([torch.zeros(len(grid), 1), grid], dim=1),
+            "txt_ids": torch.zeros(self.tokens, 3),
+            **text,
+        }
+
+
+def rows() -> list[Row]:
+    """All rows, small ones first."""
+    found = []
+    targets = {
+        "mmdit": {"float32": 0.80, "bfloat16": 0.88},
+        "sd15-unet-256": {"float32": 0.75, "bfloat16": 0.75},
+    }
+    flux = {"num_layers": 1, "num_single_layers": 2, "guidance_embeds": True}
+    for dtype in DTYPES:
+        unet, sd15, xl = "UNet2DConditionModel", stable_diffusion_1(), stable_diffusion_xl()
+        found += [
+            Row(f"sd15-unet-256-{dtype}", unet, sd15, 32, dtype, targets["sd15-unet-256"][dtype]),
+            Row(f"sd15-unet-512-{dtype}", unet, sd15, 64, dtype, 0.85),
+            Row(f"mmdit-256-{dtype}", "SD3Transformer2DModel", MMDIT, 32, dtype, targets["mmdit"][dtype]),
+            Row(f"mmdit-512-{dtype}", "SD3Transformer2DModel", MMDIT, 64, dtype, targets["mmdit"][dtype], 154),
+            Row(f"vae-decode-256-{dtype}", "AutoencoderKL", KL_F8, 32, dtype, 0.90),
+            Row(f"vae-decode-512-{dtype}", "AutoencoderKL", KL_F8, 64, dtype, 0.90),
+            Row(f"sd15-pipeline-256-{dtype}", unet, sd15, 32, dtype, 0.85, steps=STEPS),
+            Row(f"sd15-pipeline-256-interval-{dtype}", unet, sd15, 32, dtype, 0.68, 77, STEPS, (0.25, 0.75)),
+            Row(f"mmdit-pipeline-256-{dtype}", "SD3Transformer2DModel", MMDIT, 32, dtype, 0.85, steps=STEPS),
+            Row(
+                *(f"mmdit-pipeline-256-interval-{dtype}", "SD3Transformer2DModel", MMDIT, 32),
+                *(dtype, 0.68, 77, STEPS, (0.25, 0.75)),
+            ),
+            Row(f"flux-blocks-512-{dtype}", "FluxTransformer2DModel", flux, 64, dtype, None, 512),
+            Row(f"sdxl-unet-512-{dtype}", unet, xl, 64, dtype, None),
+        ]
+    tiny = [
+        Row("tiny-unet-float32", "UNet2DConditionModel", TINY_UNET, 8, "float32", None, 5),
+        Row("tiny-pipeline-float32", "UNet2DConditionModel", TINY_UNET, 8, "float32", None, 5, 2),
+    ]
+    return found + tiny
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The two sides
+
+
+def built(library: Any, name: str, config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+    """A model without values for its weights."""
+    with torch.device("meta"):
+        return getattr(library, name)(**config).eval().to(dtype)
+
+
+@torch.no_grad()
+def filled(model: nn.Module, device: str) -> nn.Module:
+    """Random weights at scales that keep activations around one; buffers as the constructor has them."""
+    buffers = {name for name, _ in model.named_buffers()}
+    if buffers:  # positions: computed, so built in earnest
+        model = type(model).from_config(model.config).eval().to(model.dtype)
+    else:
+        model.to_empty(device="cpu")
+    draw = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(0, parameter[0].numel() ** -0.5, generator=draw)
+        else:
+            parameter.fill_(float(name.endswith("weight")))
+    return model.to(device)
+
+
+def both(name: str, config: dict[str, Any], dtype: torch.dtype, device: str) -> dict[str, nn.Module]:
+    """Both libraries' models of one set of tensors; nothing is there twice."""
+    theirs = filled(built(diffusers, name, config, dtype), device)
+    ours = built(hubgen, name, config, dtype)
+    ours.load_state_dict({**theirs.state_dict()}, assign=True)
+    for (place, buffer), (_, other) in zip(ours.named_buffers(), theirs.named_buffers(), strict=False):
+        if buffer.is_meta:
+            owner, _, attribute = place.rpartition(".")
+            setattr(ours.get_submodule(owner), attribute, other)
+    return {"diffusers": theirs, "hubgen": ours.requires_grad_(False)}
+
+
+def prepare(row: Row, sides: Sequence[str], packing: bool, device: str, compiled: bool) -> dict[str, Callable]:
+    """What is timed, by side: functions of nothing that return the output, and have run once."""
+    dtype = DTYPES[row.dtype]
+    models = both(row.model, row.config, dtype, device)
+    vaes = both("AutoencoderKL", vae_config(row), dtype, device) if row.steps else {}
+    work: dict[str, Callable] = {}
+    for side in sides:
+        model, vae = models.pop(side), vaes.pop(side, None)
+        if side == "hubgen":
+            for part in (model, *([vae] if vae is not None else [])):
+                hubgen.optimize(part, packing=packing, compile=compiled)
+        elif compiled and getattr(model, "_repeated_blocks", None):
+            model.compile_repeated_blocks(fullgraph=True)
+        work[side] = walk(row, side, model, vae, device) if row.steps else call(row, model, device)
+    return work
+
+
+def vae_config(row: Row) -> dict[str, Any]:
+    channels = 16 if row.model == "SD3Transformer2DModel" else 4
+    if row.config is TINY_UNET:
+        small = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
+        return {**small, "block_out_channels": (8,), "norm_num_groups": 4, "latent_channels": channels}
+    return {**KL_F8, "latent_channels": channels}
+
+
+def call(row: Row, model: Any, device: str) -> Callable[[], torch.Tensor]:
+    inputs = moved(row.inputs(), device)
+    if row.model == "AutoencoderKL":
+        return lambda: model.decode(**inputs, return_dict=False)[0]
+    return lambda: model(**inputs, return_dict=False)[0]
+
+
+def moved(inputs: Any, device: str) -> Any:
+    if isinstance(inputs, dict):
+        return {name: moved(value, device) for name, value in inputs.items()}
+    return inputs.to(device)
+
+
+def walk(row: Row, side: str, backbone: Any, vae: Any, device: str) -> Callable[[], torch.Tensor]:
+    """A whole pipeline behind the text encoders: guided denoising and decoding.
+
+    diffusers' side does what its pipelines do: a guided call at every step, for they know no guidance interval; ours
+    is this library's loop. Where an interval is compared, so are different pictures: it is the time that counts.
+    """
+    inputs = moved(row.inputs(), device)
+    tokens = inputs["encoder_hidden_states"]
+    pooled = inputs.get("pooled_projections", tokens.new_zeros(2, 0))
+    channels = 16 if row.model == "SD3Transformer2DModel" else 4
+    noise = torch.randn(1, channels, row.size, row.size, generator=torch.Generator().manual_seed(2)).to(device)
+    flow = row.model == "SD3Transformer2DModel"
+    name = "FlowMatchEulerDiscreteScheduler" if flow else "DDIMScheduler"
+    arguments: dict[str, Any] = {"shift": 3.0} if flow else {"clip_sample": False}
+    scheduler = getattr(hubgen if side == "hubgen" else diffusers, name)(**arguments)
+    guidance = ClassifierFreeGuidance(4.0, interval=row.interval)
+    halves = [TextEmbeddings(tokens[i : i + 1], pooled[i : i + 1]) for i in (0, 1)]
+
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        return vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
+
+    def ours() -> torch.Tensor:
+        scheduler.set_timesteps(row.steps, device=device)
+        predict = BackboneCall(backbone, halves[1], halves[0])
+        with prepared(predict, scheduler.timesteps):
+            latents = denoise(predict, scheduler, noise, scheduler.timesteps, guidance)
+        return decode(latents)
+
+    def theirs() -> torch.Tensor:
+        scheduler.set_timesteps(row.steps, device=device)
+        latents = noise
+        extra = {"pooled_projections": pooled} if flow else {}
+        for timestep in scheduler.timesteps:
+            x = torch.cat([latents, latents]).to(tokens.dtype)
+            told = {"timestep": timestep.expand(2), "encoder_hidden_states": tokens, **extra}
+            uncond, cond = backbone(x, **told, return_dict=False)[0].float().chunk(2)
+            latents = scheduler.step(uncond + 4.0 * (cond - uncond), timestep, latents, return_dict=False)[0]
+        return decode(latents)
+
+    return ours if side == "hubgen" else theirs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The measures
+
+
+def clock(kind: str, device: str) -> Callable[[], float]:
+    if device == "cuda":
+
+        def synchronized() -> float:
+            torch.cuda.synchronize()
+            return time.perf_counter()
+
+        return synchronized
+    return {"wall": time.perf_counter, "cpu": time.process_time}[kind]
+
+
+def interleaved(work: dict[str, Callable], pairs: int, now: Callable[[], float]) -> dict[str, list[float]]:
+    """Seconds of each side in each pair; which of the two comes first alternates."""
+    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+    for pair in range(pairs):
+        for side in SIDES if pair % 2 == 0 else SIDES[::-1]:
+            start = now()
+            work[side]()
+            seconds[side].append(now() - start)
+    return seconds
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    ordered = sorted(values)
+    middle = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
+    return {"median": middle, "min": ordered[0], "max": ordered[-1]}
+
+
+def matrix_peak(dtype: torch.dtype, device: str, now: Callable[[], float]) -> float:
+    """FLOP a second of the fastest of a few square products and a convolution."""
+    best = 0.0
+    for side in (1024, 2048) if device == "cpu" else (4096, 8192):
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        for _ in range(6):
+            start = now()
+            a @ b
+            best = max(best, 2 * side**3 / (now() - start))
+    x = torch.randn(2, 640, 32, 32, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(640, 640, 3, 3, device=device).to(dtype)
+    for _ in range(4):
+        start = now()
+        torch.conv2d(x, weight, padding=1)
+        best = max(best, 2 * 9 * 640**2 * 2 * 32**2 / (now() - start))
+    return best
+
+
+def profiled(work: Callable) -> dict[str, float]:
+    """Share of time by operator, those above one percent."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        work()
+    events = profile.key_averages()
+    total = sum(event.self_cpu_time_total for event in events)
+    shares = {event.key: event.self_cpu_time_total / total for event in events}
+    return {name: round(share, 4) for name, share in sorted(shares.items(), key=lambda item: -item[1]) if share > 0.01}
+
+
+def memory_of(row: Row, side: str, packing: bool, device: str, threads: int) -> float:
+    """Peak of a fresh process that runs one side twice, in bytes."""
+    code = [sys.executable, "-m", "tests.benchmarks.inference", "--rows", row.name, "--memory-of", side]
+    code += ["--device", device, "--threads", str(threads), *([] if packing else ["--no-packing"])]
+    done = subprocess.run(code, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+    if done.returncode:
+        raise RuntimeError(f"the {side} side of {row.name} failed:\n{done.stderr[-2000:]}")
+    return float(done.stdout.splitlines()[-1])
+
+
+@torch.no_grad()
+def peak_memory(row: Row, side: str, packing: bool, device: str) -> float:
+    work = prepare(row, [side], packing, device, compiled=False)[side]
+    for _ in range(2):
+        work()
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+@torch.no_grad()
+def measure(row: Row, pairs: int, kind: str, device: str, compiled: bool, memory: bool) -> dict[str, Any]:
+    """Everything about one row.
+
+    Raises:
+        ValueError: The two sides disagree.
+    """
+    now, dtype = clock(kind, device), DTYPES[row.dtype]
+    work = prepare(row, SIDES, True, device, compiled)
+    with FlopCounterMode(display=False) as counter:
+        expected = work["diffusers"]()
+    actual = work["hubgen"]()
+    error = ((actual - expected).float().norm() / expected.float().norm()).item()
+    comparable = row.interval == (0.0, 1.0)
+    if comparable and not error < TOLERANCES[row.dtype] * max(1, row.steps):
+        raise ValueError(f"{row.name}: the outputs differ by {error:.2e} of their norm.")
+    work["hubgen"]()
+    seconds = interleaved(work, pairs, now)
+    ratios = summary([o / t for t, o in zip(seconds["diffusers"], seconds["hubgen"], strict=True)])
+    peak, flops = matrix_peak(dtype, device, now), counter.get_total_flops()
+    result: dict[str, Any] = {
+        "row": row.name + ("-compiled" if compiled else ""),
+        "dtype": row.dtype,
+        "device": device,
+        "pairs": pairs,
+        "clock": kind,
+        "ratio": ratios,
+        "target": row.target,
+        "seconds": {side: summary(values) for side, values in seconds.items()},
+        "difference": error if comparable else None,
+        "flop": flops,
+        "flop_per_second": {side: flops / summary(values)["median"] for side, values in seconds.items()},
+        "matrix_peak": peak,
+        "machine": machine(device),
+    }
+    if row.target is not None and ratios["median"] > row.target:
+        result["profile"] = {side: profiled(work[side]) for side in SIDES}
+    del work
+    if memory:
+        threads = torch.get_num_threads()
+        theirs = memory_of(row, "diffusers", True, device, threads)
+        result["memory"] = {"diffusers": theirs}
+        for name, packing in (("packed", True), ("unpacked", False)):
+            ours = memory_of(row, "hubgen", packing, device, threads)
+            result["memory"][name] = {"bytes": ours, "ratio": ours / theirs, "target": MEMORY_TARGETS[name]}
+    return result
+
+
+def machine(device: str) -> dict[str, str]:
+    """What the figures depend on."""
+    model = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
+    cpu = {"cpu": model, "cores": str(os.cpu_count()), "instructions": torch.backends.cpu.get_cpu_capability()}
+    gpu = {"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}
+    return {**report.environment(), **cpu, **gpu}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The results
+
+
+def to_markdown(results: Sequence[dict[str, Any]]) -> str:
+    def gigaflops(value: float) -> str:
+        return f"{value / 1e9:.0f}"
+
+    table = []
+    for result in results:
+        ratio, memory = result["ratio"], result.get("memory")
+        met = result["target"] is None or ratio["median"] <= result["target"]
+        table.append(
+            [
+                result["row"],
+                f"**{ratio['median']:.2f}** ({ratio['min']:.2f}–{ratio['max']:.2f})",
+                "" if result["target"] is None else f"{result['target']:.2f}{'' if met else ' missed'}",
+                *(f"{result['seconds'][side]['median']:.2f}" for side in SIDES),
+                " / ".join(gigaflops(result["flop_per_second"][side]) for side in SIDES),
+                gigaflops(result["matrix_peak"]),
+                "" if memory is None else f"{memory['packed']['ratio']:.2f} / {memory['unpacked']['ratio']:.2f}",
+                "" if result["difference"] is None else f"{result['difference']:.0e}",
+                f"{result['pairs']} {result['clock']}, {result['machine']['threads']} threads",
+            ]
+        )
+    header = ["row", "time ratio", "target", "diffusers s", "hubgen s", "GFLOP/s", "matrix peak"]
+    header += ["memory, packed / not", "difference", "pairs"]
+    lines = [
+        "# Inference: hubgen beside diffusers\n",
+        "Written by `python -m tests.benchmarks.inference`. Ratios are hubgen over diffusers: the median of the pairs,",
+        "the least and the largest. GFLOP/s count the operations of the plain algorithms on both sides; Winograd's",
+        "convolutions do with fewer, so that they may exceed the matrix peak. Memory: peak of the process, targets",
+        "1.6 and 1.0. Difference: norm of the outputs' difference over the norm.\n",
+        report.markdown_table(header, table),
+    ]
+    for description in {json.dumps(result["machine"], sort_keys=True) for result in results}:
+        lines.append("Machine: " + ", ".join(f"{name} {value}" for name, value in json.loads(description).items()))
+    for result in results:
+        if "profile" in result:
+            lines.append(f"\n## Where the time goes: {result['row']}\n")
+            names = list(dict.fromkeys(name for side in SIDES for name in result["profile"][side]))
+            shares = [[n, *(report.percent(result["profile"][side].get(n, 0)) for side in SIDES)] for n in names]
+            lines.append(report.markdown_table(["operator", *SIDES], shares))
+    return "\n".join(lines) + "\n"
+
+
+def store(result: dict[str, Any], output: Path) -> list[dict[str, Any]]:
+    """Adds a row to what is stored, in place of an older one of its name and device."""
+    path = output / "inference.json"
+    results = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    key = (result["row"], result["device"])
+    results = [old for old in results if (old["row"], old["device"]) != key] + [result]
+    order = {row.name: number for number, row in enumerate(rows())}
+    results.sort(key=lambda r: (r["device"], order.get(r["row"].removesuffix("-compiled"), len(order)), r["row"]))
+    report.write_json(path, {"rows": results})
+    report.write_text(output / "inference.md", to_markdown(results))
+    return results
+
+
+def run(
+    names: Sequence[str] | None = None,
+    output: Path = RESULTS,
+    pairs: int = 5,
+    kind: str = "wall",
+    device: str = "cpu",
+    compiled: bool = False,
+    memory: bool = True,
+) -> list[dict[str, Any]]:
+    """Measures the rows whose names begin so (all but the tiny ones by default) and stores each at once.
+
+    Raises:
+        ValueError: A name that no row begins with.
+    """
+    every = rows()
+    for name in names or ():
+        if not any(row.name.startswith(name) for row in every):
+            raise ValueError(f"`--rows`: got {name!r}, expected the beginning of one of {[r.name for r in every]}.")
+    results = []
+    for row in every:
+        if any(row.name.startswith(name) for name in names) if names else not row.name.startswith("tiny"):
+            if device == "cuda" and row.dtype != "bfloat16":
+                continue
+            result = measure(row, pairs, kind, device, compiled, memory)
+            store(result, output)
+            results.append(result)
+            ratio, space = result["ratio"], result.get("memory", {})
+            spaces = {name: round(space[name]["ratio"], 2) for name in MEMORY_TARGETS if name in space}
+            print(f"{result['row']}: {ratio['median']:.3f} (target {result['target']}) {spaces}", flush=True)
+    return results
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", help="beginnings of names; all rows by default")
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: of the process, on busy machines"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--compiled", action="store_true", help="both sides with regional torch.compile, on a GPU")
+    parser.add_argument("--no-memory", dest="memory", action="store_false")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--list", action="store_true", help="name the rows and stop")
+    parser.add_argument("--memory-of", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--no-packing", dest="packing", action="store_false", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    if options.list:
+        print("\n".join(row.name for row in rows()))
+    elif options.memory_of:
+        row = next(row for row in rows() if row.name == options.rows[0])
+        print(peak_memory(row, options.memory_of, options.packing, options.device))
+    else:
+        run(
+            *(options.rows, options.output, options.pairs, options.clock),
+            *(options.device, options.compiled, options.memory),
+        )
+
+
+if __name__ == "__main__":
+    main()
