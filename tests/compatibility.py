@@ -15,7 +15,6 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "compatibility.json"
-FULL_SIZE = Path(__file__).parent / "full_size" / "results.json"
 MARKS = ("<!-- compatibility: written by python -m tests.compatibility -->", "<!-- end of compatibility -->")
 
 REPOSITORIES = {
@@ -53,6 +52,31 @@ OFFICIAL = {
 }
 """Rows of the tiny repositories of tests/official.py."""
 
+COLUMNS = (
+    *("text to image", "class to image", "unconditional pictures", "image to image", "inpainting", "single file"),
+    *("saved files load in diffusers", "model works in diffusers' pipeline", "diffusers' schedulers"),
+    *("LoRA adapters", "step cache", "compile_repeated_blocks", "gradient checkpointing"),
+    *("attention processors", "attention backends", "device_map", "group offload", "layerwise casting"),
+    *("sharded files", "variant, torch_dtype"),
+)
+"""Rows of the README's table, in its order, by what tests call them."""
+
+MARK = {"works": "✓", "here alone": "**✓+**", "broken": "✗", "none": ""}
+
+FULL_SIZE_CASES = {
+    "SD 1.x": ["SD 1.5 U-Net"],
+    "SD 2.x": ["SD 2.1 U-Net"],
+    "SDXL": ["SDXL U-Net"],
+    "SDXL refiner": ["SDXL refiner U-Net"],
+    "SD 3": ["SD3 medium"],
+    "SD 3.5": ["SD3.5 medium", "SD3.5 large"],
+    "FLUX.1 dev": ["FLUX.1 dev"],
+    "FLUX.1 schnell": ["FLUX.1 schnell"],
+    "DiT": ["DiT-XL/2"],
+    "KL autoencoder": ["SD autoencoder", "SDXL autoencoder", "SD3 autoencoder", "FLUX autoencoder"],
+}
+"""Comparisons of tests/full_size for a family."""
+
 Cell = dict[str, bool | None]
 Table = dict[str, dict[str, Cell]]
 
@@ -80,20 +104,41 @@ def store(table: Table) -> None:
     RESULTS.write_text(json.dumps(ordered, indent=1) + "\n")
 
 
-def render(table: Table) -> str:
-    """Markdown: what works a row, and with it what does not work on diffusers' own class."""
-    lines = [
-        "| family | official repository | works in hubgen | of that, fails with diffusers' class |",
-        "|---|---|---|---|",
-    ]
-    for row, repository in REPOSITORIES.items():
-        cells = table.get(row, {})
-        works = sorted(column for column, cell in cells.items() if cell["hubgen"])
-        broken = sorted(column for column, cell in cells.items() if not cell["hubgen"])
-        ahead = [column for column in works if cells[column]["diffusers"] is False]
-        entry = ", ".join(works + [f"**not: {column}**" for column in broken])
-        lines.append(f"| {row} | {repository} | {entry} | {', '.join(ahead) or '–'} |")
+def render(table: Table, full_size: dict[str, Any]) -> str:
+    """Markdown: a row for each thing that works, a column for each family; and the repositories of the families."""
+    families = [row for row in REPOSITORIES if row in table]
+    columns = {column for row in families for column in table[row]}
+    unknown = columns - set(COLUMNS)
+    if unknown:
+        raise ValueError(f"Tests show {sorted(unknown)}, expected columns of {list(COLUMNS)}.")
+    lines = ["| | " + " | ".join(families) + " |", "|---|" + ":-:|" * len(families)]
+    for column in COLUMNS:
+        if column in columns:
+            cells = [MARK[state(table[row].get(column))] for row in families]
+            lines.append(f"| {column} | " + " | ".join(cells) + " |")
+    largest = {row: max((full_size[case]["error"] for case in cases if case in full_size), default=None)
+               for row, cases in FULL_SIZE_CASES.items()}  # fmt: skip
+    cells = [f"{largest[row]:.0e}" if largest.get(row) is not None else "" for row in families]
+    lines.append("| largest difference at full size | " + " | ".join(cells) + " |")
+    lines += ["", "| family | official repositories |", "|---|---|"]
+    lines += [f"| {row} | {REPOSITORIES[row]} |" for row in families]
     return "\n".join(lines)
+
+
+def state(cell: Cell | None) -> str:
+    """Whether something works in hubgen, and there alone; "none" where it is not for the family, or not tried."""
+    if cell is None:
+        return "none"
+    if not cell["hubgen"]:
+        return "broken"
+    return "here alone" if cell["diffusers"] is False else "works"
+
+
+def current() -> str:
+    """The table of the stored results."""
+    from tests.full_size.report import stored
+
+    return render(json.loads(RESULTS.read_text(encoding="utf-8")), stored())
 
 
 def readme_with(table: str) -> str:
@@ -110,4 +155,4 @@ def readme_with(table: str) -> str:
 
 
 if __name__ == "__main__":
-    (ROOT / "README.md").write_text(readme_with(render(json.loads(RESULTS.read_text()))), encoding="utf-8")
+    (ROOT / "README.md").write_text(readme_with(current()), encoding="utf-8")

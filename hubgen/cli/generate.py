@@ -425,8 +425,9 @@ def loaded_commit(model: str, revision: str | None) -> str | None:
 
 def sample(kind: Kind, pipe: Any, request: Request) -> list[Image.Image]:
     """The pictures, all those of the first prompt first, each from a generator of its own."""
-    prompts: list[str | None] = [prompt for prompt in request.prompts or [None] for _ in range(request.n)]
-    seeds = [request.seed + j for _ in request.prompts or [None] for j in range(request.n)]
+    words = request.prompts or [""]  # a model that draws without prompts draws as from one
+    prompts = [word for word in words for _ in range(request.n)]
+    seeds = [request.seed + j for _ in words for j in range(request.n)]
     options = {name: getattr(request, name) for name in kind.options if getattr(request, name) is not None}
     options |= opened_pictures(options)
     pictures: list[Image.Image] = []
@@ -438,7 +439,7 @@ def sample(kind: Kind, pipe: Any, request: Request) -> list[Image.Image]:
         if kind.pipeline == "TextToImagePipeline":
             drawn = {"prompt": prompts[batch]}
         elif kind.pipeline == "ClassToImagePipeline":
-            drawn = {"class_labels": [int(word) if word.isdecimal() else word for word in prompts[batch] if word]}
+            drawn = {"class_labels": [int(word) if word.isdecimal() else word for word in prompts[batch]]}
         pictures += pipe(
             **drawn,
             **options,

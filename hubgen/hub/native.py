@@ -141,10 +141,9 @@ class NativePipeline(DiffusionPipeline):
 
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
         """Writes the index: that of diffusers' pipeline where there is one for these components, else hubgen's."""
-        index = self.native_index()
-        if index is None:
-            super().to_json_file(json_file_path)
-            return
+        index = self.native_index() or json.loads(self.to_json_string())
+        if os.path.exists(index.get("_name_or_path") or ""):
+            del index["_name_or_path"]  # where it lay on this machine is nobody's business
         with open(json_file_path, "w", encoding="utf-8") as file:
             file.write(json.dumps(index, indent=2, sort_keys=True) + "\n")
 

@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -344,7 +343,7 @@ def profiled(work: Callable) -> dict[str, float]:
 
 
 def memory_of(row: Row, side: str, packing: bool, device: str, threads: int) -> float:
-    """Peak of a fresh process that runs one side twice, in bytes."""
+    """Peak of a fresh process that runs one side twice, in bytes; of a CPU's memory on Linux only."""
     code = [sys.executable, "-m", "tests.benchmarks.inference", "--rows", row.name, "--memory-of", side]
     code += ["--device", device, "--threads", str(threads), *([] if packing else ["--no-packing"])]
     done = subprocess.run(code, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
@@ -360,7 +359,9 @@ def peak_memory(row: Row, side: str, packing: bool, device: str) -> float:
         work()
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Not getrusage's figure, which a process inherits from the one that started it.
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * float(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
 
 
 @torch.no_grad()
