@@ -5,6 +5,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ SNIPPETS = [text for _, language, text in BLOCKS if language == "python"]
 MARKED = {mark: text for mark, _, text in BLOCKS if mark}
 COMMANDS = [line for mark, language, text in BLOCKS if language == "bash" and not mark for line in text.splitlines()]
 TRAINING = next(text for _, language, text in BLOCKS if language == "bash" and "accelerate launch" in text).splitlines()
+
+ON_THE_HUB = '"stable-diffusion-v1-5/stable-diffusion-v1-5", variant="fp16"'
 
 # Enough to go through the whole of each script. The README's own commands train for hours.
 SMALL = {
@@ -45,6 +48,12 @@ def test_the_continuous_integration_runs_the_first_two_commands() -> None:
     assert "pytest" in MARKED["test command"]
 
 
+def test_the_table_is_that_of_the_stored_results() -> None:
+    from tests.compatibility import current, readme_with
+
+    assert readme_with(current()) == README
+
+
 def test_every_link_leads_to_a_file() -> None:
     links = re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)|src=\"(?!https?:)([^\"]+)\"", README)
     missing = [link for pair in links for link in pair if link and not (ROOT / link).exists()]
@@ -52,8 +61,12 @@ def test_every_link_leads_to_a_file() -> None:
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=[f"snippet {number}" for number in range(1, len(SNIPPETS) + 1)])
-def test_every_snippet_runs(snippet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_snippet_runs(
+    snippet: str, official: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the place of a model on the Hub, a tiny one of its layout."""
     monkeypatch.chdir(tmp_path)
+    snippet = snippet.replace(ON_THE_HUB, repr(str(official("sd1"))))
     exec(compile(snippet, "README.md", "exec"), {"__name__": "__main__"})
 
 

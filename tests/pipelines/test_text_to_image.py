@@ -352,7 +352,7 @@ def test_a_saved_pipeline_loads_and_draws_the_same(backbone: str, loader: Any, t
     assert_same(draw(loaded), draw(saved))
     loaded.save_pretrained(tmp_path / "again")
     indices = [json.loads((folder / "model_index.json").read_text()) for folder in (tmp_path, tmp_path / "again")]
-    assert indices[1].pop("_name_or_path") == str(tmp_path)
+    assert "_name_or_path" not in indices[1]  # a folder of this machine
     assert indices[0] == indices[1]
 
 
