@@ -1,7 +1,7 @@
 """The README's table of what works on which official repository: read from test results, not written by hand.
 
     python -m pytest --record-compatibility      runs the tests and stores what they showed
-    python -m tests.compatibility                writes the table into the README
+    python -m tests.readme_tables                writes the table into the README
 
 A test takes part by the fixture `shows(row, column, diffusers)`: the family, what works, and whether the same works
 with diffusers' own class (left out where diffusers is what the test compares with). A cell is green when every test
@@ -9,13 +9,10 @@ that shows it has passed.
 """
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "compatibility.json"
-MARKS = ("<!-- compatibility: written by python -m tests.compatibility -->", "<!-- end of compatibility -->")
 
 REPOSITORIES = {
     "SD 1.x": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -139,20 +136,3 @@ def current() -> str:
     from tests.full_size.report import stored
 
     return render(json.loads(RESULTS.read_text(encoding="utf-8")), stored())
-
-
-def readme_with(table: str) -> str:
-    """The README's text with the table between its marks.
-
-    Raises:
-        ValueError: The README lacks the marks.
-    """
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    start, end = (re.escape(mark) for mark in MARKS)
-    if not re.search(f"{start}.*{end}", text, flags=re.DOTALL):
-        raise ValueError(f"README.md has no lines {MARKS[0]!r} and {MARKS[1]!r}, expected them around the table.")
-    return re.sub(f"{start}.*{end}", lambda _: f"{MARKS[0]}\n\n{table}\n\n{MARKS[1]}", text, flags=re.DOTALL)
-
-
-if __name__ == "__main__":
-    (ROOT / "README.md").write_text(readme_with(current()), encoding="utf-8")

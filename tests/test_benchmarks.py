@@ -318,7 +318,9 @@ def test_the_benchmark_of_inference_compares_both_sides_and_goes_on_where_it_sto
     first = inference.run(["tiny-unet"], tmp_path, pairs=2, kind="cpu", memory=False)
     inference.run(["tiny-pipeline"], tmp_path, pairs=1, kind="cpu", memory=False)
     stored = json.loads((tmp_path / "inference.json").read_text())["rows"]
-    assert [row["row"] for row in stored] == ["tiny-unet-float32", "tiny-pipeline-float32"]
+    names = ["tiny-unet-float32", "tiny-pipeline-float32", "tiny-pipeline-float32-interval"]
+    assert [row["row"] for row in stored] == names
+    assert stored[1]["difference"] < 1e-4 and stored[2]["difference"] is None
     assert stored[0] == first[0] and stored[0]["difference"] < 1e-5
     assert stored[0]["flop"] > 0 and stored[0]["matrix_peak"] > 0
     page = (tmp_path / "inference.md").read_text()
@@ -336,4 +338,4 @@ def test_every_target_of_the_inference_benchmark_stands():
     rows = {row.name: row.target for row in inference.rows()}
     assert rows["sd15-unet-256-float32"] == rows["sd15-unet-256-bfloat16"] == 0.75
     assert (rows["mmdit-256-float32"], rows["mmdit-256-bfloat16"]) == (0.80, 0.88)
-    assert all(rows[name] == 0.68 for name in rows if "interval" in name)
+    assert inference.INTERVAL_TARGET == 0.68

@@ -48,10 +48,10 @@ def test_the_continuous_integration_runs_the_first_two_commands() -> None:
     assert "pytest" in MARKED["test command"]
 
 
-def test_the_table_is_that_of_the_stored_results() -> None:
-    from tests.compatibility import current, readme_with
+def test_the_tables_are_those_of_the_stored_results() -> None:
+    from tests.readme_tables import written
 
-    assert readme_with(current()) == README
+    assert written() == README
 
 
 def test_every_link_leads_to_a_file() -> None:

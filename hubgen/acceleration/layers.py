@@ -25,13 +25,17 @@ SAMPLES = 64
 SMALL = 2**21
 # Convolutions of at least so many pixels and channels are computed by Winograd's method, from this many on even if the
 # kernels have to be transformed at every call.
-WINOGRAD_PIXELS, WINOGRAD_PIXELS_UNPACKED, WINOGRAD_CHANNELS = 500, 1600, 96
-# Up to so many pixels a convolution is faster as a matrix product than with its weights ordered at every call.
-FEW_PIXELS = 320
-# Largest product of channels whose transformed kernels (144 bytes each) are made anew at every call.
-WINOGRAD_KERNELS_UNPACKED = 2**18
+WINOGRAD_PIXELS, WINOGRAD_PIXELS_UNPACKED, WINOGRAD_CHANNELS = 500, 1600, 192
+# Up to so many pixels a convolution is faster as a matrix product than with its weights ordered at every call; the
+# second number holds for weights of so many values.
+FEW_PIXELS, FEW_PIXELS_LARGE, LARGE = 320, 640, 2**23
+# Largest product of channels whose transformed kernels (144 bytes each) are made anew at every call; of convolutions of
+# so many pixels all are, where memory may be spent.
+WINOGRAD_KERNELS_UNPACKED, WINOGRAD_PIXELS_ANY = 2**18, 4096
 # Gain of packing in milliseconds a megabyte, as measured on AVX-512: it ranks the layers where memory is limited.
-WORTHWHILE, MUCH, RESERVED = 0.2, 0.5, 0.2
+WORTHWHILE, MUCH, RESERVED = 0.2, 0.5, 0.3
+# Layers that gain much and are no larger (bytes) are packed even where the budget is spent: a few percent of a model.
+SMALL_LAYER = 2**23
 
 
 @dataclass(eq=False)
@@ -49,7 +53,8 @@ class Plan:
     def grant(self, gain: float, size: int) -> bool:
         """Whether a layer may pack `size` bytes that save `gain` milliseconds a megabyte."""
         limit = self.budget if gain >= MUCH else (1 - RESERVED) * self.budget
-        granted = gain >= WORTHWHILE and self.spent + size <= limit
+        small = self.budget > 0 and gain >= MUCH and size <= SMALL_LAYER
+        granted = gain >= WORTHWHILE and (self.spent + size <= limit or small)
         self.spent += size if granted else 0
         return granted
 
@@ -280,8 +285,9 @@ class FastConv2d(Swapped, nn.Conv2d):
             if record.packed is None:
                 record.packed = winograd.transform_kernel(weight.detach())
             return winograd.convolve(x, record.packed, bias)
-        passing = (
-            pixels >= WINOGRAD_PIXELS_UNPACKED and self.in_channels * self.out_channels <= WINOGRAD_KERNELS_UNPACKED
+        small = self.in_channels * self.out_channels <= WINOGRAD_KERNELS_UNPACKED
+        passing = record.plan.budget > 0 and (
+            pixels >= WINOGRAD_PIXELS_ANY or (small and pixels >= WINOGRAD_PIXELS_UNPACKED)
         )
         if fits and passing:
             return winograd.convolve(x, winograd.transform_kernel(weight), bias)
@@ -296,7 +302,8 @@ class FastConv2d(Swapped, nn.Conv2d):
             if record.packed is None:
                 record.packed = kernels.pack_convolution(weight.detach().contiguous(), geometry, x.shape)
             return kernels.convolve(x, record.packed, bias, geometry)
-        if pixels <= FEW_PIXELS and self.groups == 1 and weight.is_contiguous():
+        few = FEW_PIXELS if weight.numel() < LARGE else FEW_PIXELS_LARGE
+        if pixels <= few and self.groups == 1 and weight.is_contiguous():
             return kernels.convolve_columns(x, weight, bias, geometry)
         return super().forward(x)
 

@@ -21,7 +21,7 @@ SPAN = TILE + 2
 POINTS = (0.0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)
 # Tiles at a time: enough rows for a matrix product, few enough that transformed inputs stay in the cache until they
 # are multiplied.
-TILES_AT_A_TIME = 160
+TILES_AT_A_TIME = 320
 
 
 @lru_cache(maxsize=4)

@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
-from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
 from torch import nn
@@ -36,6 +35,7 @@ from hubgen.layers.feed_forward import FeedForward
 from hubgen.layers.joint import add_gated
 from hubgen.layers.normalization import AdaLayerNormZero, modulate
 from hubgen.layers.shapes import require_shape
+from hubgen.layers.step_cache import BlockCacheMixin
 
 CLASS_DROPOUT = 0.1  # section 4: what makes classifier-free guidance possible
 
@@ -142,7 +142,7 @@ class DiTBlock(nn.Module):
         return add_gated(x, gate_mlp, self.ff(modulate(self.norm3(x), scale_mlp, shift_mlp)))
 
 
-class DiTTransformer2DModel(StrictModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
+class DiTTransformer2DModel(StrictModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, BlockCacheMixin):
     """The class-conditional diffusion transformer (2212.09748); same name, same checkpoint as diffusers' class.
 
     Three things differ from that class, none of them in evaluation: a fresh model predicts exactly 0 (adaLN-Zero, as
@@ -177,6 +177,7 @@ class DiTTransformer2DModel(StrictModelMixin, AttentionMixin, ConfigMixin, PeftA
     _no_split_modules = ["DiTBlock"]
     _repeated_blocks = ["DiTBlock"]
     _skip_layerwise_casting_patterns = ["pos_embed", "norm"]
+    _cached_blocks = {DiTBlock: (0, None)}
 
     @register_to_config
     def __init__(
@@ -260,15 +261,6 @@ class DiTTransformer2DModel(StrictModelMixin, AttentionMixin, ConfigMixin, PeftA
                 nn.init.zeros_(module.linear.weight)
         nn.init.zeros_(self.proj_out_1.weight)
         nn.init.zeros_(self.proj_out_2.weight)
-
-    def enable_cache(self, config: Any) -> None:
-        """Reuses features between steps, an approximation (diffusers' `FirstBlockCacheConfig` and the like)."""
-        # Registered here rather than at import, because the registry imports every transformer of diffusers.
-        from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
-
-        metadata = TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None)
-        TransformerBlockRegistry.register(DiTBlock, metadata)
-        super().enable_cache(config)
 
     def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
         """As diffusers' `ModelMixin.enable_group_offload`, which diffusers' own DiT cannot do."""

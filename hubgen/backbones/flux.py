@@ -24,7 +24,6 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import FluxTransformer2DLoadersMixin, PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
-from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale, logging
 from torch import nn
@@ -39,6 +38,7 @@ from hubgen.layers.embeddings import (
 from hubgen.layers.joint import FluxSingleTransformerBlock, FluxTransformerBlock, Rotary, initialize_joint_
 from hubgen.layers.normalization import AdaLayerNormContinuous
 from hubgen.layers.shapes import require_shape
+from hubgen.layers.step_cache import BlockCacheMixin
 
 logger = logging.get_logger(__name__)
 
@@ -70,7 +70,7 @@ class FluxTransformer2DModel(
     ConfigMixin,
     PeftAdapterMixin,
     FluxTransformer2DLoadersMixin,
-    CacheMixin,
+    BlockCacheMixin,
 ):
     """The transformer of FLUX.1; same name, same checkpoint as diffusers' class, of which a fresh model predicts 0.
 
@@ -95,6 +95,7 @@ class FluxTransformer2DModel(
     _no_split_modules = ["FluxTransformerBlock", "FluxSingleTransformerBlock"]
     _repeated_blocks = ["FluxTransformerBlock", "FluxSingleTransformerBlock"]
     _skip_layerwise_casting_patterns = ["pos_embed", "norm"]
+    _cached_blocks = {FluxTransformerBlock: (1, 0), FluxSingleTransformerBlock: (1, 0)}
 
     @register_to_config
     def __init__(
@@ -121,6 +122,7 @@ class FluxTransformer2DModel(
         self.out_channels = in_channels if out_channels is None else out_channels
 
         self.pos_embed = FluxPosEmbed(theta=10000, axes_dim=tuple(axes_dims_rope))
+        self._kept_rotary: tuple[Any, ...] | None = None
         embeddings = (
             CombinedTimestepGuidanceTextProjEmbeddings if guidance_embeds else CombinedTimestepTextProjEmbeddings
         )
@@ -141,15 +143,19 @@ class FluxTransformer2DModel(
         self.gradient_checkpointing = False
         initialize_joint_(self)
 
-    def enable_cache(self, config: Any) -> None:
-        """Reuses features between steps, an approximation (diffusers' `FirstBlockCacheConfig` and the like)."""
-        # Registered here rather than at import, because the registry imports every transformer of diffusers.
-        from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+    def rotary_tables(self, txt_ids: torch.Tensor, img_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of all positions, text first, each (L + T, features of a head).
 
-        for block in (FluxTransformerBlock, FluxSingleTransformerBlock):
-            metadata = TransformerBlockMetadata(return_hidden_states_index=1, return_encoder_hidden_states_index=0)
-            TransformerBlockRegistry.register(block, metadata)
-        super().enable_cache(config)
+        Kept for the next call, which in a walk has the very same tensors of positions.
+        """
+        if torch.compiler.is_compiling() or txt_ids.is_inference() or img_ids.is_inference():
+            return self.pos_embed(torch.cat([txt_ids, img_ids]))
+        stamp = (txt_ids._version, img_ids._version)
+        kept = self._kept_rotary
+        if kept is None or kept[0] is not txt_ids or kept[1] is not img_ids or kept[2] != stamp:
+            kept = (txt_ids, img_ids, stamp, self.pos_embed(torch.cat([txt_ids, img_ids])))
+            self._kept_rotary = kept
+        return kept[3]
 
     @apply_lora_scale("joint_attention_kwargs")
     def forward(
@@ -203,7 +209,7 @@ class FluxTransformer2DModel(
         # Both are rounded to the precision of x before they grow, as they were when the weights were trained.
         scales = [1000 * scale.to(x.dtype) for scale in (timestep, guidance) if scale is not None]
         temb = self.time_text_embed(*scales, pooled_projections)  # (B, D)
-        rotary = self.pos_embed(torch.cat([txt_ids, img_ids]))  # (L + T, features of a head), twice
+        rotary = self.rotary_tables(txt_ids, img_ids)  # (L + T, features of a head), twice
 
         for i, block in enumerate(self.transformer_blocks):
             context, x = self._run(block, x, context, temb, rotary, double_kwargs)

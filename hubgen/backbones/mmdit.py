@@ -20,7 +20,6 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
-from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
 from torch import nn
@@ -31,6 +30,7 @@ from hubgen.layers.embeddings import CombinedTimestepTextProjEmbeddings, PatchEm
 from hubgen.layers.joint import JointTransformerBlock, initialize_joint_
 from hubgen.layers.normalization import AdaLayerNormContinuous
 from hubgen.layers.shapes import require_shape
+from hubgen.layers.step_cache import BlockCacheMixin
 
 
 def stable_diffusion_3_medium() -> dict[str, Any]:
@@ -65,7 +65,7 @@ def stable_diffusion_3_5_large() -> dict[str, Any]:
 
 
 class SD3Transformer2DModel(
-    StrictModelMixin, SingleFileMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin
+    StrictModelMixin, SingleFileMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, BlockCacheMixin
 ):
     """The multimodal diffusion transformer of Stable Diffusion 3 and 3.5 (2403.03206).
 
@@ -92,6 +92,7 @@ class SD3Transformer2DModel(
     _no_split_modules = ["JointTransformerBlock"]
     _repeated_blocks = ["JointTransformerBlock"]
     _skip_layerwise_casting_patterns = ["pos_embed", "norm"]
+    _cached_blocks = {JointTransformerBlock: (1, 0)}
 
     @register_to_config
     def __init__(
@@ -148,15 +149,6 @@ class SD3Transformer2DModel(
         self.proj_out = nn.Linear(self.inner_dim, patch_size * patch_size * self.out_channels)
         self.gradient_checkpointing = False
         initialize_joint_(self)
-
-    def enable_cache(self, config: Any) -> None:
-        """Reuses features between steps, an approximation (diffusers' `FirstBlockCacheConfig` and the like)."""
-        # Registered here rather than at import, because the registry imports every transformer of diffusers.
-        from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
-
-        metadata = TransformerBlockMetadata(return_hidden_states_index=1, return_encoder_hidden_states_index=0)
-        TransformerBlockRegistry.register(JointTransformerBlock, metadata)
-        super().enable_cache(config)
 
     @apply_lora_scale("joint_attention_kwargs")
     def forward(

@@ -28,6 +28,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
 from hubgen.formats.loading import StrictModelMixin
+from hubgen.layers.configs import require_positive, require_supported
 from hubgen.layers.embeddings import GaussianFourierProjection, TimestepEmbedding, Timesteps
 from hubgen.layers.unet_blocks import (
     AttnDownBlock2D,
@@ -339,9 +340,7 @@ class UNet2DModel(StrictModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
     def check_config(self) -> None:
         """Raises ValueError naming the argument whose value cannot be built or does not fit another."""
         config = self.config
-        for name, values in SUPPORTED.items():
-            if config[name] not in values:
-                raise ValueError(f"`{name}` must be one of {list(values)}, got {config[name]!r}.")
+        require_supported(config, SUPPORTED)
         for name in ("in_channels", "out_channels", "layers_per_block"):
             require_positive(name, config[name])
         for name in ("norm_num_groups", "attn_norm_num_groups", "attention_head_dim", "time_embedding_dim"):
@@ -531,9 +530,3 @@ class UNet2DModel(StrictModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixi
 def block_names(types: tuple[str, ...] | list[str]) -> tuple[str, ...]:
     """Types of levels without the prefix that they had in the first configs on the Hub."""
     return tuple(block_type.removeprefix("UNetRes") for block_type in types)
-
-
-def require_positive(name: str, value: object) -> None:
-    """Raises ValueError unless `value` is a positive integer."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")

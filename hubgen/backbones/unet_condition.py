@@ -31,6 +31,7 @@ from torch import nn
 
 from hubgen.formats.loading import StrictModelMixin
 from hubgen.formats.single_file import SingleFileMixin
+from hubgen.layers.configs import per_level, require_all_positive, require_supported
 from hubgen.layers.embeddings import TimestepEmbedding, Timesteps
 from hubgen.layers.unet_blocks import (
     CrossAttnDownBlock2D,
@@ -129,28 +130,6 @@ def stable_diffusion_xl_refiner() -> dict[str, Any]:
         "addition_time_embed_dim": 256,
         "projection_class_embeddings_input_dim": 2560,
     }
-
-
-def per_level(name: str, value: Any, levels: int) -> tuple[Any, ...]:
-    """`value` once a level, or `value` itself where it already has an entry a level.
-
-    Raises:
-        ValueError: It has another number of entries.
-    """
-    if not isinstance(value, Sequence):
-        return (value,) * levels
-    if len(value) != levels:
-        raise ValueError(f"`{name}` must be one value or {levels}, one a level, got {len(value)}: {tuple(value)}.")
-    return tuple(value)
-
-
-def require_positive(name: str, value: Any) -> None:
-    """Raises ValueError unless `value` is a positive integer, or a sequence (of sequences) of them."""
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        for entry in value:
-            require_positive(name, entry)
-    elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
 
 
 class UNet2DConditionModel(
@@ -376,15 +355,13 @@ class UNet2DConditionModel(
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """Every residual branch and the prediction start at zero, so that the network starts as its skip connections."""
+        """Every residual branch and the prediction start at zero: the network starts as its skip connections."""
         start_at_zero(self)
 
     def check_config(self) -> None:
         """Raises ValueError naming the argument whose value cannot be built or does not fit another."""
         config = self.config
-        for name, values in SUPPORTED.items():
-            if config[name] not in values:
-                raise ValueError(f"`{name}` must be one of {list(values)}, got {config[name]!r}.")
+        require_supported(config, SUPPORTED)
         levels = len(config.block_out_channels)
         if any(per_level("only_cross_attention", config.only_cross_attention, levels)):
             raise ValueError(f"`only_cross_attention` must be False, got {config.only_cross_attention!r}.")
@@ -408,7 +385,7 @@ class UNet2DConditionModel(
             "conv_in_kernel",
             "conv_out_kernel",
         ):
-            require_positive(name, config[name])
+            require_all_positive(name, config[name])
         for name in ("conv_in_kernel", "conv_out_kernel"):
             if config[name] % 2 == 0:
                 raise ValueError(f"`{name}` must be odd, got {config[name]}.")
@@ -442,7 +419,7 @@ class UNet2DConditionModel(
                 "for the way up, where every level has one residual block more."
             )
         up = () if reverse is None else per_level("reverse_transformer_layers_per_block", reverse, levels)
-        require_positive("reverse_transformer_layers_per_block", up)
+        require_all_positive("reverse_transformer_layers_per_block", up)
         for name, depths, counts in (
             ("transformer_layers_per_block", down, layers),
             ("reverse_transformer_layers_per_block", up, [count + 1 for count in layers[::-1]]),

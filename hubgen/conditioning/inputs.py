@@ -201,6 +201,7 @@ class BackboneCall:
         self.guidance_scale = guidance_scale
         self.extra_channels = extra_channels
         self.options: dict[str, Any] = {}
+        self._positions: tuple[tuple[int, int], torch.Tensor] | None = None
         argument = attention_argument(backbone)
         if attention_kwargs is not None and argument is not None:
             self.options[argument] = dict(attention_kwargs)
@@ -254,7 +255,9 @@ class BackboneCall:
         packed = takes_tokens(backbone)
         if packed:
             x = pack(x)
-            inputs["img_ids"] = token_positions(height, width, x.device)
+            if self._positions is None or self._positions[0] != (height, width):  # the same tensor at every step
+                self._positions = (height, width), token_positions(height, width, x.device)
+            inputs["img_ids"] = self._positions[1]
             inputs["timestep"] = timestep / 1000
         # Step caches tell apart, by this name, what they keep of calls on other batches.
         cached = hasattr(backbone, "cache_context")

@@ -8,6 +8,7 @@
 Shapes: B prompts, L text tokens of D features, P features of pooled text.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -22,7 +23,7 @@ LONGEST_T5 = 512
 
 
 @dataclass(frozen=True)
-class PromptCondition:
+class PromptCondition(ABC):
     """Base: the text encoders of a pipeline with their tokenizers, in its order; `None` for one that is missing."""
 
     encoders: tuple[nn.Module | None, ...]
@@ -74,8 +75,9 @@ class PromptCondition:
         texts = [list(prompts), list(prompts_2 or prompts), list(prompts_3 or prompts)]
         return self._join(texts, device, clip_skip or 0, max_sequence_length or self.t5_tokens)
 
+    @abstractmethod
     def _join(self, texts: list[list[str]], device: Any, skip: int, t5_tokens: int | None) -> TextEmbeddings:
-        raise NotImplementedError
+        """Embeddings of one list of B prompts for each of the three encoders."""
 
     def check_options(self, clip_skip: int | None, max_sequence_length: int | None) -> None:
         """Raises ValueError for options that these encoders have no use for, or out of their range."""

@@ -350,3 +350,16 @@ def test_guidance_for_a_model_without_is_refused() -> None:
 def test_axes_that_do_not_share_out_a_head_are_refused(axes: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="`axes_dims_rope` must be even numbers that add up to .* = 16, got"):
         FluxTransformer2DModel(**{**DEV, "axes_dims_rope": axes})
+
+
+def test_rotary_tables_are_computed_once_for_the_same_positions_and_anew_for_others() -> None:
+    model, given = tiny().eval(), inputs()
+    calls: list[int] = []
+    model.pos_embed.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        first = model(**given).sample
+        assert torch.equal(model(**given).sample, first) and len(calls) == 1
+        given["img_ids"] += 1  # in place: the same tensor with other values
+        assert not torch.equal(model(**given).sample, first) and len(calls) == 2
+        given["img_ids"] = given["img_ids"] - 1
+        assert torch.equal(model(**given).sample, first) and len(calls) == 3

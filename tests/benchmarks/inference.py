@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import hubgen
 from hubgen.acceleration.optimize import prepared
 from hubgen.backbones.unet_condition import stable_diffusion_1, stable_diffusion_xl
-from hubgen.conditioning.guidance import ClassifierFreeGuidance
 from hubgen.conditioning.inputs import BackboneCall
 from hubgen.conditioning.text import TextEmbeddings
-from hubgen.pipelines.denoising import denoise
 from tests.benchmarks import report
 
 RESULTS = Path(__file__).parent / "results" / "inference"
@@ -41,6 +39,8 @@ SIDES = ("diffusers", "hubgen")
 STEPS = 20
 # Largest norm of the difference over the norm, by type: in bfloat16 two orders of summation differ by a percent a step.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.1}
+# Half of the way, in the middle: what a whole pipeline is also measured with.
+INTERVAL, INTERVAL_TARGET = (0.25, 0.75), 0.68
 MEMORY_TARGETS = {"packed": 1.6, "unpacked": 1.0}
 KL_F8: dict[str, Any] = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -85,9 +85,7 @@ class Row:
     tokens: int = 77
     """Of text."""
     steps: int = 0
-    """0 for one call of the model; else those of a whole walk with guidance, and decoding."""
-    interval: tuple[float, float] = (0.0, 1.0)
-    """Where guidance is on, in time."""
+    """0 for one call of the model; else those of a whole pipeline's call."""
 
     def inputs(self) -> dict[str, Any]:
         """Arguments of one call, batch 2 but for the autoencoder."""
@@ -145,12 +143,7 @@ def rows() -> list[Row]:
             Row(f"vae-decode-256-{dtype}", "AutoencoderKL", KL_F8, 32, dtype, 0.90),
             Row(f"vae-decode-512-{dtype}", "AutoencoderKL", KL_F8, 64, dtype, 0.90),
             Row(f"sd15-pipeline-256-{dtype}", unet, sd15, 32, dtype, 0.85, steps=STEPS),
-            Row(f"sd15-pipeline-256-interval-{dtype}", unet, sd15, 32, dtype, 0.68, 77, STEPS, (0.25, 0.75)),
             Row(f"mmdit-pipeline-256-{dtype}", "SD3Transformer2DModel", MMDIT, 32, dtype, 0.85, steps=STEPS),
-            Row(
-                *(f"mmdit-pipeline-256-interval-{dtype}", "SD3Transformer2DModel", MMDIT, 32),
-                *(dtype, 0.68, 77, STEPS, (0.25, 0.75)),
-            ),
             Row(f"flux-blocks-512-{dtype}", "FluxTransformer2DModel", flux, 64, dtype, None, 512),
             Row(f"sdxl-unet-512-{dtype}", unet, xl, 64, dtype, None),
         ]
@@ -213,7 +206,14 @@ def prepare(row: Row, sides: Sequence[str], packing: bool, device: str, compiled
                 hubgen.optimize(part, packing=packing, compile=compiled)
         elif compiled and getattr(model, "_repeated_blocks", None):
             model.compile_repeated_blocks(fullgraph=True)
-        work[side] = walk(row, side, model, vae, device) if row.steps else call(row, side, model, device)
+        if not row.steps:
+            work[side] = call(row, side, model, device)
+        elif side == "diffusers":
+            work[side] = pipeline(row, diffusers_pipeline(row, model, vae), device)
+        else:
+            ours = hubgen_pipeline(row, model, vae)
+            work[side] = pipeline(row, ours, device)
+            work["interval"] = pipeline(row, ours, device, guidance_interval=INTERVAL)
     return work
 
 
@@ -222,7 +222,8 @@ def vae_config(row: Row) -> dict[str, Any]:
     if row.config is TINY_UNET:
         small = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
         return {**small, "block_out_channels": (8,), "norm_num_groups": 4, "latent_channels": channels}
-    return {**KL_F8, "latent_channels": channels}
+    scale = {"scaling_factor": 1.5305, "shift_factor": 0.0609} if channels == 16 else {}
+    return {**KL_F8, "latent_channels": channels, **scale}
 
 
 def call(row: Row, side: str, model: Any, device: str) -> Callable[[], torch.Tensor]:
@@ -261,46 +262,48 @@ def moved(inputs: Any, device: str) -> Any:
     return inputs.to(device)
 
 
-def walk(row: Row, side: str, backbone: Any, vae: Any, device: str) -> Callable[[], torch.Tensor]:
-    """A whole pipeline behind the text encoders: guided denoising and decoding.
+def scheduler(row: Row, library: Any) -> Any:
+    if row.model == "SD3Transformer2DModel":
+        return library.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return library.DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)
 
-    diffusers' side does what its pipelines do: a guided call at every step, for they know no guidance interval; ours
-    is this library's loop. Where an interval is compared, so are different pictures: it is the time that counts.
+
+def diffusers_pipeline(row: Row, backbone: Any, vae: Any) -> Any:
+    """diffusers' own pipeline of these parts, without text encoders."""
+    parts = {"vae": vae, "scheduler": scheduler(row, diffusers), "text_encoder": None, "tokenizer": None}
+    if row.model == "SD3Transformer2DModel":
+        others = dict.fromkeys(("text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3"))
+        return diffusers.StableDiffusion3Pipeline(transformer=backbone, **parts, **others)
+    checks = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return diffusers.StableDiffusionPipeline(unet=backbone, **parts, **checks)
+
+
+def hubgen_pipeline(row: Row, backbone: Any, vae: Any) -> Any:
+    """hubgen's pipeline of these parts, without text encoders."""
+    name = "transformer" if row.model == "SD3Transformer2DModel" else "unet"
+    return hubgen.TextToImagePipeline(
+        vae=vae, text_encoder=None, tokenizer=None, scheduler=scheduler(row, hubgen), **{name: backbone}
+    )
+
+
+def pipeline(row: Row, pipe: Any, device: str, **options: Any) -> Callable[[], torch.Tensor]:
+    """A whole call behind the text encoders, which are the same on both sides: the picture, (1, 3, H, W).
+
+    diffusers' pipelines know no guidance interval. With one, ours makes another picture: it is the time that counts.
     """
+    pipe.set_progress_bar_config(disable=True)
     inputs = moved(row.inputs(), device)
-    tokens = inputs["encoder_hidden_states"]
-    pooled = inputs.get("pooled_projections", tokens.new_zeros(2, 0))
-    channels = 16 if row.model == "SD3Transformer2DModel" else 4
-    noise = torch.randn(1, channels, row.size, row.size, generator=torch.Generator().manual_seed(2)).to(device)
-    flow = row.model == "SD3Transformer2DModel"
-    name = "FlowMatchEulerDiscreteScheduler" if flow else "DDIMScheduler"
-    arguments: dict[str, Any] = {"shift": 3.0} if flow else {"clip_sample": False}
-    scheduler = getattr(hubgen if side == "hubgen" else diffusers, name)(**arguments)
-    guidance = ClassifierFreeGuidance(4.0, interval=row.interval)
-    halves = [TextEmbeddings(tokens[i : i + 1], pooled[i : i + 1]) for i in (0, 1)]
-
-    def decode(latents: torch.Tensor) -> torch.Tensor:
-        return vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
-
-    def ours() -> torch.Tensor:
-        scheduler.set_timesteps(row.steps, device=device)
-        predict = BackboneCall(backbone, halves[1], halves[0])
-        with prepared(predict, scheduler.timesteps):
-            latents = denoise(predict, scheduler, noise, scheduler.timesteps, guidance)
-        return decode(latents)
-
-    def theirs() -> torch.Tensor:
-        scheduler.set_timesteps(row.steps, device=device)
-        latents = noise
-        extra = {"pooled_projections": pooled} if flow else {}
-        for timestep in scheduler.timesteps:
-            x = torch.cat([latents, latents]).to(tokens.dtype)
-            told = {"timestep": timestep.expand(2), "encoder_hidden_states": tokens, **extra}
-            uncond, cond = backbone(x, **told, return_dict=False)[0].float().chunk(2)
-            latents = scheduler.step(uncond + 4.0 * (cond - uncond), timestep, latents, return_dict=False)[0]
-        return decode(latents)
-
-    return ours if side == "hubgen" else theirs
+    embeds = {"encoder_hidden_states": "prompt_embeds", "pooled_projections": "pooled_prompt_embeds"}
+    told = {}
+    for given, name in embeds.items():
+        if given in inputs:
+            told |= {f"negative_{name}": inputs[given][:1], name: inputs[given][1:]}
+    factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    channels = pipe.vae.config.latent_channels
+    noise = torch.randn(1, channels, row.size, row.size, generator=torch.Generator().manual_seed(2))
+    told |= {"latents": noise.to(device, DTYPES[row.dtype]), "height": factor * row.size, "width": factor * row.size}
+    settings = {"num_inference_steps": row.steps, "guidance_scale": 4.0, "output_type": "pt", **options}
+    return lambda: pipe(**told, **settings, return_dict=False)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -320,9 +323,9 @@ def clock(kind: str, device: str) -> Callable[[], float]:
 
 def interleaved(work: dict[str, Callable], pairs: int, now: Callable[[], float]) -> dict[str, list[float]]:
     """Seconds of each side in each pair; which of the two comes first alternates."""
-    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+    seconds: dict[str, list[float]] = {side: [] for side in work}
     for pair in range(pairs):
-        for side in SIDES if pair % 2 == 0 else SIDES[::-1]:
+        for side in list(work)[:: 1 if pair % 2 == 0 else -1]:
             start = now()
             work[side]()
             spent = now() - start
@@ -383,6 +386,8 @@ def memory_of(row: Row, side: str, packing: bool, device: str, threads: int) -> 
 
 @torch.no_grad()
 def peak_memory(row: Row, side: str, packing: bool, device: str) -> float:
+    # A pipeline's peak is that of two steps as well as of twenty.
+    row = replace(row, steps=min(row.steps, 2))
     work = prepare(row, [side], packing, device, compiled=False)[side]
     for _ in range(2):
         work()
@@ -394,8 +399,8 @@ def peak_memory(row: Row, side: str, packing: bool, device: str) -> float:
 
 
 @torch.no_grad()
-def measure(row: Row, pairs: int, kind: str, device: str, compiled: bool, memory: bool) -> dict[str, Any]:
-    """Everything about one row.
+def measure(row: Row, pairs: int, kind: str, device: str, compiled: bool, memory: bool) -> list[dict[str, Any]]:
+    """Everything about one row; of a pipeline a second result, with guidance in an interval only.
 
     Raises:
         ValueError: The two sides disagree.
@@ -406,41 +411,54 @@ def measure(row: Row, pairs: int, kind: str, device: str, compiled: bool, memory
         expected = work["diffusers"]()
     actual = work["hubgen"]()
     error = ((actual - expected).float().norm() / expected.float().norm()).item()
-    comparable = row.interval == (0.0, 1.0)
-    if comparable and not error < TOLERANCES[row.dtype] * max(1, row.steps):
+    if not error < TOLERANCES[row.dtype]:
         raise ValueError(f"{row.name}: the outputs differ by {error:.2e} of their norm.")
     if hasattr(work["hubgen"], "once"):
         work["hubgen"].once()
     work["hubgen"]()
     seconds = interleaved(work, pairs, now)
-    ratios = summary([o / t for t, o in zip(seconds["diffusers"], seconds["hubgen"], strict=True)])
-    peak, flops = matrix_peak(dtype, device, now), counter.get_total_flops()
-    result: dict[str, Any] = {
-        "row": row.name + ("-compiled" if compiled else ""),
+    flops = counter.get_total_flops()
+    common = {
         "dtype": row.dtype,
         "device": device,
         "pairs": pairs,
         "clock": kind,
-        "ratio": ratios,
-        "target": row.target,
-        "seconds": {side: summary(values) for side, values in seconds.items()},
-        "difference": error if comparable else None,
         "flop": flops,
-        "flop_per_second": {side: flops / summary(values)["median"] for side, values in seconds.items()},
-        "matrix_peak": peak,
+        "matrix_peak": matrix_peak(dtype, device, now),
         "machine": machine(device),
     }
-    if row.target is not None and ratios["median"] > row.target:
+    name = row.name + ("-compiled" if compiled else "")
+    ratio = ratios(seconds, "hubgen")
+    result: dict[str, Any] = {
+        "row": name,
+        **common,
+        "ratio": ratio,
+        "target": row.target,
+        "seconds": {side: summary(seconds[side]) for side in SIDES},
+        "difference": error,
+        "flop_per_second": {side: flops / summary(seconds[side])["median"] for side in SIDES},
+    }
+    results = [result]
+    if "interval" in work:
+        times = {"diffusers": summary(seconds["diffusers"]), "hubgen": summary(seconds["interval"])}
+        interval = {"ratio": ratios(seconds, "interval"), "target": INTERVAL_TARGET, "seconds": times}
+        results.append({"row": f"{name}-interval", **common, **interval, "difference": None, "flop_per_second": None})
+    if row.target is not None and ratio["median"] > row.target:
         result["profile"] = {side: profiled(work[side]) for side in SIDES}
     del work
     if memory:
         threads = torch.get_num_threads()
         theirs = memory_of(row, "diffusers", True, device, threads)
         result["memory"] = {"diffusers": theirs}
-        for name, packing in (("packed", True), ("unpacked", False)):
+        for share, packing in (("packed", True), ("unpacked", False)):
             ours = memory_of(row, "hubgen", packing, device, threads)
-            result["memory"][name] = {"bytes": ours, "ratio": ours / theirs, "target": MEMORY_TARGETS[name]}
-    return result
+            result["memory"][share] = {"bytes": ours, "ratio": ours / theirs, "target": MEMORY_TARGETS[share]}
+    return results
+
+
+def ratios(seconds: dict[str, list[float]], side: str) -> dict[str, float]:
+    """Of the times of a side over diffusers' in the same pair."""
+    return summary([ours / theirs for theirs, ours in zip(seconds["diffusers"], seconds[side], strict=True)])
 
 
 def machine(device: str) -> dict[str, str]:
@@ -472,7 +490,7 @@ def to_markdown(results: Sequence[dict[str, Any]]) -> str:
                 f"**{ratio['median']:.2f}** ({ratio['min']:.2f}–{ratio['max']:.2f})",
                 "" if result["target"] is None else f"{result['target']:.2f}{'' if met else ' missed'}",
                 *(f"{result['seconds'][side]['median']:.2f}" for side in SIDES),
-                " / ".join(gigaflops(result["flop_per_second"][side]) for side in SIDES),
+                " / ".join(gigaflops(rate) for rate in (result["flop_per_second"] or {}).values()),
                 gigaflops(result["matrix_peak"]),
                 "" if memory is None else f"{memory['packed']['ratio']:.2f} / {memory['unpacked']['ratio']:.2f}",
                 "" if result["difference"] is None else f"{result['difference']:.0e}",
@@ -486,8 +504,8 @@ def to_markdown(results: Sequence[dict[str, Any]]) -> str:
         "Written by `python -m tests.benchmarks.inference`. Ratios are hubgen over diffusers: the median of the pairs,",
         "the least and the largest. GFLOP/s count the operations of the plain algorithms on both sides; Winograd's",
         "convolutions do with fewer, so that they may exceed the matrix peak. Memory: peak of the process, targets",
-        "1.6 and 1.0. A step of the MM-DiT is one of a walk of 20, and bears a twentieth of its preparation. Difference:",
-        "norm of the outputs' difference over the norm.\n",
+        "1.6 and 1.0. A step of the MM-DiT is one of a walk of 20, and bears a twentieth of its preparation.",
+        "Difference: norm of the outputs' difference over the norm.\n",
         report.markdown_table(header, table),
     ]
     for description in {json.dumps(result["machine"], sort_keys=True) for result in results}:
@@ -507,8 +525,8 @@ def store(result: dict[str, Any], output: Path) -> list[dict[str, Any]]:
     results = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
     key = (result["row"], result["device"])
     results = [old for old in results if (old["row"], old["device"]) != key] + [result]
-    order = {row.name: number for number, row in enumerate(rows())}
-    results.sort(key=lambda r: (r["device"], order.get(r["row"].removesuffix("-compiled"), len(order)), r["row"]))
+    order = [row.name for row in rows()]
+    results.sort(key=lambda r: (r["device"], [r["row"].startswith(name) for name in order].index(True), r["row"]))
     report.write_json(path, {"rows": results})
     report.write_text(output / "inference.md", to_markdown(results))
     return results
@@ -537,12 +555,12 @@ def run(
         if any(row.name.startswith(name) for name in names) if names else not row.name.startswith("tiny"):
             if device == "cuda" and row.dtype != "bfloat16":
                 continue
-            result = measure(row, pairs, kind, device, compiled, memory)
-            store(result, output)
-            results.append(result)
-            ratio, space = result["ratio"], result.get("memory", {})
-            spaces = {name: round(space[name]["ratio"], 2) for name in MEMORY_TARGETS if name in space}
-            print(f"{result['row']}: {ratio['median']:.3f} (target {result['target']}) {spaces}", flush=True)
+            for result in measure(row, pairs, kind, device, compiled, memory):
+                store(result, output)
+                results.append(result)
+                ratio, space = result["ratio"], result.get("memory", {})
+                spaces = {name: round(space[name]["ratio"], 2) for name in MEMORY_TARGETS if name in space}
+                print(f"{result['row']}: {ratio['median']:.3f} (target {result['target']}) {spaces}", flush=True)
     return results
 
 

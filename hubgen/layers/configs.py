@@ -1,0 +1,39 @@
+"""Values of a model's config, checked before anything is built."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def require_supported(config: Any, supported: Mapping[str, Sequence[Any]]) -> None:
+    """Raises ValueError unless every argument that `supported` names has one of the values there."""
+    for name, values in supported.items():
+        if config[name] not in values:
+            raise ValueError(f"`{name}` must be one of {list(values)}, got {config[name]!r}.")
+
+
+def require_positive(name: str, value: object) -> None:
+    """Raises ValueError unless `value` is a positive integer."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+
+
+def require_all_positive(name: str, value: Any) -> None:
+    """Raises ValueError unless `value` is a positive integer, or a sequence (of sequences) of them."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        for entry in value:
+            require_all_positive(name, entry)
+    else:
+        require_positive(name, value)
+
+
+def per_level(name: str, value: Any, levels: int) -> tuple[Any, ...]:
+    """`value` once a level, or `value` itself where it already has an entry a level.
+
+    Raises:
+        ValueError: It has another number of entries.
+    """
+    if not isinstance(value, Sequence):
+        return (value,) * levels
+    if len(value) != levels:
+        raise ValueError(f"`{name}` must be one value or {levels}, one a level, got {len(value)}: {tuple(value)}.")
+    return tuple(value)
