@@ -265,7 +265,8 @@ def moved(inputs: Any, device: str) -> Any:
 def scheduler(row: Row, library: Any) -> Any:
     if row.model == "SD3Transformer2DModel":
         return library.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    return library.DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    return library.DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
 
 
 def diffusers_pipeline(row: Row, backbone: Any, vae: Any) -> Any:
