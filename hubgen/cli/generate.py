@@ -155,6 +155,10 @@ def generate(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--revision {arguments.revision}: for models on the Hub; {model} is here")
     if folder is not None and (not single_file or Path(config or "").expanduser().is_dir()):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the first import of huggingface_hub, which reads it once
+    if folder is not None and not prompts:
+        for kind in KINDS:  # what can be said without loading anything is said at once
+            if kind.draws and read_index(model, None, folder)["_class_name"] == kind.pipeline:
+                raise ValueError(f"no prompt: {kind.draws}")
     n, seed = chosen("n", 1), chosen("seed", secrets.randbelow(2**32))
     if seed + n - 1 > LARGEST_SEED:
         raise ValueError(f"--seed {seed} with -n {n}: the last picture's seed would be above 2^63 - 1")
@@ -182,7 +186,7 @@ def generate(arguments: argparse.Namespace) -> None:
         config=config,
     )
     with quiet_libraries():
-        kind = kind_of(read_index(request, folder), request)
+        kind = kind_of(read_index(model, request.revision, folder), request)
         pipe = load_pipeline(kind, request, folder)
         request = complete(kind, request, pipe)
         if folder is None:
@@ -316,7 +320,7 @@ def choose_device(device: str | None, dtype: str | None) -> tuple[str, str]:
     return device, dtype or ("bfloat16" if kind.type == "cuda" else "float32")
 
 
-def read_index(request: Request, folder: Path | None) -> dict[str, Any]:
+def read_index(model: str, revision: str | None, folder: Path | None) -> dict[str, Any]:
     """The `model_index.json` of a folder, or of a repository on the Hub; of a single file what it would say."""
     if folder is not None and folder.is_file():
         return {"_class_name": "TextToImagePipeline"}
@@ -324,10 +328,10 @@ def read_index(request: Request, folder: Path | None) -> dict[str, Any]:
         from huggingface_hub import hf_hub_download
 
         try:
-            path = hf_hub_download(request.model, "model_index.json", revision=request.revision)
+            path = hf_hub_download(model, "model_index.json", revision=revision)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"--model {request.model}: does not load: no folder of that name here, and from the Hub: {error}"
+                f"--model {model}: does not load: no folder of that name here, and from the Hub: {error}"
             ) from error
         folder = Path(path).parent
     return json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
