@@ -33,7 +33,10 @@ FEW_PIXELS, FEW_PIXELS_LARGE, LARGE = 320, 640, 2**23
 # so many pixels all are, where memory may be spent.
 WINOGRAD_KERNELS_UNPACKED, WINOGRAD_PIXELS_ANY = 2**18, 4096
 # Gain of packing in milliseconds a megabyte, as measured on AVX-512: it ranks the layers where memory is limited.
-WORTHWHILE, MUCH, RESERVED = 0.2, 0.5, 0.3
+WORTHWHILE, MUCH = 0.15, 0.5
+# Share of the memory that waits for layers that gain much: they come last in a U-Net, and in float32, where Winograd's
+# kernels are among them, they are large.
+RESERVED, RESERVED_FLOAT32 = 0.1, 0.3
 # Layers that gain much and are no larger (bytes) are packed even where the budget is spent: a few percent of a model.
 SMALL_LAYER = 2**23
 
@@ -42,17 +45,18 @@ SMALL_LAYER = 2**23
 class Plan:
     """How much memory a model's packed weights may take.
 
-    It is granted at a layer's first call, so that the second call computes what the first did, to the last bit. A part
-    is reserved for layers that gain much for their memory, which in a U-Net come last.
+    It is granted at a layer's first call, so that the second call computes what the first did, to the last bit.
     """
 
     budget: float
     """Bytes."""
+    reserved: float = 0.0
+    """Of them, bytes for layers that gain much."""
     spent: int = 0
 
     def grant(self, gain: float, size: int) -> bool:
         """Whether a layer may pack `size` bytes that save `gain` milliseconds a megabyte."""
-        limit = self.budget if gain >= MUCH else (1 - RESERVED) * self.budget
+        limit = self.budget if gain >= MUCH else self.budget - self.reserved
         small = self.budget > 0 and gain >= MUCH and size <= SMALL_LAYER
         granted = gain >= WORTHWHILE and (self.spent + size <= limit or small)
         self.spent += size if granted else 0
@@ -147,7 +151,7 @@ def plain_tensor(x: Any) -> bool:
 
 def usable(module: nn.Module, x: torch.Tensor) -> bool:
     """Whether a call may leave the plain path: plain inference on the CPU in the weights' own type."""
-    weight = module.weight
+    weight, packs = module.weight, module._fast.plan.budget > 0
     if not (plain_tensor(x) and plain_tensor(weight)) or x.device.type != "cpu" or weight.device.type != "cpu":
         return False
     dense = weight.is_contiguous() or (weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last))
@@ -158,7 +162,9 @@ def usable(module: nn.Module, x: torch.Tensor) -> bool:
     if torch.is_autocast_enabled("cpu") or torch._C._are_functorch_transforms_active():
         return False
     # Hooks of accelerate and diffusers bring weights and take them away between calls (offloading, casting).
-    return "_hf_hook" not in module.__dict__ and "_diffusers_hook" not in module.__dict__ and kernels.available(x.dtype)
+    if "_hf_hook" in module.__dict__ or "_diffusers_hook" in module.__dict__:
+        return False
+    return kernels.available(x.dtype) if packs else x.dtype in (torch.float32, torch.bfloat16)
 
 
 def new_plain(plain_class: type[nn.Module]) -> nn.Module:
@@ -280,16 +286,13 @@ class FastConv2d(Swapped, nn.Conv2d):
         geometry = kernels.Geometry(self.stride, self.padding, self.dilation, self.groups)  # type: ignore[arg-type]
         record.refresh(weight, bias)
         fits = self.suits_winograd(pixels, x.dtype, geometry)
-        granted = self.granted(pixels, fits)
+        passing = fits and self.suits_passing_kernels(pixels)
+        granted = self.granted(pixels, fits, passing)
         if fits and granted and record.winograd:
             if record.packed is None:
                 record.packed = winograd.transform_kernel(weight.detach())
             return winograd.convolve(x, record.packed, bias)
-        small = self.in_channels * self.out_channels <= WINOGRAD_KERNELS_UNPACKED
-        passing = record.plan.budget > 0 and (
-            pixels >= WINOGRAD_PIXELS_ANY or (small and pixels >= WINOGRAD_PIXELS_UNPACKED)
-        )
-        if fits and passing:
+        if passing:
             return winograd.convolve(x, winograd.transform_kernel(weight), bias)
         if self.pointwise(geometry):
             tokens, matrix = x.permute(0, 2, 3, 1), weight.detach().flatten(1)
@@ -307,20 +310,29 @@ class FastConv2d(Swapped, nn.Conv2d):
             return kernels.convolve_columns(x, weight, bias, geometry)
         return super().forward(x)
 
-    def granted(self, pixels: int, fits: bool) -> bool:
-        """Whether there is memory to pack the weight, and in which of the two ways; decided at the first call."""
+    def granted(self, pixels: int, fits: bool, passing: bool) -> bool:
+        """Whether there is memory to pack the weight, and in which of the two ways; decided at the first call.
+
+        Where Winograd's method `fits`, it comes first; kernels transformed in `passing` are better than none.
+        """
         record, size = self._fast, self.weight.numel() * self.weight.element_size()
         if record.granted is None:
             record.winograd = fits and record.plan.grant(0.15 + 2e-4 * pixels, 4 * size)
             record.granted = record.winograd
             if self.kernel_size == (1, 1):
                 record.granted = record.plan.grant(0.05 + 1e-3 * pixels, size)
-            elif not record.winograd and pixels < 1500:
-                record.granted = record.plan.grant(0.24 if pixels >= 64 else 0.1, size)
+            elif not record.winograd and not passing:
+                record.granted = record.plan.grant(0.24 + 2e-4 * pixels if pixels >= 64 else 0.1, size)
         return bool(record.granted)
 
     def pointwise(self, geometry: kernels.Geometry) -> bool:
         return self.kernel_size == (1, 1) and geometry == ((1, 1), (0, 0), (1, 1), 1)
+
+    def suits_passing_kernels(self, pixels: int) -> bool:
+        """Whether Winograd's method is the fastest even if it transforms the kernels at every call."""
+        small = self.in_channels * self.out_channels <= WINOGRAD_KERNELS_UNPACKED
+        enough = pixels >= WINOGRAD_PIXELS_ANY or (small and pixels >= WINOGRAD_PIXELS_UNPACKED)
+        return enough and self._fast.plan.budget > 0
 
     def suits_winograd(self, pixels: int, dtype: torch.dtype, geometry: kernels.Geometry) -> bool:
         return (
@@ -332,9 +344,6 @@ class FastConv2d(Swapped, nn.Conv2d):
         )
 
 
-FAST_CLASSES: dict[type[nn.Module], type] = {
-    nn.Linear: FastLinear,
-    nn.Conv2d: FastConv2d,
-    GELU: FastGELU,
-    GEGLU: FastGEGLU,
-}
+# The second ones gain by what is kept between calls alone.
+FAST_CONVOLUTIONS: dict[type[nn.Module], type] = {nn.Conv2d: FastConv2d}
+FAST_PRODUCTS: dict[type[nn.Module], type] = {nn.Linear: FastLinear, GELU: FastGELU, GEGLU: FastGEGLU}

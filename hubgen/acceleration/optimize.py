@@ -26,7 +26,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hubgen.acceleration.layers import FAST_CLASSES, FastConv2d, FastLinear, Plan, Record, Swapped
+from hubgen.acceleration.layers import (
+    FAST_CONVOLUTIONS,
+    FAST_PRODUCTS,
+    RESERVED,
+    RESERVED_FLOAT32,
+    FastConv2d,
+    FastLinear,
+    Plan,
+    Record,
+    Swapped,
+)
 from hubgen.conditioning.inputs import takes_tokens
 
 # Packed weights take at most this share of the memory of all weights: the peak stays below 1.6 times the plain one.
@@ -123,14 +133,17 @@ def optimize_unless_chosen(pipeline: Any) -> None:
 
 
 def speed_up(module: nn.Module, share: float) -> None:
-    """Gives every linear layer and convolution its fast class."""
-    CHOSEN.add(module)
-    plan = Plan(share * sum(parameter.numel() * parameter.element_size() for parameter in module.parameters()))
+    """Gives every convolution its fast class and, where anything may be kept, every linear layer."""
+    restore(module)
+    budget = share * sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+    single = next((parameter.dtype for parameter in module.parameters()), None) == torch.float32
+    plan = Plan(budget, reserved=budget * (RESERVED_FLOAT32 if single else RESERVED))
+    classes = FAST_CONVOLUTIONS | (FAST_PRODUCTS if share > 0 else {})
     for name, layer in module.named_modules():
-        if type(layer) in FAST_CLASSES:
-            layer.__class__ = FAST_CLASSES[type(layer)]
+        if type(layer) in classes:
+            layer.__class__ = classes[type(layer)]
         if isinstance(layer, FastLinear | FastConv2d):
-            layer._fast = Record(plan, lasting=share > 0 and name.endswith(TEXT_LAYERS))
+            layer._fast = Record(plan, lasting=name.endswith(TEXT_LAYERS))
 
 
 @contextmanager
@@ -146,11 +159,7 @@ def prepared(call: Any, timesteps: torch.Tensor) -> Iterator[None]:
         timesteps: (n,), as the scheduler has them.
     """
     backbone = call.backbone
-    layers = {
-        name: layer
-        for name, layer in backbone.named_modules()
-        if isinstance(layer, FastLinear) and layer._fast.plan.budget > 0
-    }
+    layers = {name: layer for name, layer in backbone.named_modules() if isinstance(layer, FastLinear)}
     embedder = getattr(backbone, "time_text_embed", None)
     filled: list[FastLinear] = []
     try:
