@@ -142,10 +142,11 @@ def decode_pixels(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     upcast = dtype == torch.float16 and config.get("force_upcast", False)
     if upcast:
         vae.to(torch.float32)
-    pixels = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
-    if upcast:
-        vae.to(dtype)
-    return pixels.float()
+    try:
+        return vae.decode(latents.to(vae.dtype), return_dict=False)[0].float()
+    finally:
+        if upcast:
+            vae.to(dtype)
 
 
 def decode(vae: Any, latents: torch.Tensor, image_processor: VaeImageProcessor, output_type: str) -> Any:

@@ -4,7 +4,7 @@ Shapes: B pictures (labels times pictures of each), H and W pixels, (B, C, h, w)
 """
 
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,29 +13,25 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils.torch_utils import randn_tensor
 
-from hubgen.acceleration.optimize import optimize_unless_chosen
+from hubgen.acceleration.optimize import optimize_unless_chosen, prepared
 from hubgen.autoencoders.autoencoder_kl import AutoencoderKL
 from hubgen.backbones.dit import DiTTransformer2DModel
 from hubgen.backbones.unet import UNet2DModel
 from hubgen.conditioning.guidance import ClassifierFreeGuidance
-from hubgen.hub.native import NativePipeline
 from hubgen.hub.registration import loadable
 from hubgen.pipelines.calls import (
     check_generator,
     check_latents,
     check_output,
     check_size,
-    check_tensor_names,
     decode,
     require_whole,
     set_grid,
 )
-from hubgen.pipelines.denoising import Generator, denoise
+from hubgen.pipelines.denoising import Generator
+from hubgen.pipelines.denoising_pipeline import Callback, DenoisingPipeline
 from hubgen.pipelines.latent_space import LatentSpace
-
-LEARNED_VARIANCES = ("learned", "learned_range")
 
 
 @dataclass(frozen=True)
@@ -54,7 +50,7 @@ class NoiseGuidance(ClassifierFreeGuidance):
 
 
 @loadable
-class ClassToImagePipeline(NativePipeline):
+class ClassToImagePipeline(DenoisingPipeline):
     """Pictures of classes, by latent diffusion (DiT, 2212.09748).
 
     Reads the folders of diffusers' `DiTPipeline` (`facebook/DiT-XL-2-256`), and is saved as one. Components may be
@@ -114,8 +110,6 @@ class ClassToImagePipeline(NativePipeline):
         self.labels = labels_by_name(id2label or {}, self.embedded_labels)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._guidance = ClassifierFreeGuidance(default_guidance_scale)
-        self._num_timesteps = 0
-        self._interrupt = False
 
     def native_class(self) -> str | None:
         """`DiTPipeline`, for a transformer."""
@@ -144,7 +138,7 @@ class ClassToImagePipeline(NativePipeline):
         sigmas: Sequence[float] | None = None,
         num_images_per_label: int = 1,
         latents: torch.Tensor | None = None,
-        callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
+        callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
@@ -186,11 +180,10 @@ class ClassToImagePipeline(NativePipeline):
         steps = set_grid(
             self.scheduler, num_inference_steps, timesteps, sigmas, self.config.default_num_inference_steps, device
         )
-        self._guidance, self._num_timesteps, self._interrupt = guidance, len(steps), False
+        self.begin_call(steps)
+        self._guidance = guidance
 
-        if latents is None:
-            latents = randn_tensor(shape, generator, device, torch.float32)
-        latents = latents.to(device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        latents = self.starting_noise(shape, generator, latents, device)
         optimize_unless_chosen(self)
         latents = self.denoise(
             latents,
@@ -210,49 +203,29 @@ class ClassToImagePipeline(NativePipeline):
         timesteps: torch.Tensor,
         class_labels: torch.Tensor,
         generator: Generator = None,
-        callback: Callable[..., dict[str, Any] | None] | None = None,
+        callback: Callback | None = None,
         callback_tensors: Sequence[str] = ("latents",),
     ) -> torch.Tensor:
         """From noise to latents, (B, C, h, w): the loop of `hubgen.pipelines.denoising` with this backbone."""
         backbone, dtype = self.backbone, self.backbone.dtype
-        tensors: dict[str, Any] = {"class_labels": class_labels}
-        callback_tensors = getattr(callback, "tensor_inputs", callback_tensors)  # diffusers' callback objects
+        conditions = {"class_labels": class_labels}
+        told: dict[bool, torch.Tensor] = {}
         channels = latents.shape[1] * (2 if self.scheduler_wants_variance else 1)
 
-        def conditions() -> dict[bool, torch.Tensor]:
+        def tell() -> None:
             """The labels that the backbone is told, by whether the step is guided."""
-            labels, null = tensors["class_labels"], self.null_label
-            if null is None or not self._guidance.enabled:
-                return {False: labels}
-            return {False: labels, True: torch.cat([torch.full_like(labels, null), labels])}
+            labels, null = conditions["class_labels"], self.null_label
+            told[False] = labels
+            if null is not None and self._guidance.enabled:
+                told[True] = torch.cat([torch.full_like(labels, null), labels])
 
         def predict(x_t: torch.Tensor, t: torch.Tensor, guided: bool) -> torch.Tensor:
             return backbone(x_t.to(dtype), t, class_labels=told[guided], return_dict=False)[0][:, :channels]
 
-        def on_step(step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-            nonlocal told
-            progress_bar.update()
-            if callback is None:
-                return latents
-            tensors["latents"] = latents
-            changed = callback(self, step, timestep, {name: tensors[name] for name in callback_tensors}) or {}
-            check_tensor_names("callback_on_step_end", changed, self._callback_tensor_inputs)
-            tensors.update(changed)
-            if "class_labels" in changed:
-                told = conditions()
-            return tensors["latents"]
-
-        told = conditions()
-        with self.progress_bar(total=len(timesteps)) as progress_bar:
-            return denoise(
-                predict,
-                self.scheduler,
-                latents,
-                timesteps,
-                self._guidance,
-                generator,
-                on_step=on_step,
-                interrupted=lambda: self._interrupt,
+        tell()
+        with prepared(backbone, timesteps, {"class_labels": told.get(True, class_labels)}):
+            return self.walk(
+                *(predict, latents, timesteps, self._guidance, generator, callback, callback_tensors, conditions, tell)
             )
 
     def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
@@ -296,11 +269,6 @@ class ClassToImagePipeline(NativePipeline):
         return self.config.null_label
 
     @property
-    def scheduler_wants_variance(self) -> bool:
-        """Whether the scheduler's step takes a learned variance beside the noise."""
-        return self.scheduler.config.get("variance_type") in LEARNED_VARIANCES
-
-    @property
     def vae_scale_factor(self) -> int:
         """Pixels of a picture's side per latent."""
         return LatentSpace(self.vae, self.backbone).factor
@@ -309,16 +277,6 @@ class ClassToImagePipeline(NativePipeline):
     def guidance_scale(self) -> float:
         """That of the last call."""
         return self._guidance.scale
-
-    @property
-    def num_timesteps(self) -> int:
-        """Steps of the last call."""
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether the call is to end with what it has; set `_interrupt`, from a callback or another thread."""
-        return self._interrupt
 
     def check_guidance(
         self, scale: float | None, rescale: float, interval: tuple[float, float]

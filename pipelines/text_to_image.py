@@ -9,7 +9,7 @@ P features of pooled text.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,6 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -35,7 +34,6 @@ from hubgen.conditioning.inputs import (
 )
 from hubgen.conditioning.prompts import PromptCondition, prompt_condition
 from hubgen.conditioning.text import TextEmbeddings
-from hubgen.hub.native import NativePipeline
 from hubgen.hub.registration import loadable
 from hubgen.hub.single_file import SingleFilePipelineMixin
 from hubgen.pipelines.calls import (
@@ -45,15 +43,15 @@ from hubgen.pipelines.calls import (
     check_latents,
     check_output,
     check_size,
-    check_tensor_names,
     decode_pixels,
     require_whole,
     set_grid,
 )
-from hubgen.pipelines.denoising import Generator, denoise
+from hubgen.pipelines.denoising import Generator
+from hubgen.pipelines.denoising_pipeline import Callback, DenoisingPipeline
 from hubgen.pipelines.families import READS, Defaults, Family, family_of
 from hubgen.pipelines.image_arguments import Images
-from hubgen.pipelines.image_inputs import Begin, ImageStart, image_start, takes_mask, until
+from hubgen.pipelines.image_inputs import Begin, image_start, takes_mask, until
 from hubgen.pipelines.latent_space import LatentSpace
 from hubgen.pipelines.picture_inputs import PictureInputs
 from hubgen.pipelines.prompt_inputs import EMBEDDINGS, NEGATIVES, PROMPTS, Prompt, PromptInputs
@@ -71,7 +69,7 @@ class TextToImageOutput(ImagePipelineOutput):
 
 
 @loadable
-class TextToImagePipeline(NativePipeline, SingleFilePipelineMixin):
+class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
     """Pictures of prompts, by latent diffusion or flow matching.
 
     Reads the folders of diffusers' pipelines for Stable Diffusion 1, 2, XL and 3 and FLUX.1 (text to image, image to
@@ -174,8 +172,6 @@ class TextToImagePipeline(NativePipeline, SingleFilePipelineMixin):
         )
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._guidance_scale = self.defaults().guidance_scale
-        self._num_timesteps = 0
-        self._interrupt = False
 
     def native_class(self) -> str | None:
         """The pipeline of diffusers that can be made of these components; `None` where there is none."""
@@ -206,7 +202,7 @@ class TextToImagePipeline(NativePipeline, SingleFilePipelineMixin):
         negative_pooled_prompt_embeds: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
+        callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
@@ -327,10 +323,13 @@ class TextToImagePipeline(NativePipeline, SingleFilePipelineMixin):
         device = self._execution_device
         grid = self.prepare_timesteps(num_inference_steps, timesteps, sigmas, size, device, defaults.steps)
         grid = until(self.scheduler, grid if start is None else start.rest(grid), denoising_end)
-        self._num_timesteps, self._interrupt = len(grid), False
+        self.begin_call(grid)
 
         positive, negative = self.encode_prompt(prompts, guidance.enabled, device)
-        begin = self.prepare_latents(start, grid, prompts, size, generator, latents)
+        if start is None:
+            begin = Begin(self.starting_noise(self.latents_shape(prompts.batch, size), generator, latents, device))
+        else:
+            begin = start.begin(grid, prompts.batch, generator, latents, prompts.num_images_per_prompt)
         predict = BackboneCall(
             *(self.backbone, positive, negative, numbers, told_scale, attention_kwargs, begin.extra_channels)
         )
@@ -438,23 +437,6 @@ class TextToImagePipeline(NativePipeline, SingleFilePipelineMixin):
             pooled = tokens.new_zeros(len(tokens), 0)
         return TextEmbeddings(tokens, pooled).to(device, self.backbone.dtype)
 
-    def prepare_latents(
-        self,
-        start: ImageStart | None,
-        timesteps: torch.Tensor,
-        prompts: PromptInputs,
-        size: tuple[int, int],
-        generator: Generator,
-        latents: torch.Tensor | None,
-    ) -> Begin:
-        """Where to start, (B, C, h, w) in float32: the same noise in whatever precision the networks compute."""
-        batch, device = prompts.batch, timesteps.device
-        if start is not None:
-            return start.begin(timesteps, batch, generator, latents, prompts.num_images_per_prompt)
-        if latents is None:
-            latents = randn_tensor(self.latents_shape(batch, size), generator, device, torch.float32)
-        return Begin(latents.to(device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0))
-
     def denoise(
         self,
         predict: BackboneCall,
@@ -463,37 +445,19 @@ class TextToImagePipeline(NativePipeline, SingleFilePipelineMixin):
         guidance: ClassifierFreeGuidance,
         generator: Generator = None,
         step_options: Mapping[str, Any] | None = None,
-        callback: Callable[..., dict[str, Any] | None] | None = None,
+        callback: Callback | None = None,
         callback_tensors: Sequence[str] = ("latents",),
     ) -> torch.Tensor:
         """From noise to latents, (B, C, h, w): the loop of `hubgen.pipelines.denoising` with this backbone."""
-        tensors: dict[str, Any] = dict(zip(EMBEDDINGS, predict.embeddings, strict=True))
-        callback_tensors = getattr(callback, "tensor_inputs", callback_tensors)  # diffusers' callback objects
+        embeddings: dict[str, Any] = dict(zip(EMBEDDINGS, predict.embeddings, strict=True))
 
-        def on_step(step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-            progress_bar.update()
-            if begin.blend is not None:
-                latents = begin.blend(step, latents)
-            if callback is None:
-                return latents
-            tensors["latents"] = latents
-            changed = callback(self, step, timestep, {name: tensors.get(name) for name in callback_tensors}) or {}
-            check_tensor_names("callback_on_step_end", changed, self._callback_tensor_inputs)
-            tensors.update(changed)
-            if set(changed) & set(EMBEDDINGS):
-                predict.embeddings = tuple(tensors[name] for name in EMBEDDINGS)
-            return tensors["latents"]
+        def tell() -> None:
+            predict.embeddings = tuple(embeddings[name] for name in EMBEDDINGS)
 
-        with prepared(predict, timesteps), self.progress_bar(total=len(timesteps)) as progress_bar:
-            return denoise(
-                predict,
-                self.scheduler,
-                begin.latents,
-                timesteps,
-                guidance,
-                generator,
-                on_step=on_step,
-                interrupted=lambda: self._interrupt,
+        with prepared(self.backbone, timesteps, predict.conditions):
+            return self.walk(
+                *(predict, begin.latents, timesteps, guidance, generator),
+                *(callback, callback_tensors, embeddings, tell, begin.blend),
                 step_options=step_options,
             )
 
@@ -567,16 +531,6 @@ class TextToImagePipeline(NativePipeline, SingleFilePipelineMixin):
     def guidance_scale(self) -> float:
         """That of the last call."""
         return self._guidance_scale
-
-    @property
-    def num_timesteps(self) -> int:
-        """Steps of the last call."""
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether the call is to end with what it has; set `_interrupt`, from a callback or another thread."""
-        return self._interrupt
 
     def latents_shape(self, batch: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
         """(B, C, h, w) for `size` in pixels."""

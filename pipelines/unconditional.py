@@ -3,7 +3,7 @@
 Shapes: B pictures of C channels, H and W pixels.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import diffusers
@@ -11,31 +11,28 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils.torch_utils import randn_tensor
 
 from hubgen.acceleration.optimize import optimize_unless_chosen
 from hubgen.backbones.unet import UNet2DModel
 from hubgen.conditioning.guidance import ClassifierFreeGuidance
-from hubgen.hub.native import NativePipeline
 from hubgen.hub.registration import loadable
 from hubgen.pipelines.calls import (
     check_generator,
     check_latents,
     check_output,
-    check_tensor_names,
     require_whole,
     set_grid,
 )
-from hubgen.pipelines.denoising import Generator, denoise, supported
+from hubgen.pipelines.denoising import Generator, supported
+from hubgen.pipelines.denoising_pipeline import Callback, DenoisingPipeline
 from hubgen.schedulers.score_sde_ve import ScoreSdeVeScheduler
 
-LEARNED_VARIANCES = ("learned", "learned_range")
 DEFAULT_STEPS = {"DDIMPipeline": 50, "DDPMPipeline": 1000, "ScoreSdeVePipeline": 2000}
 """What diffusers' pipelines do where nobody names a number of steps."""
 
 
 @loadable
-class UnconditionalPipeline(NativePipeline):
+class UnconditionalPipeline(DenoisingPipeline):
     """Pictures out of noise alone, in pixel space (DDPM, 2006.11239; DDIM, 2010.02502; NCSN++, 2011.13456).
 
     Reads the folders of diffusers' `DDPMPipeline` (`google/ddpm-cifar10-32`), `DDIMPipeline` and `ScoreSdeVePipeline`
@@ -78,8 +75,6 @@ class UnconditionalPipeline(NativePipeline):
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(default_num_inference_steps=default_num_inference_steps)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
-        self._num_timesteps = 0
-        self._interrupt = False
 
     def native_class(self) -> str | None:
         """By the scheduler: `ScoreSdeVePipeline`, `DDIMPipeline`, or `DDPMPipeline` for all others."""
@@ -107,7 +102,7 @@ class UnconditionalPipeline(NativePipeline):
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
         latents: torch.Tensor | None = None,
-        callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
+        callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple[Any]:
         """Makes pictures. The first five arguments are those of diffusers' `DDPMPipeline`, in its order.
@@ -142,11 +137,9 @@ class UnconditionalPipeline(NativePipeline):
         self.check_channels()
         device = self._execution_device
         steps = set_grid(self.scheduler, num_inference_steps, timesteps, sigmas, self.default_steps, device)
-        self._num_timesteps, self._interrupt = len(steps), False
+        self.begin_call(steps)
 
-        if latents is None:
-            latents = randn_tensor(shape, generator, device, torch.float32)
-        latents = latents.to(device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        latents = self.starting_noise(shape, generator, latents, device)
         optimize_unless_chosen(self)
         latents = self.denoise(
             latents, steps, generator, step_options, callback_on_step_end, callback_on_step_end_tensor_inputs
@@ -161,13 +154,12 @@ class UnconditionalPipeline(NativePipeline):
         timesteps: torch.Tensor,
         generator: Generator = None,
         step_options: Mapping[str, Any] | None = None,
-        callback: Callable[..., dict[str, Any] | None] | None = None,
+        callback: Callback | None = None,
         callback_tensors: Sequence[str] = ("latents",),
     ) -> torch.Tensor:
         """From noise to data, (B, C, H, W): the loop of `hubgen.pipelines.denoising` with this U-Net."""
         unet, scheduler, dtype = self.unet, self.scheduler, self.unet.dtype
         channels = latents.shape[1] * (2 if self.scheduler_wants_variance else 1)
-        callback_tensors = getattr(callback, "tensor_inputs", callback_tensors)  # diffusers' callback objects
 
         def predict(x_t: torch.Tensor, t: torch.Tensor, guided: bool) -> torch.Tensor:
             told = scheduler.sigma(t) if self.is_score_sde else t
@@ -179,28 +171,17 @@ class UnconditionalPipeline(NativePipeline):
                 x_t = scheduler.step_correct(score, x_t, generator=generator, return_dict=False)[0]
             return x_t
 
-        def on_step(step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-            progress_bar.update()
-            if callback is None:
-                return latents
-            tensors = {name: latents for name in callback_tensors}
-            changed = callback(self, step, timestep, tensors) or {}
-            check_tensor_names("callback_on_step_end", changed, self._callback_tensor_inputs)
-            return changed.get("latents", latents)
-
-        with self.progress_bar(total=len(timesteps)) as progress_bar:
-            return denoise(
-                predict,
-                scheduler,
-                latents,
-                timesteps,
-                ClassifierFreeGuidance(1.0),
-                generator,
-                on_step=on_step,
-                interrupted=lambda: self._interrupt,
-                step_options=step_options,
-                correct=correct if self.is_score_sde else None,
-            )
+        return self.walk(
+            predict,
+            latents,
+            timesteps,
+            ClassifierFreeGuidance(1.0),
+            generator,
+            callback,
+            callback_tensors,
+            step_options=step_options,
+            correct=correct if self.is_score_sde else None,
+        )
 
     def to_pictures(self, latents: torch.Tensor, output_type: str) -> Any:
         """Pictures of what the loop ends with, (B, C, H, W); see the call for `output_type`."""
@@ -216,11 +197,6 @@ class UnconditionalPipeline(NativePipeline):
         return isinstance(self.scheduler, ScoreSdeVeScheduler)
 
     @property
-    def scheduler_wants_variance(self) -> bool:
-        """Whether the scheduler's step takes a learned variance beside the prediction."""
-        return self.scheduler.config.get("variance_type") in LEARNED_VARIANCES
-
-    @property
     def size(self) -> tuple[int, int]:
         """Height and width of the pictures in pixels."""
         side = self.unet.config.sample_size
@@ -232,16 +208,6 @@ class UnconditionalPipeline(NativePipeline):
         if self.config.default_num_inference_steps is not None:
             return self.config.default_num_inference_steps
         return min(DEFAULT_STEPS[self.native_class() or ""], self.scheduler.config.num_train_timesteps)
-
-    @property
-    def num_timesteps(self) -> int:
-        """Steps of the last call."""
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether the call is to end with what it has; set `_interrupt`, from a callback or another thread."""
-        return self._interrupt
 
     def check_step_options(self, eta: float, use_clipped_model_output: bool | None) -> dict[str, Any]:
         """Options of the scheduler's steps; raises ValueError for those that it does not take."""

@@ -89,15 +89,16 @@ def convolve_columns(
     """
     (vertical, horizontal), (top, left), (down, right) = geometry.stride, geometry.padding, geometry.dilation
     out_channels, channels, height, width = weight.shape
-    padded = F.pad(x, (left, left, top, top)).contiguous()
+    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, left, left, top, top)).contiguous()  # (B, H, W, I)
     batch = len(x)
-    rows = (padded.shape[2] - down * (height - 1) - 1) // vertical + 1
-    columns = (padded.shape[3] - right * (width - 1) - 1) // horizontal + 1
-    image, channel, line, pixel = padded.stride()
+    rows = (padded.shape[1] - down * (height - 1) - 1) // vertical + 1
+    columns = (padded.shape[2] - right * (width - 1) - 1) // horizontal + 1
+    image, line, pixel, channel = padded.stride()
     neighbours = padded.as_strided(
-        (channels, height, width, batch, rows, columns),
-        (channel, line * down, pixel * right, image, line * vertical, pixel * horizontal),
-    ).reshape(channels * height * width, batch * rows * columns)
+        (height, width, batch, rows, columns, channels),
+        (line * down, pixel * right, image, line * vertical, pixel * horizontal, channel),
+    ).reshape(-1, channels)  # whole pixels are copied, and the matrix turned after that
+    neighbours = neighbours.t().contiguous().view(channels * height * width, batch * rows * columns)
     kernel = weight.view(out_channels, -1)
     out = torch.mm(kernel, neighbours) if bias is None else torch.addmm(bias[:, None], kernel, neighbours)
     out = out.view(out_channels, batch, rows, columns).transpose(0, 1)

@@ -17,7 +17,7 @@ hubgen's pipelines do this by themselves at their first call; `hubgen.optimize(p
 otherwise, and `hubgen.restore(pipe)` turns it off.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
@@ -28,7 +28,7 @@ from torch import nn
 
 from hubgen.acceleration.layers import (
     FAST_CONVOLUTIONS,
-    FAST_PRODUCTS,
+    FAST_OTHERS,
     RESERVED,
     RESERVED_FLOAT32,
     FastConv2d,
@@ -46,7 +46,7 @@ WORKING_PARTS = ("transformer", "unet", "vae", "vqvae")
 # Layers that see the text, which is the same tensor at every step.
 TEXT_LAYERS = ("attn2.to_k", "attn2.to_v", "context_embedder", "encoder_hid_proj")
 # Layers that see the embedded timestep, after SiLU, and nothing else.
-MODULATIONS = ("norm1.linear", "norm1_context.linear", "norm.linear", "norm_out.linear")
+MODULATIONS = ("norm1.linear", "norm1_context.linear", "norm.linear", "norm_out.linear", "time_emb_proj")
 # Models that `optimize` or `restore` has been called on.
 CHOSEN: "WeakSet[nn.Module]" = WeakSet()
 # A table of modulations may take so many values.
@@ -138,7 +138,7 @@ def speed_up(module: nn.Module, share: float) -> None:
     budget = share * sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
     single = next((parameter.dtype for parameter in module.parameters()), None) == torch.float32
     plan = Plan(budget, reserved=budget * (RESERVED_FLOAT32 if single else RESERVED))
-    classes = FAST_CONVOLUTIONS | (FAST_PRODUCTS if share > 0 else {})
+    classes = FAST_CONVOLUTIONS | (FAST_OTHERS if share > 0 else {})
     for name, layer in module.named_modules():
         if type(layer) in classes:
             layer.__class__ = classes[type(layer)]
@@ -147,7 +147,7 @@ def speed_up(module: nn.Module, share: float) -> None:
 
 
 @contextmanager
-def prepared(call: Any, timesteps: torch.Tensor) -> Iterator[None]:
+def prepared(backbone: Any, timesteps: torch.Tensor, conditions: Mapping[str, Any]) -> Iterator[None]:
     """Computes the modulations of a whole grid of timesteps in one product a layer, for the walk inside.
 
     Every layer that sees the timestep only (and pooled text or class) has its answers at hand then. Layers look
@@ -155,16 +155,15 @@ def prepared(call: Any, timesteps: torch.Tensor) -> Iterator[None]:
     alone: elsewhere that look would wait for the device.
 
     Args:
-        call: The backbone with its conditions, `hubgen.conditioning.inputs.BackboneCall`.
+        backbone: SD3's, FLUX's or DiT's transformer, or hubgen's text-conditional U-Net; for others nothing is done.
         timesteps: (n,), as the scheduler has them.
+        conditions: Arguments of the backbone's calls, of B pictures, or of 2 B with the unconditional ones first.
     """
-    backbone = call.backbone
-    layers = {name: layer for name, layer in backbone.named_modules() if isinstance(layer, FastLinear)}
-    embedder = getattr(backbone, "time_text_embed", None)
+    embed = next((embed for part, embed in EMBED.items() if hasattr(backbone, part)), None)
     filled: list[FastLinear] = []
     try:
-        if layers and embedder is not None and backbone.device.type == "cpu" and not torch.is_grad_enabled():
-            filled = fill_tables(call, timesteps, embedder, layers)
+        if embed is not None and backbone.device.type == "cpu" and not torch.is_grad_enabled():
+            filled = fill_tables(backbone, timesteps, conditions, embed)
         yield
     finally:
         for layer in filled:
@@ -172,37 +171,72 @@ def prepared(call: Any, timesteps: torch.Tensor) -> Iterator[None]:
 
 
 def fill_tables(
-    call: Any, timesteps: torch.Tensor, embedder: nn.Module, layers: dict[str, FastLinear]
+    backbone: Any, timesteps: torch.Tensor, conditions: Mapping[str, Any], embed: Callable[..., None]
 ) -> list[FastLinear]:
-    """Gives the embedder's layers and all modulations their tables; returns the layers that got one."""
-    backbone = call.backbone
-    told = call.told.get(True, call.told[False])
-    pooled = told["pooled_projections"]  # (B, P), or of both halves (2 B, P)
-    count, batch = len(timesteps), len(pooled)
-    scales = [timesteps.repeat_interleave(batch)]  # (n * B,)
-    if takes_tokens(backbone):  # as the backbone has them: in [0, 1] and rounded before they grow again
-        scales = [scales[0] / 1000, *([told["guidance"].repeat(count)] if told.get("guidance") is not None else [])]
-        scales = [1000 * scale.to(backbone.dtype) for scale in scales]
-    modulations = [layer for name, layer in layers.items() if name.endswith(MODULATIONS)]
-    if count * batch * sum(layer.out_features for layer in modulations) > LARGEST_TABLE:
+    """Gives every layer that `embed` calls its table; returns these layers."""
+    batch = len(next(value for value in conditions.values() if torch.is_tensor(value)))
+    layers = {name: layer for name, layer in backbone.named_modules() if isinstance(layer, FastLinear)}
+    features = sum(layer.out_features for name, layer in layers.items() if name.endswith(MODULATIONS))
+    if not layers or len(timesteps) * batch * features > LARGEST_TABLE:
         return []
-
     taken: dict[FastLinear, tuple[torch.Tensor, torch.Tensor]] = {}
     hooks = [
         layer.register_forward_hook(lambda layer, given, out: taken.__setitem__(layer, (given[0], out)))
-        for layer in embedder.modules()
-        if isinstance(layer, FastLinear)
+        for layer in layers.values()
     ]
     try:
-        temb = embedder(*scales, pooled.repeat(count, 1))  # (n * B, D)
+        embed(backbone, timesteps.repeat_interleave(batch), conditions, len(timesteps))
     finally:
         for hook in hooks:
             hook.remove()
-    inputs = F.silu(temb)
-    for layer in modulations:
-        if layer.in_features == inputs.shape[1]:
-            taken[layer] = inputs, layer(inputs)
     for layer, table in taken.items():
         layer._fast.refresh(layer.weight, layer.bias)
         layer._fast.table, layer._fast.row = table, 0
     return list(taken)
+
+
+def embed_pooled(backbone: Any, timesteps: torch.Tensor, conditions: Mapping[str, Any], count: int) -> None:
+    """Calls all layers of an MM-DiT or of FLUX that see the time and pooled text alone, for (n * B,) timesteps."""
+    scales, guidance = [timesteps], conditions.get("guidance")
+    if takes_tokens(backbone):  # as the backbone has them: in [0, 1] and rounded before they grow again
+        scales = [timesteps / 1000, *([guidance.repeat(count)] if guidance is not None else [])]
+        scales = [1000 * scale.to(backbone.dtype) for scale in scales]
+    call_modulations(backbone, backbone.time_text_embed(*scales, conditions["pooled_projections"].repeat(count, 1)))
+
+
+def embed_sum(backbone: Any, timesteps: torch.Tensor, conditions: Mapping[str, Any], count: int) -> None:
+    """The same of a U-Net, which adds what it is told to the embedded time."""
+
+    def repeated(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: repeated(part) for name, part in value.items()}
+        return None if value is None else value.repeat(count, *[1] * (value.ndim - 1))
+
+    told = [repeated(conditions.get(name)) for name in ("class_labels", "timestep_cond", "added_cond_kwargs")]
+    like = torch.empty(len(timesteps), dtype=backbone.dtype)
+    call_modulations(backbone, backbone.embed_conditions(like, timesteps, *told))
+
+
+def call_modulations(backbone: Any, temb: torch.Tensor) -> None:
+    """Calls all layers that take the embedded conditions, (n * B, D), after SiLU."""
+    inputs = F.silu(temb)
+    for name, layer in backbone.named_modules():
+        if isinstance(layer, FastLinear) and name.endswith(MODULATIONS) and layer.in_features == inputs.shape[1]:
+            layer(inputs)
+
+
+def embed_classes(backbone: Any, timesteps: torch.Tensor, conditions: Mapping[str, Any], count: int) -> None:
+    """The same of a DiT, each of whose blocks has embedders of its own."""
+    labels = conditions["class_labels"].repeat(count)
+    for block in backbone.transformer_blocks:
+        block.norm1.linear(F.silu(block.norm1.emb(timesteps, labels, backbone.dtype)))
+    first = backbone.transformer_blocks[0].norm1.emb(timesteps, labels, backbone.dtype)
+    backbone.proj_out_1(F.silu(first))
+
+
+# By a part that such backbones have, how the layers that see conditions alone are called.
+EMBED: dict[str, Callable[..., None]] = {
+    "time_text_embed": embed_pooled,
+    "proj_out_1": embed_classes,
+    "embed_conditions": embed_sum,
+}

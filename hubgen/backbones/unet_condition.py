@@ -500,7 +500,7 @@ class UNet2DConditionModel(
         )
         if self.config.center_input_sample:
             sample = 2 * sample - 1
-        temb = self.embed(sample, timestep, class_labels, timestep_cond, added_cond_kwargs)  # (B, T)
+        temb = self.embed_conditions(sample, timestep, class_labels, timestep_cond, added_cond_kwargs)  # (B, T)
         if self.encoder_hid_proj is not None:
             encoder_hidden_states = self.encoder_hid_proj(encoder_hidden_states)  # (B, S, E)
         attended: dict[str, Any] = {
@@ -534,7 +534,7 @@ class UNet2DConditionModel(
         x = self.conv_out(F.silu(self.conv_norm_out(x)))  # (B, out_channels, H, W)
         return UNet2DConditionOutput(sample=x) if return_dict else (x,)
 
-    def embed(
+    def embed_conditions(
         self,
         sample: torch.Tensor,
         timestep: torch.Tensor | float | int,

@@ -229,6 +229,11 @@ class BackboneCall:
             self._negative = TextEmbeddings(negative_tokens, negative_pooled)
         self._tell()
 
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """What the backbone is told, beside x_t and the time, in a guided step; in all of them if none is guided."""
+        return self.told.get(True, self.told[False])
+
     def _tell(self) -> None:
         backbone, scale, numbers = self.backbone, self.guidance_scale, self.numbers
         one, both = (None, None) if numbers is None else (numbers[:1], numbers[::-1])

@@ -7,7 +7,7 @@ modulation holds the shift first.
 from collections.abc import Mapping
 from typing import Any
 
-from hubgen.formats.headers import TensorHeader
+from hubgen.formats.headers import Shapes, TensorHeader
 from hubgen.formats.key_maps import QKV, SWAPPED, Fused, Line, Rule, rules
 
 OUTSIDE: tuple[Line, ...] = (
@@ -69,26 +69,15 @@ def infer_config(tensors: Mapping[str, TensorHeader]) -> dict[str, Any]:
     Raises:
         ValueError: A key is missing.
     """
-
-    def shape(name: str) -> tuple[int, ...]:
-        if name not in tensors:
-            raise ValueError(f"no such transformer: the file has no {name!r}")
-        return tuple(tensors[name].shape)
-
-    def count(name: str) -> int:
-        found = 0
-        while name.format(found) in tensors:
-            found += 1
-        return found
-
+    shape = Shapes("transformer", tensors)
     width, in_channels = shape("img_in.weight")
     head_width = shape("double_blocks.0.img_attn.norm.query_norm.scale")[0]
     return {
         "patch_size": 1,
         "in_channels": in_channels,
         "out_channels": shape("final_layer.linear.weight")[0],
-        "num_layers": count("double_blocks.{}.img_attn.qkv.weight"),
-        "num_single_layers": count("single_blocks.{}.linear1.weight"),
+        "num_layers": shape.count("double_blocks.{}.img_attn.qkv.weight"),
+        "num_single_layers": shape.count("single_blocks.{}.linear1.weight"),
         "attention_head_dim": head_width,
         "num_attention_heads": max(width // head_width, 1),
         "joint_attention_dim": shape("txt_in.weight")[1],

@@ -66,6 +66,31 @@ class TensorHeader:
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
 
+@dataclass(frozen=True)
+class Shapes:
+    """What a file's tensors tell about the network that they are of: `shape("conv.weight")`, `shape.count("block.{}")`.
+
+    Raises:
+        ValueError: When called with the name of a tensor that the file does not have.
+    """
+
+    network: str
+    """What it is, for errors."""
+    tensors: Mapping[str, TensorHeader]
+
+    def __call__(self, name: str) -> tuple[int, ...]:
+        if name not in self.tensors:
+            raise ValueError(f"no such {self.network}: the file has no {name!r}")
+        return tuple(self.tensors[name].shape)
+
+    def count(self, name: str) -> int:
+        """How many tensors have this name with 0, 1, 2, ... in the place of its braces."""
+        number = 0
+        while name.format(number) in self.tensors:
+            number += 1
+        return number
+
+
 def read_header(path: Path) -> dict[str, TensorHeader]:
     """The tensors of a safetensors file by name; reads the header only.
 

@@ -7,7 +7,7 @@ attention, and the last for the upsampling); ours numbers levels, and residual b
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hubgen.formats.headers import TensorHeader
+from hubgen.formats.headers import Shapes, TensorHeader
 from hubgen.formats.key_maps import Line, Rule, rules
 
 OUTSIDE: tuple[Line, ...] = (
@@ -94,18 +94,11 @@ def infer_config(tensors: Mapping[str, TensorHeader]) -> dict[str, Any]:
     Raises:
         ValueError: A key is missing, or the levels are not those of such a U-Net.
     """
-
-    def shape(name: str) -> tuple[int, ...]:
-        if name not in tensors:
-            raise ValueError(f"no such U-Net: the file has no {name!r}")
-        return tuple(tensors[name].shape)
+    shape = Shapes("U-Net", tensors)
 
     def transformer_layers(name: str) -> int:
         """How many layers the attention at `name` has; 0 where there is none."""
-        count = 0
-        while f"{name}.transformer_blocks.{count}.norm1.weight" in tensors:
-            count += 1
-        return count
+        return shape.count(name + ".transformer_blocks.{}.norm1.weight")
 
     levels: list[list[int]] = [[]]  # per level, the transformer layers of each residual block's attention
     widths: list[int] = []

@@ -7,7 +7,7 @@ attention is made of 1x1 convolutions there, of linear layers here.
 from collections.abc import Mapping
 from typing import Any
 
-from hubgen.formats.headers import TensorHeader
+from hubgen.formats.headers import Shapes, TensorHeader
 from hubgen.formats.key_maps import POINTWISE, Line, Rule, rules
 
 OUTSIDE: tuple[Line, ...] = (
@@ -68,20 +68,10 @@ def infer_config(tensors: Mapping[str, TensorHeader], family: str) -> dict[str, 
     Raises:
         ValueError: A key is missing.
     """
-
-    def shape(name: str) -> tuple[int, ...]:
-        if name not in tensors:
-            raise ValueError(f"no such autoencoder: the file has no {name!r}")
-        return tuple(tensors[name].shape)
-
-    widths: list[int] = []
-    while f"encoder.down.{len(widths)}.block.0.conv1.weight" in tensors:
-        widths.append(shape(f"encoder.down.{len(widths)}.block.0.conv1.weight")[0])
-    if not widths:
-        raise ValueError("no such autoencoder: the file has no 'encoder.down.0.block.0.conv1.weight'")
-    layers = 0
-    while f"encoder.down.0.block.{layers}.conv1.weight" in tensors:
-        layers += 1
+    shape = Shapes("autoencoder", tensors)
+    levels = max(shape.count("encoder.down.{}.block.0.conv1.weight"), 1)
+    widths = [shape(f"encoder.down.{level}.block.0.conv1.weight")[0] for level in range(levels)]
+    layers = shape.count("encoder.down.0.block.{}.conv1.weight")
     return {
         "in_channels": shape("encoder.conv_in.weight")[1],
         "out_channels": shape("decoder.conv_out.weight")[0],

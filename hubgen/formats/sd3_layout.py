@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from hubgen.formats.headers import TensorHeader
+from hubgen.formats.headers import Shapes, TensorHeader
 from hubgen.formats.key_maps import QKV, SWAPPED, Line, Rule, rules
 
 OUTSIDE: tuple[Line, ...] = (
@@ -70,15 +70,8 @@ def infer_config(tensors: Mapping[str, TensorHeader]) -> dict[str, Any]:
     Raises:
         ValueError: A key is missing.
     """
-
-    def shape(name: str) -> tuple[int, ...]:
-        if name not in tensors:
-            raise ValueError(f"no such transformer: the file has no {name!r}")
-        return tuple(tensors[name].shape)
-
-    layers = 0
-    while f"joint_blocks.{layers}.x_block.attn.qkv.weight" in tensors:
-        layers += 1
+    shape = Shapes("transformer", tensors)
+    layers = shape.count("joint_blocks.{}.x_block.attn.qkv.weight")
     width, in_channels, patch, _ = shape("x_embedder.proj.weight")
     text_width, joint_width = shape("context_embedder.weight")
     norm = "joint_blocks.0.x_block.attn.ln_q.weight"

@@ -86,7 +86,7 @@ def attend_in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
         for top in range(0, length, rows):
             scores = torch.bmm(q[some, top : top + rows], k[some])
             scores[..., tokens:] = -torch.inf
-            torch.bmm(scores.softmax(-1), v[some], out=out[some, top : top + rows])
+            out[some, top : top + rows] = torch.bmm(scores.softmax(-1), v[some])
     return out[..., :width].view(batch, heads, length, -1).transpose(1, 2)
 
 

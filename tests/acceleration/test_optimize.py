@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import hubgen
@@ -14,6 +15,7 @@ from hubgen.acceleration import kernels, winograd
 from hubgen.acceleration import layers as fast_layers
 from hubgen.acceleration.layers import FastConv2d, FastLinear, Swapped
 from hubgen.acceleration.optimize import optimized, prepared
+from hubgen.acceleration.upsampling import convolve_doubled, phase_kernels
 from hubgen.autoencoders.autoencoder_kl import AutoencoderKL
 from hubgen.backbones.dit import DiTTransformer2DModel
 from hubgen.backbones.flux import FluxTransformer2DModel
@@ -22,6 +24,7 @@ from hubgen.backbones.unet import UNet2DModel
 from hubgen.backbones.unet_condition import UNet2DConditionModel
 from hubgen.conditioning.inputs import BackboneCall
 from hubgen.conditioning.text import TextEmbeddings
+from hubgen.layers.resnet import Upsample2D
 from tests import tiny
 from tests.parity import first_output, randomize_
 
@@ -31,7 +34,8 @@ packed_kernels = pytest.mark.skipif(not kernels.available(torch.float32), reason
 @pytest.fixture(autouse=True)
 def everything_is_worthwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny layers take the fast paths, too."""
-    for name, value in {"SMALL": 0, "WORTHWHILE": 0.0, "WINOGRAD_PIXELS": 60, "WINOGRAD_CHANNELS": 4}.items():
+    tiny_limits = {"SMALL": 0, "WORTHWHILE": 0.0, "WINOGRAD_PIXELS": 60, "WINOGRAD_CHANNELS": 4, "DOUBLED_PIXELS": 0}
+    for name, value in tiny_limits.items():
         monkeypatch.setattr(fast_layers, name, value)
 
 
@@ -158,6 +162,36 @@ def test_most_layers_of_a_unet_are_packed_within_the_budget() -> None:
     run(model, inputs)
     plan = next(layer._fast.plan for layer in model.modules() if isinstance(layer, FastLinear))
     assert 0 < plan.spent <= 0.3 * sum(4 * parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("size", [(4, 4), (3, 5), (1, 2)])
+def test_a_doubled_picture_is_convolved_from_the_small_one(size: tuple[int, int]) -> None:
+    weight, bias, x = torch.randn(5, 3, 3, 3).double(), torch.randn(5).double(), torch.randn(2, 3, *size).double()
+    exact = F.conv2d(F.interpolate(x, scale_factor=2.0), weight, bias, padding=1)
+    small = [kernel.double() for kernel in phase_kernels(weight)]
+    fast = convolve_doubled(
+        x.contiguous(memory_format=torch.channels_last), lambda window, phase: F.conv2d(window, small[phase], bias)
+    )
+    assert fast.shape == exact.shape
+    assert relative(fast, exact) < 1e-6  # kernels are summed in float32
+
+
+@packed_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_upsampling_takes_the_small_picture_and_sees_new_weights(dtype: torch.dtype) -> None:
+    layer = nn.Sequential(Upsample2D(16)).to(dtype).requires_grad_(False)
+    x = torch.randn(2, 16, 4, 6).to(dtype)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    plain, odd = layer(x), layer[0](x, (7, 12))
+    hubgen.optimize(layer, packing=5.0)
+    assert relative(layer(x), plain) < tolerance
+    assert isinstance(layer[0].conv._fast.packed, tuple)
+    assert relative(layer[0](x, (7, 12)), odd) < tolerance
+    assert relative(layer(x), plain) < tolerance
+    layer[0].conv.weight.data.mul_(2)
+    layer[0].conv.bias.data.mul_(2)
+    assert relative(layer(x), 2 * plain) < tolerance
+    assert relative(hubgen.restore(layer)(x), 2 * plain) < tolerance
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 9), (4, 5), (1, 3)])
@@ -319,10 +353,10 @@ def test_modulations_of_a_grid_are_those_of_its_steps(batch: int) -> None:
     with torch.no_grad():
         plain = walk()
         hubgen.optimize(model, packing=False)
-        with prepared(call, grid):  # without memory to spend nothing is kept
+        with prepared(model, grid, call.conditions):  # without memory to spend nothing is kept
             assert type(model.transformer_blocks[0].norm1.linear) is nn.Linear
         hubgen.optimize(model)
-        with prepared(call, grid):
+        with prepared(model, grid, call.conditions):
             norm = model.transformer_blocks[0].norm1.linear
             assert norm._fast.table is not None
             found = [norm._fast.recall(torch.nn.functional.silu(embedded(model, call, t, True))) for t in grid]
@@ -335,6 +369,48 @@ def test_modulations_of_a_grid_are_those_of_its_steps(batch: int) -> None:
 def embedded(model: SD3Transformer2DModel, call: BackboneCall, t: torch.Tensor, guided: bool) -> torch.Tensor:
     pooled = call.told[guided]["pooled_projections"]
     return model.time_text_embed(t.expand(len(pooled)), pooled)
+
+
+def test_modulations_of_a_dit_are_looked_up_too() -> None:
+    """Those of all its blocks and of the output, whose embedders are the first block's."""
+    model, inputs = model_and_inputs("dit")
+    grid, x, labels = torch.tensor([999, 500, 0]), inputs["hidden_states"], torch.tensor([4, 1])
+    with torch.no_grad():
+        plain = [model(x, t.expand(2), labels)[0] for t in grid]
+        hubgen.optimize(model)
+        with prepared(model, grid, {"class_labels": labels}):
+            tables = [layer for layer in model.modules() if isinstance(layer, FastLinear) and layer._fast.table]
+            assert len(tables) == 3 * len(model.transformer_blocks) + 1
+            fast = [model(x, t.expand(2), labels)[0] for t in grid]
+            assert [layer._fast.row for layer in tables] == [4] * len(tables)
+            other = model(x, grid[:1].expand(2), labels.flip(0))[0]
+        assert relative(other, model(x, grid[:1].expand(2), labels.flip(0))[0]) < 1e-5
+    assert all(relative(f, p) < 1e-5 for f, p in zip(fast, plain, strict=True))
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_time_projections_of_a_unet_are_looked_up_too(pooled: bool) -> None:
+    config = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4} if pooled else {}
+    size = {"projection_class_embeddings_input_dim": 16 + 6 * 4} if pooled else {}
+    model, inputs = randomize_(tiny.unet(**config, **size)).eval(), unet_inputs((8, 8), 2)
+    if pooled:
+        numbers = torch.tensor([[64.0, 64, 0, 0, 64, 64], [32, 64, 0, 0, 64, 64]])
+        inputs["added_cond_kwargs"] = {"text_embeds": torch.randn(2, 16), "time_ids": numbers}
+    grid = torch.tensor([999, 500, 0])
+    conditions = {name: inputs[name] for name in inputs if name not in ("sample", "timestep")}
+
+    def walk() -> list[torch.Tensor]:
+        return [model(**{**inputs, "timestep": t})[0] for t in grid]
+
+    with torch.no_grad():
+        plain = walk()
+        hubgen.optimize(model)
+        with prepared(model, grid, conditions):
+            projections = [layer for name, layer in model.named_modules() if name.endswith("time_emb_proj")]
+            assert projections and all(layer._fast.table is not None for layer in projections)
+            fast = walk()
+            assert [layer._fast.row for layer in projections] == [4] * len(projections)
+    assert all(relative(f, p) < 1e-5 for f, p in zip(fast, plain, strict=True))
 
 
 def test_text_keys_are_computed_once_a_prompt_and_anew_for_another() -> None:

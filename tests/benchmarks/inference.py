@@ -250,7 +250,7 @@ class Prepared:
 
     def once(self) -> None:
         self.stack.close()
-        self.stack.enter_context(prepared(self.predict, self.grid))
+        self.stack.enter_context(prepared(self.model, self.grid, self.predict.conditions))
 
     def __call__(self) -> torch.Tensor:
         return self.model(**self.inputs, return_dict=False)[0]
