@@ -3,9 +3,10 @@
     pipe = hubgen.optimize(TextToImagePipeline.from_pretrained(...))
 
 On a CPU the weights of linear layers and convolutions are brought once into the order that the kernels want, large 3x3
-convolutions of float32 are computed by Winograd's method, feature maps lie channels-last, and keys and values of the
-text are computed once a prompt. Results differ from the plain ones by the rounding of the sums only: about 3e-6 of the
-output's norm in float32 for Stable Diffusion's U-Net.
+convolutions of float32 are computed by Winograd's method, those of doubled pictures from the small ones, feature maps
+lie channels-last, keys and values of the text are computed once a prompt, and what depends on the time alone once a
+grid. Results differ from the plain ones by the rounding of the sums only: about 3e-6 of the output's norm in float32
+for Stable Diffusion's U-Net.
 
 Nothing of a model changes but the classes of its linear layers, convolutions and activations, and `restore` undoes it:
 parameters, state dict, saving, `to` and copies are those of before. The plain path is taken whenever something else is
