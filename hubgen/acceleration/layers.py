@@ -5,6 +5,7 @@ parameters, names, hooks and state dicts are those of before. What they keep bes
 and no file ever contains.
 """
 
+import math
 import weakref
 import zlib
 from dataclasses import dataclass, field
@@ -38,13 +39,12 @@ WINOGRAD_KERNELS_UNPACKED, WINOGRAD_PIXELS_ANY = 2**18, 4096
 DOUBLED_PIXELS = 100
 DOUBLING = ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
 WINDOW = kernels.Geometry((1, 1), (0, 0), (1, 1), 1)
-# Gain of packing in milliseconds a megabyte, as measured on AVX-512: it ranks the layers where memory is limited.
-WORTHWHILE, MUCH = 0.15, 0.5
-# Share of the memory that waits for layers that gain much: they come last in a U-Net, and in float32, where Winograd's
-# kernels are among them, they are large.
-RESERVED, RESERVED_FLOAT32 = 0.1, 0.3
+# Least gain in milliseconds a megabyte, as measured on AVX-512, for which a weight is packed, where the model's first
+# large layer sees so many pixels or tokens. It grows with the square root of their number, so that what gains most, late
+# in a U-Net, finds memory left.
+WORTHWHILE, WORTHWHILE_BFLOAT16, PIXELS = 0.2, 0.15, 2048
 # Layers that gain much and are no larger (bytes) are packed even where the budget is spent: a few percent of a model.
-SMALL_LAYER = 2**23
+MUCH, SMALL_LAYER = 0.5, 2**23
 
 
 @dataclass(eq=False)
@@ -56,15 +56,18 @@ class Plan:
 
     budget: float
     """Bytes."""
-    reserved: float = 0.0
-    """Of them, bytes for layers that gain much."""
+    worthwhile: float = 0.0
+    """Least gain, see `WORTHWHILE`."""
+    least: float | None = None
+    """The same for the pictures that this model sees; `None` before its first call."""
     spent: int = 0
 
-    def grant(self, gain: float, size: int) -> bool:
-        """Whether a layer may pack `size` bytes that save `gain` milliseconds a megabyte."""
-        limit = self.budget if gain >= MUCH else self.budget - self.reserved
+    def grant(self, gain: float, size: int, rows: int) -> bool:
+        """Whether a layer that sees `rows` pixels or tokens may pack `size` bytes that save `gain` ms a megabyte."""
+        if self.least is None:
+            self.least = self.worthwhile * math.sqrt(rows / PIXELS)
         small = self.budget > 0 and gain >= MUCH and size <= SMALL_LAYER
-        granted = gain >= WORTHWHILE and (self.spent + size <= limit or small)
+        granted = gain >= self.least and (self.spent + size <= self.budget or small)
         self.spent += size if granted else 0
         return granted
 
@@ -227,8 +230,8 @@ class FastLinear(Swapped, nn.Linear):
             # Products of a few rows gain by the order, those of many by the better kernel. What the model computes once
             # a prompt or once a grid need not be fast.
             wide = 0.3 if self.out_features > 4 * self.in_features and rows < 1024 else 0.0
-            gain = 0.05 + wide + 1e-3 * rows if rows >= 16 and not record.lasting else 0.0
-            record.granted = record.plan.grant(gain, self.weight.numel() * self.weight.element_size())
+            size, packs = self.weight.numel() * self.weight.element_size(), rows >= 16 and not record.lasting
+            record.granted = packs and record.plan.grant(0.05 + wide + 1e-3 * rows, size, rows)
         return record.granted
 
     def packed(self) -> torch.Tensor:
@@ -330,12 +333,12 @@ class FastConv2d(Swapped, nn.Conv2d):
         """
         record, size = self._fast, self.weight.numel() * self.weight.element_size()
         if record.granted is None:
-            record.winograd = fits and record.plan.grant(0.15 + 2e-4 * pixels, 4 * size)
+            record.winograd = fits and record.plan.grant(0.15 + 2e-4 * pixels, 4 * size, pixels)
             record.granted = record.winograd
             if self.kernel_size == (1, 1):
-                record.granted = record.plan.grant(0.05 + 1e-3 * pixels, size)
+                record.granted = record.plan.grant(0.05 + 1e-3 * pixels, size, pixels)
             elif not record.winograd and not passing:
-                record.granted = record.plan.grant(0.24 + 2e-4 * pixels if pixels >= 64 else 0.1, size)
+                record.granted = record.plan.grant(0.24 + 2e-4 * pixels if pixels >= 64 else 0.1, size, pixels)
         return bool(record.granted)
 
     def ready_to_double(self, x: torch.Tensor) -> bool:
@@ -348,7 +351,8 @@ class FastConv2d(Swapped, nn.Conv2d):
         if geometry != DOUBLING or pixels < DOUBLED_PIXELS or pixels * weight.numel() < SMALL or not usable(self, x):
             return False
         record.refresh(weight)
-        if record.granted is None and record.plan.grant(1.0, 16 * weight.numel() * weight.element_size() // 9):
+        size = 16 * weight.numel() * weight.element_size() // 9
+        if record.granted is None and record.plan.grant(1.0, size, pixels):
             record.granted = record.doubling = True
         return record.doubling
 

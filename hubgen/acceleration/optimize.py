@@ -30,8 +30,8 @@ from torch import nn
 from hubgen.acceleration.layers import (
     FAST_CONVOLUTIONS,
     FAST_OTHERS,
-    RESERVED,
-    RESERVED_FLOAT32,
+    WORTHWHILE,
+    WORTHWHILE_BFLOAT16,
     FastConv2d,
     FastLinear,
     Plan,
@@ -137,8 +137,8 @@ def speed_up(module: nn.Module, share: float) -> None:
     """Gives every convolution its fast class and, where anything may be kept, every linear layer."""
     restore(module)
     budget = share * sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
-    single = next((parameter.dtype for parameter in module.parameters()), None) == torch.float32
-    plan = Plan(budget, reserved=budget * (RESERVED_FLOAT32 if single else RESERVED))
+    half = next((parameter.dtype for parameter in module.parameters()), None) == torch.bfloat16
+    plan = Plan(budget, WORTHWHILE_BFLOAT16 if half else WORTHWHILE)
     classes = FAST_CONVOLUTIONS | (FAST_OTHERS if share > 0 else {})
     for name, layer in module.named_modules():
         if type(layer) in classes:

@@ -13,6 +13,7 @@ from torch import nn
 import hubgen
 from hubgen.acceleration import kernels, winograd
 from hubgen.acceleration import layers as fast_layers
+from hubgen.acceleration import optimize as optimizing
 from hubgen.acceleration.layers import FastConv2d, FastLinear, Swapped
 from hubgen.acceleration.optimize import optimized, prepared
 from hubgen.acceleration.upsampling import convolve_doubled, phase_kernels
@@ -34,9 +35,11 @@ packed_kernels = pytest.mark.skipif(not kernels.available(torch.float32), reason
 @pytest.fixture(autouse=True)
 def everything_is_worthwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny layers take the fast paths, too."""
-    tiny_limits = {"SMALL": 0, "WORTHWHILE": 0.0, "WINOGRAD_PIXELS": 60, "WINOGRAD_CHANNELS": 4, "DOUBLED_PIXELS": 0}
+    tiny_limits = {"SMALL": 0, "WINOGRAD_PIXELS": 60, "WINOGRAD_CHANNELS": 4, "DOUBLED_PIXELS": 0}
     for name, value in tiny_limits.items():
         monkeypatch.setattr(fast_layers, name, value)
+    for name in ("WORTHWHILE", "WORTHWHILE_BFLOAT16"):
+        monkeypatch.setattr(optimizing, name, 0.0)
 
 
 def unet_inputs(size: tuple[int, int], batch: int) -> dict[str, Any]:
