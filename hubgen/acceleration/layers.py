@@ -40,8 +40,8 @@ DOUBLED_PIXELS = 100
 DOUBLING = ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
 WINDOW = kernels.Geometry((1, 1), (0, 0), (1, 1), 1)
 # Least gain in milliseconds a megabyte, as measured on AVX-512, for which a weight is packed, where the model's first
-# large layer sees so many pixels or tokens. It grows with the square root of their number, so that what gains most, late
-# in a U-Net, finds memory left.
+# large layer sees so many pixels or tokens. It grows with the square root of their number, so that what gains most,
+# late in a U-Net, finds memory left.
 WORTHWHILE, WORTHWHILE_BFLOAT16, PIXELS = 0.2, 0.15, 2048
 # Layers that gain much and are no larger (bytes) are packed even where the budget is spent: a few percent of a model.
 MUCH, SMALL_LAYER = 0.5, 2**23
