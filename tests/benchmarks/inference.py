@@ -383,13 +383,19 @@ def profiled(work: Callable) -> dict[str, float]:
 
 
 def memory_of(row: Row, side: str, packing: bool, device: str, threads: int) -> float:
-    """Peak of a fresh process that runs one side twice, in bytes; of a CPU's memory on Linux only."""
+    """Median of the peaks of three fresh processes that run one side twice, in bytes; of a CPU's on Linux only.
+
+    The allocator makes one process differ from the next by a few percent.
+    """
     code = [sys.executable, "-m", "tests.benchmarks.inference", "--rows", row.name, "--memory-of", side]
     code += ["--device", device, "--threads", str(threads), *([] if packing else ["--no-packing"])]
-    done = subprocess.run(code, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
-    if done.returncode:
-        raise RuntimeError(f"the {side} side of {row.name} failed:\n{done.stderr[-2000:]}")
-    return float(done.stdout.splitlines()[-1])
+    peaks = []
+    for _ in range(3):
+        done = subprocess.run(code, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+        if done.returncode:
+            raise RuntimeError(f"the {side} side of {row.name} failed:\n{done.stderr[-2000:]}")
+        peaks.append(float(done.stdout.splitlines()[-1]))
+    return summary(peaks)["median"]
 
 
 @torch.no_grad()
@@ -512,7 +518,7 @@ def to_markdown(results: Sequence[dict[str, Any]]) -> str:
         "Written by `python -m tests.benchmarks.inference`. Ratios are hubgen over diffusers: the median of the pairs,",
         "the least and the largest. GFLOP/s count the operations of the plain algorithms on both sides; hubgen's",
         "convolutions by Winograd's method and of doubled pictures do with fewer, so that they may exceed the matrix",
-        "peak. Memory: peak of the process, targets 1.6 and 1.0. A step of the MM-DiT is one of a walk of 20, and",
+        "peak. Memory: peak of a process, targets 1.6 and 1.0. A step of the MM-DiT is one of a walk of 20, and",
         "bears a twentieth of its preparation. Difference: norm of the outputs' difference over the norm.\n",
         report.markdown_table(header, table),
     ]
