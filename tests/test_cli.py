@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -385,7 +386,10 @@ def test_a_full_disk_keeps_the_old_picture(tmp_path: Path) -> None:
 
 def test_an_interruption_leaves_nothing_and_exits_with_130(tmp_path: Path, tiny_model: Path) -> None:
     command = [sys.executable, "-m", "hubgen.cli", "generate", "a cat", "--model", str(tiny_model), "-n", "10000"]
-    with subprocess.Popen([*command, "--out", "cat.png"], cwd=tmp_path, stderr=subprocess.PIPE, text=True) as run:
+    listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job's children ignore it
+    with subprocess.Popen(
+        [*command, "--out", "cat.png"], cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=listening
+    ) as run:
         assert run.stderr is not None
         for line in run.stderr:
             if "sampling" in line or "loaded" in line:
