@@ -180,14 +180,22 @@ def fill_tables(
     features = sum(layer.out_features for name, layer in layers.items() if name.endswith(MODULATIONS))
     if not layers or len(timesteps) * batch * features > LARGEST_TABLE:
         return []
-    taken: dict[FastLinear, tuple[torch.Tensor, torch.Tensor]] = {}
-    hooks = [
-        layer.register_forward_hook(lambda layer, given, out: taken.__setitem__(layer, (given[0], out)))
-        for layer in layers.values()
-    ]
+    taken: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def take(layer: nn.Module, given: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor:
+        if torch.equal(given[0], given[0][:batch].repeat(len(timesteps), 1)):  # the same at every step, to the last bit
+            out = out[:batch].repeat(len(timesteps), 1)
+        taken[layer] = given[0], out
+        return out
+
+    hooks = [layer.register_forward_hook(take) for layer in layers.values()]
+    for layer in layers.values():  # these rows are not those that memory is planned for
+        layer._fast.enabled = False
     try:
         embed(backbone, timesteps.repeat_interleave(batch), conditions, len(timesteps))
     finally:
+        for layer in layers.values():
+            layer._fast.enabled = True
         for hook in hooks:
             hook.remove()
     for layer, table in taken.items():

@@ -78,8 +78,8 @@ def attend_in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     if spare or width % 16:
         k, v = F.pad(k, (0, spare)), F.pad(v, (0, -width % 16, 0, spare))
 
-    at_once = max(2 * torch.get_num_threads(), BLOCK // (256 * tokens))
-    rows = max(64, min(256, BLOCK // (at_once * tokens)))
+    at_once = max(2 * torch.get_num_threads(), BLOCK // (256 * max(tokens, 1)))
+    rows = max(64, min(256, BLOCK // (at_once * max(tokens, 1))))
     out = q.new_empty(batch * heads, length, v.shape[-1])
     for first in range(0, batch * heads, at_once):
         some = slice(first, first + at_once)

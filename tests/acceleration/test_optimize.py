@@ -409,6 +409,8 @@ def test_time_projections_of_a_unet_are_looked_up_too(pooled: bool) -> None:
         plain = walk()
         hubgen.optimize(model)
         with prepared(model, grid, conditions):
+            records = [layer._fast for layer in model.modules() if isinstance(layer, FastLinear)]
+            assert records[0].plan.least is None and all(record.granted is None for record in records)
             projections = [layer for name, layer in model.named_modules() if name.endswith("time_emb_proj")]
             assert projections and all(layer._fast.table is not None for layer in projections)
             fast = walk()
