@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers.image_processor import VaeImageProcessor
 
+from hubgen.autoencoders.latents import decode
 from hubgen.conditioning.inputs import attention_argument
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -131,26 +132,8 @@ def set_grid(
     return scheduler.timesteps
 
 
-def decode_pixels(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """(B, 3, H, W) about [-1, 1], of latents (B, C, h, w) as the backbone has them."""
-    config, dtype = vae.config, vae.dtype
-    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-        mean, std = (latents.new_tensor(config[name])[:, None, None] for name in ("latents_mean", "latents_std"))
-        latents = latents * std / config.scaling_factor + mean
-    else:
-        latents = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
-    upcast = dtype == torch.float16 and config.get("force_upcast", False)
-    if upcast:
-        vae.to(torch.float32)
-    try:
-        return vae.decode(latents.to(vae.dtype), return_dict=False)[0].float()
-    finally:
-        if upcast:
-            vae.to(dtype)
-
-
-def decode(vae: Any, latents: torch.Tensor, image_processor: VaeImageProcessor, output_type: str) -> Any:
+def to_pictures(vae: Any, latents: torch.Tensor, image_processor: VaeImageProcessor, output_type: str) -> Any:
     """Pictures of latents, (B, C, h, w) as the backbone has them: "pil", "np", "pt", or the latents themselves."""
     if output_type == "latent":
         return latents
-    return image_processor.postprocess(decode_pixels(vae, latents), output_type=output_type)
+    return image_processor.postprocess(decode(vae, latents), output_type=output_type)

@@ -16,6 +16,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from hubgen.acceleration.optimize import optimize_unless_chosen, prepared
 from hubgen.autoencoders.autoencoder_kl import AutoencoderKL
+from hubgen.autoencoders.latents import LatentSpace
 from hubgen.backbones.dit import DiTTransformer2DModel
 from hubgen.backbones.unet import UNet2DModel
 from hubgen.conditioning.guidance import ClassifierFreeGuidance
@@ -25,13 +26,12 @@ from hubgen.pipelines.calls import (
     check_latents,
     check_output,
     check_size,
-    decode,
     require_whole,
     set_grid,
+    to_pictures,
 )
 from hubgen.pipelines.denoising import Generator
 from hubgen.pipelines.denoising_pipeline import Callback, DenoisingPipeline
-from hubgen.pipelines.latent_space import LatentSpace
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class ClassToImagePipeline(DenoisingPipeline):
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
         )
-        images = decode(self.vae, latents, self.image_processor, output_type)
+        images = to_pictures(self.vae, latents, self.image_processor, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -269,9 +269,14 @@ class ClassToImagePipeline(DenoisingPipeline):
         return self.config.null_label
 
     @property
+    def latent_space(self) -> LatentSpace:
+        """Shapes of latents and sizes of pictures."""
+        return LatentSpace(self.vae, self.backbone.config, self.backbone.config.get("patch_size") or 1)
+
+    @property
     def vae_scale_factor(self) -> int:
         """Pixels of a picture's side per latent."""
-        return LatentSpace(self.vae, self.backbone).factor
+        return self.latent_space.factor
 
     @property
     def guidance_scale(self) -> float:
@@ -317,7 +322,7 @@ class ClassToImagePipeline(DenoisingPipeline):
 
     def latents_shape(self, batch: int, height: int | None, width: int | None) -> tuple[int, int, int, int]:
         """(B, C, h, w) for a size in pixels, defaults filled in; raises ValueError for what the model cannot make."""
-        space = LatentSpace(self.vae, self.backbone)
+        space = self.latent_space
         size = (
             space.default_size[0] if height is None else height,
             space.default_size[1] if width is None else width,

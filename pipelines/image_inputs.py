@@ -24,6 +24,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
+from hubgen.autoencoders.latents import encode
 from hubgen.conditioning.inputs import takes_tokens
 from hubgen.pipelines.denoising import Generator
 from hubgen.pipelines.image_arguments import Images, check_share, check_strength, one_size, read_images, read_masks
@@ -393,18 +394,7 @@ class ImageStart:
         """`_pixels` to latents (n, C, h, w) as the backbone has them, drawn from the posterior."""
         if self.is_latent:
             return pixels
-        vae, dtype = self.vae, self.vae.dtype
-        upcast = dtype == torch.float16 and vae.config.get("force_upcast", False)
-        if upcast:
-            vae.to(torch.float32)
-        pixels = pixels.to(vae.dtype)
-        if isinstance(generator, list):
-            latents = torch.cat([draw(vae, image[None], one) for image, one in zip(pixels, generator, strict=False)])
-        else:
-            latents = draw(vae, pixels, generator)
-        if upcast:
-            vae.to(dtype)
-        return (latents.float() - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
+        return encode(self.vae, pixels, generator)
 
 
 # ---- families ----
@@ -451,12 +441,6 @@ def until(scheduler: Any, timesteps: torch.Tensor, denoising_end: float | None) 
     if len(kept) == 0:
         raise ValueError(f"`denoising_end`: got {denoising_end}, which leaves none of {len(timesteps)} steps.")
     return kept
-
-
-def draw(vae: Any, pixels: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    """Latents of pixels as the autoencoder has them: drawn from its posterior, if it has one."""
-    encoded = vae.encode(pixels)
-    return encoded.latent_dist.sample(generator) if hasattr(encoded, "latent_dist") else encoded.latents
 
 
 def draw_posterior(shape: tuple[int, ...], generator: Generator, device: torch.device) -> None:

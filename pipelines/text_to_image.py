@@ -23,15 +23,12 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from hubgen.acceleration.optimize import optimize_unless_chosen, prepared
 from hubgen.autoencoders.autoencoder_kl import AutoencoderKL
+from hubgen.autoencoders.latents import LatentSpace, decode
 from hubgen.backbones.flux import FluxTransformer2DModel
 from hubgen.backbones.mmdit import SD3Transformer2DModel
 from hubgen.backbones.unet_condition import UNet2DConditionModel
 from hubgen.conditioning.guidance import ClassifierFreeGuidance
-from hubgen.conditioning.inputs import (
-    BackboneCall,
-    takes_guidance,
-    takes_pooled,
-)
+from hubgen.conditioning.inputs import PACKED, BackboneCall, takes_guidance, takes_pooled, takes_tokens
 from hubgen.conditioning.prompts import PromptCondition, prompt_condition
 from hubgen.conditioning.text import TextEmbeddings
 from hubgen.hub.registration import loadable
@@ -43,7 +40,6 @@ from hubgen.pipelines.calls import (
     check_latents,
     check_output,
     check_size,
-    decode_pixels,
     require_whole,
     set_grid,
 )
@@ -52,7 +48,6 @@ from hubgen.pipelines.denoising_pipeline import Callback, DenoisingPipeline
 from hubgen.pipelines.families import READS, Defaults, Family, family_of
 from hubgen.pipelines.image_arguments import Images
 from hubgen.pipelines.image_inputs import Begin, image_start, takes_mask, until
-from hubgen.pipelines.latent_space import LatentSpace
 from hubgen.pipelines.picture_inputs import PictureInputs
 from hubgen.pipelines.prompt_inputs import EMBEDDINGS, NEGATIVES, PROMPTS, Prompt, PromptInputs
 from hubgen.pipelines.safety import blacken
@@ -469,7 +464,7 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
         """Pictures, and which of them the safety checker has blackened (`None` without one, and for latents)."""
         if output_type == "latent":
             return latents, None
-        pixels, flagged = decode_pixels(self.vae, latents), None
+        pixels, flagged = decode(self.vae, latents), None
         if self.safety_checker is not None:
             flagged = blacken(pixels, self.safety_checker, self.feature_extractor, self.image_processor)
         return self.image_processor.postprocess(pixels, output_type=output_type), flagged
@@ -499,7 +494,8 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
     @property
     def latent_space(self) -> LatentSpace:
         """Shapes of latents and sizes of pictures."""
-        return LatentSpace(self.vae, self.backbone)
+        patch = PACKED if takes_tokens(self.backbone) else self.backbone.config.get("patch_size") or 1
+        return LatentSpace(self.vae, self.backbone.config, patch)
 
     def defaults(self, image: bool = False, mask: bool = False) -> Defaults:
         """What a call does that is not told, without or with an image and a mask."""

@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer, CLIPTextModelWithProjection
 
 from hubgen.autoencoders.autoencoder_kl import AutoencoderKL
+from hubgen.autoencoders.latents import normalised
 from hubgen.backbones.mmdit import SD3Transformer2DModel
 from hubgen.backbones.unet_condition import UNet2DConditionModel
 from hubgen.conditioning.inputs import condition_inputs
@@ -330,7 +331,7 @@ def main(settings: Settings) -> None:
                 group["lr"] = settings.learning_rate * factor
 
             with accelerator.accumulate(backbone):
-                latents = scale_latents(latent_cache.sample(indices, random), vae).to(device)  # (B, C, h, w)
+                latents = normalised(latent_cache.sample(indices, random), vae).to(device)  # (B, C, h, w)
                 captions = [dataset.captions[index] for index in indices]
                 embeddings = text_cache(choose_captions(captions, settings, random)).to(device)
                 t = density.sample(len(latents), generator=random, device=device)  # (B,)
@@ -518,11 +519,6 @@ def build_pipeline(settings: Settings, backbone: nn.Module, vae: AutoencoderKL, 
     )
 
 
-def scale_latents(latents: torch.Tensor, vae: AutoencoderKL) -> torch.Tensor:
-    """The autoencoder's latents as the backbone sees them: about mean 0 and standard deviation 1."""
-    return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
-
-
 def choose_captions(wordings: Sequence[Sequence[str]], settings: Settings, generator: torch.Generator) -> list[str]:
     """One caption a picture: its first wording, another one, or the empty prompt."""
     other, which, dropped = torch.rand(3, len(wordings), generator=generator).tolist()
@@ -580,7 +576,7 @@ class HeldOut:
         captions = [wordings[0] for wordings in dataset.captions]
         latents = cache_latents(vae, dataset, cache_dir)
         self.path, self.batch_size = path, settings.batch_size
-        self.latents = scale_latents(latents.sample(range(count), step_generator(0, 0, stream="held-out")), vae)
+        self.latents = normalised(latents.sample(range(count), step_generator(0, 0, stream="held-out")), vae)
         self.embeddings = cache_text_embeddings(text, captions, cache_dir)(captions[:count])
 
     @torch.no_grad()

@@ -252,10 +252,11 @@ def train(settings: dict[str, Any], folder: Path) -> None:
 
 def measure(folder: Path, recipe: Path, data: Path) -> dict[str, Any]:
     """The losses of the trained network in `folder` and of the linear denoisers, at each time."""
+    from hubgen.autoencoders.latents import normalised
     from hubgen.data.cache import cache_latents
     from hubgen.pipelines.text_to_image import TextToImagePipeline
     from hubgen.training.settings import parse_settings
-    from hubgen.training.train_text_to_image import Settings, build_path, scale_latents
+    from hubgen.training.train_text_to_image import Settings, build_path
 
     settings = parse_settings(Settings, ["--config", str(recipe)])
     path = build_path(settings)
@@ -264,9 +265,9 @@ def measure(folder: Path, recipe: Path, data: Path) -> dict[str, Any]:
     cache = settings.cache_dir or folder / "cache"
     training, held_out = (ImageTextFolder(data, split=split, size=settings.size) for split in ("train", "held_out"))
     posteriors = cache_latents(vae, training, cache, show_progress=False)
-    moments = Moments.of_posteriors(scale_latents(posteriors.mean, vae), posteriors.std * vae.config.scaling_factor)
+    moments = Moments.of_posteriors(normalised(posteriors.mean, vae), posteriors.std * vae.config.scaling_factor)
     latents = cache_latents(vae, held_out, cache, show_progress=False)
-    latents = scale_latents(latents.sample(range(len(held_out)), step_generator(0, 0, stream="held-out")), vae)
+    latents = normalised(latents.sample(range(len(held_out)), step_generator(0, 0, stream="held-out")), vae)
     embeddings = TextCondition(pipeline.text_encoder, pipeline.tokenizer).encode(held_out.texts)
 
     trial = Trial.draw(latents, path)
