@@ -1,8 +1,8 @@
 """Text to image: prompt -> embeddings -> denoising loop -> decode; from noise, from an image, or inside a mask.
 
-One pipeline for every family: what differs between them are objects chosen from the components (how text encoders are
-joined, `hubgen.conditioning.prompts`; how the backbone is called, `hubgen.conditioning.inputs`; the shape of its
-latents, `LatentSpace`; defaults, `Family`).
+One pipeline for every family: what differs between them are objects chosen from the components (how the backbone is
+called and which text encoders belong to it, `hubgen.conditioning.families`; the shape of its latents, `LatentSpace`;
+defaults of diffusers' pipelines, `hubgen.pipelines.defaults`).
 
 Shapes: B pictures (prompts times pictures of each), H and W pixels, (B, C, h, w) latents, L text tokens of D features,
 P features of pooled text.
@@ -21,35 +21,31 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
-from hubgen.acceleration.optimize import optimize_unless_chosen, prepared
+from hubgen.acceleration.optimize import optimize_unless_chosen
+from hubgen.acceleration.optimize import prepared as tables
 from hubgen.autoencoders.autoencoder_kl import AutoencoderKL
 from hubgen.autoencoders.latents import LatentSpace, decode
 from hubgen.backbones.flux import FluxTransformer2DModel
 from hubgen.backbones.mmdit import SD3Transformer2DModel
 from hubgen.backbones.unet_condition import UNet2DConditionModel
+from hubgen.conditioning.condition import Condition
+from hubgen.conditioning.families import BackboneFamily, family_of
 from hubgen.conditioning.guidance import ClassifierFreeGuidance
-from hubgen.conditioning.inputs import PACKED, BackboneCall, takes_guidance, takes_pooled, takes_tokens
-from hubgen.conditioning.prompts import PromptCondition, prompt_condition
-from hubgen.conditioning.text import TextEmbeddings
+from hubgen.conditioning.micro import MicroArguments
+from hubgen.conditioning.predict import Predictor
+from hubgen.conditioning.prompts import PromptCondition
+from hubgen.controls.control import Start, Target, open_doors, opened
+from hubgen.controls.inpaint import is_shown_masks
+from hubgen.data.images import Images
 from hubgen.hub.registration import loadable
 from hubgen.hub.single_file import SingleFilePipelineMixin
-from hubgen.pipelines.calls import (
-    attention_options,
-    check_eta,
-    check_generator,
-    check_latents,
-    check_output,
-    check_size,
-    require_whole,
-    set_grid,
-)
-from hubgen.pipelines.denoising import Generator
-from hubgen.pipelines.denoising_pipeline import Callback, DenoisingPipeline
-from hubgen.pipelines.families import READS, Defaults, Family, family_of
-from hubgen.pipelines.image_arguments import Images
-from hubgen.pipelines.image_inputs import Begin, image_start, takes_mask, until
-from hubgen.pipelines.picture_inputs import PictureInputs
-from hubgen.pipelines.prompt_inputs import EMBEDDINGS, NEGATIVES, PROMPTS, Prompt, PromptInputs
+from hubgen.pipelines.callbacks import Callback, StepCallback
+from hubgen.pipelines.checks import check_eta, check_generator, check_latents, check_output, require_whole
+from hubgen.pipelines.defaults import READS, Defaults, FamilyDefaults, defaults_of
+from hubgen.pipelines.denoising import AfterStep, Generator
+from hubgen.pipelines.denoising_pipeline import DenoisingPipeline
+from hubgen.pipelines.image_to_image import ImageArguments, ImageStart, until
+from hubgen.pipelines.prompt_to_embeddings import EMBEDDINGS, Prompt, PromptArguments, embed
 from hubgen.pipelines.safety import blacken
 
 logger = logging.getLogger(__name__)
@@ -170,12 +166,12 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
 
     def native_class(self) -> str | None:
         """The pipeline of diffusers that can be made of these components; `None` where there is none."""
-        family = self.family
+        family = self.family_defaults
         # diffusers' pipelines for U-Nets scale noise and inputs by the scheduler.
         fits = family.backbone != "UNet2DConditionModel" or hasattr(self.scheduler, "init_noise_sigma")
         if type(self.backbone).__name__ != family.backbone or not fits:
             return None
-        return family.inpainting if takes_mask(self.backbone, self.vae) else family.pipeline
+        return family.inpainting if is_shown_masks(self.family, self.vae.config.latent_channels) else family.pipeline
 
     @torch.no_grad()
     def __call__(
@@ -285,86 +281,146 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
         Raises:
             ValueError: An argument is not one that the model can work with; before anything is computed.
         """
-        prompts = PromptInputs(
-            *(prompt, prompt_2, prompt_3, negative_prompt, negative_prompt_2, negative_prompt_3),
-            *(prompt_embeds, pooled_prompt_embeds, negative_prompt_embeds, negative_pooled_prompt_embeds),
-            *(num_images_per_prompt, clip_skip, max_sequence_length),
-        )
-        attention_kwargs = attention_options(self.backbone, cross_attention_kwargs, joint_attention_kwargs)
+        family, condition, space = self.family, self.condition, self.latent_space
         defaults = self.defaults(image is not None, mask_image is not None)
-        guidance_scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
-        guidance, told_scale = self.prepare_guidance(
-            guidance_scale, true_cfg_scale, guidance_rescale, guidance_interval, prompts.has_negative
+        prompts = PromptArguments(
+            prompt=prompt,
+            prompt_2=prompt_2,
+            prompt_3=prompt_3,
+            negative_prompt=negative_prompt,
+            negative_prompt_2=negative_prompt_2,
+            negative_prompt_3=negative_prompt_3,
+            prompt_embeds=prompt_embeds,
+            pooled_prompt_embeds=pooled_prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
+            num_images_per_prompt=num_images_per_prompt,
+            clip_skip=clip_skip,
+            max_sequence_length=max_sequence_length,
         )
-        prompts.check(self.condition, self.backbone, guidance.enabled)
-        start = image_start(
-            *(self, image, mask_image, strength, height, width),
-            *(masked_image_latents, padding_mask_crop, denoising_start, output_type),
+        images = ImageArguments(
+            image=image,
+            mask_image=mask_image,
+            strength=strength,
+            height=height,
+            width=width,
+            masked_image_latents=masked_image_latents,
+            padding_mask_crop=padding_mask_crop,
+            denoising_start=denoising_start,
+            output_type=output_type,
         )
-        size = self.check_size(height, width) if start is None else start.size
-        numbers = PictureInputs(
-            *(original_size, crops_coords_top_left, target_size),
-            *(negative_original_size, negative_crops_coords_top_left, negative_target_size),
-            *(aesthetic_score, negative_aesthetic_score),
-        ).numbers(self.backbone, size, self.config.requires_aesthetics_score)
+        micro = MicroArguments(
+            original_size=original_size,
+            crops_coords_top_left=crops_coords_top_left,
+            target_size=target_size,
+            negative_original_size=negative_original_size,
+            negative_crops_coords_top_left=negative_crops_coords_top_left,
+            negative_target_size=negative_target_size,
+            aesthetic_score=aesthetic_score,
+            negative_aesthetic_score=negative_aesthetic_score,
+        )
+        attention = self.attention_options(family, cross_attention_kwargs, joint_attention_kwargs)
+        self._guidance_scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
+        guidance = self.prepare_guidance(
+            family, true_cfg_scale, guidance_rescale, guidance_interval, prompts.has_negative
+        )
+        prompts.check(condition, family, guidance.enabled)
+        images.check_together(family, space)
+        start = None if image is None else ImageStart(images, family, space, defaults.strength)
+        size = space.checked_size(height, width) if start is None else start.size
+        micro.check("micro" in family.takes, self.config.requires_aesthetics_score)
         check_generator(generator, prompts.batch)
-        check_latents(latents, self.latents_shape(prompts.batch, size))
+        check_latents(latents, space.shape(prompts.batch, size))
         check_output(
             output_type, callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
         )
         step_options = check_eta(self.scheduler, eta)
-        if start is not None:
-            start.check_batch(prompts.batch)
+
         device = self._execution_device
         grid = self.prepare_timesteps(num_inference_steps, timesteps, sigmas, size, device, defaults.steps)
-        grid = until(self.scheduler, grid if start is None else start.rest(grid), denoising_end)
+        grid = grid if start is None else start.remaining(self.scheduler, grid)
+        grid = until(self.scheduler, grid, denoising_end)
+        target = Target(
+            backbone=self.backbone,
+            family=family,
+            vae=self.vae,
+            scheduler=self.scheduler,
+            latents=space,
+            size=size,
+            batch=prompts.batch,
+            per_prompt=num_images_per_prompt,
+            timesteps=grid,
+            generator=list(generator) if isinstance(generator, tuple) else generator,
+        )
+        controls = [] if start is None else start.controls()
+        for part in (*controls, *([] if start is None else [start])):
+            part.check(target)
         self.begin_call(grid)
 
-        positive, negative = self.encode_prompt(prompts, guidance.enabled, device)
-        if start is None:
-            begin = Begin(self.starting_noise(self.latents_shape(prompts.batch, size), generator, latents, device))
-        else:
-            begin = start.begin(grid, prompts.batch, generator, latents, prompts.num_images_per_prompt)
-        predict = BackboneCall(
-            *(self.backbone, positive, negative, numbers, told_scale, attention_kwargs, begin.extra_channels)
-        )
+        conditions = self.encode_prompt(prompts, condition, family, micro, size, guidance.enabled, device)
+        begin = self.prepare_latents(target, start, latents)
+        prepared = [control.prepare(target, begin) for control in controls]
+        predict = Predictor(self.backbone, conditions, family, open_doors(prepared, attention))
+        after_step: list[AfterStep] = [control.after_step for control in prepared]
+        if callback_on_step_end is not None:
+            names = callback_on_step_end_tensor_inputs
+            after_step.append(StepCallback(callback_on_step_end, self, names, predict, EMBEDDINGS))
         optimize_unless_chosen(self)
-        latents = self.denoise(
-            *(predict, begin, grid, guidance, generator, step_options),
-            *(callback_on_step_end, callback_on_step_end_tensor_inputs),
-        )
-        images, flagged = self.decode_checked(latents, output_type)
+        with (
+            opened(self.backbone, prepared),
+            tables(self.backbone, grid, predict.keywords(guidance.all_branches)),
+        ):
+            latents = self.denoise(
+                predict, begin.x_t, grid, guidance, target.generator, after_step, step_options=step_options
+            )
+        pictures, flagged = self.decode_checked(latents, output_type)
         if start is not None:
-            images = start.finish(images)
+            pictures = start.canvas.pasted(pictures, start.image, start.mask)
         self.maybe_free_model_hooks()
-        output = TextToImageOutput(images=images, nsfw_content_detected=flagged)
+        output = TextToImageOutput(images=pictures, nsfw_content_detected=flagged)
         return output if return_dict else output.to_tuple()
 
     # ---- the arrows ----
 
     def prepare_guidance(
         self,
-        scale: float,
+        family: BackboneFamily,
         true_cfg_scale: float | None,
         rescale: float,
         interval: tuple[float, float],
         has_negative: bool,
-    ) -> tuple[ClassifierFreeGuidance, float | None]:
-        """How two predictions become one, and the scale that is an input of the backbone, if it takes one."""
-        guidance = ClassifierFreeGuidance(scale, rescale, interval)
-        self._guidance_scale = scale
-        if not takes_guidance(self.backbone):
+    ) -> ClassifierFreeGuidance:
+        """How the predictions of a step become one; with distilled weights, `guidance_scale` is an input of theirs."""
+        guidance = ClassifierFreeGuidance(self.guidance_scale, rescale, interval)
+        if not family.distilled:
             if true_cfg_scale is not None:
                 raise ValueError(
                     f"`true_cfg_scale`: got {true_cfg_scale!r}, expected none: `guidance_scale` is this model's "
                     "classifier-free guidance."
                 )
-            return guidance, None
+            return guidance
         guidance = ClassifierFreeGuidance(1.0 if true_cfg_scale is None else true_cfg_scale, rescale, interval)
         if guidance.enabled and not has_negative:
             logger.warning("`true_cfg_scale` has no effect without a negative prompt.")
             guidance = ClassifierFreeGuidance(1.0)
-        return guidance, scale
+        return guidance
+
+    @staticmethod
+    def attention_options(
+        family: BackboneFamily, cross: Mapping[str, Any] | None, joint: Mapping[str, Any] | None
+    ) -> Mapping[str, Any] | None:
+        """Keywords for the attention processors: a U-Net's `cross` or a transformer's `joint`.
+
+        Raises:
+            ValueError: The other one of the two was given.
+        """
+        for name, value in (("cross_attention_kwargs", cross), ("joint_attention_kwargs", joint)):
+            if value is not None and name != family.attention_argument:
+                raise ValueError(
+                    f"`{name}`: got {value!r}, expected none: this model's backbone takes "
+                    f"`{family.attention_argument}`."
+                )
+        return cross if joint is None else joint
 
     def prepare_timesteps(
         self,
@@ -381,7 +437,7 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
         if timesteps is None and sigmas is None:
             require_whole("num_inference_steps", steps)
             sigmas = self.family.sigmas(steps, self.scheduler)
-        return set_grid(self.scheduler, num_inference_steps, timesteps, sigmas, steps, device, mu)
+        return self.set_grid(num_inference_steps, timesteps, sigmas, steps, device, mu)
 
     def dynamic_shift(self, size: tuple[int, int]) -> float:
         """mu of the timesteps' shift, on a line by the number of image tokens (SD3, 2403.03206, section 5.3.2)."""
@@ -391,70 +447,43 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
         return base + (top - base) / (high - low) * (self.latent_space.tokens(size) - low)
 
     def encode_prompt(
-        self, prompts: PromptInputs, guided: bool, device: torch.device
-    ) -> tuple[TextEmbeddings, TextEmbeddings | None]:
-        """Embeddings of B prompts and of what guidance leads away from (`None` if nothing is guided).
+        self,
+        prompts: PromptArguments,
+        condition: PromptCondition,
+        family: BackboneFamily,
+        micro: MicroArguments,
+        size: tuple[int, int],
+        guided: bool,
+        device: torch.device,
+    ) -> dict[str, Condition]:
+        """What the backbone is given beside x_t and the time, for B pictures in each branch.
 
         Args:
             prompts: Checked.
-            guided: Whether the second embeddings are needed.
+            condition: The text encoders.
+            family: Of the backbone.
+            micro: Checked.
+            size: (H, W).
+            guided: Whether there is a negative branch.
             device: Where the text encoders run and the embeddings go.
         """
-        condition, count = self.condition, prompts.num_images_per_prompt
-        if prompts.prompt_embeds is None:
-            made = prompts.encode(condition, PROMPTS, device, prompts.clip_skip)
-            positive = self.for_backbone(made.tokens, made.pooled, device)
-        else:
-            positive = self.for_backbone(prompts.prompt_embeds, prompts.pooled_prompt_embeds, device)
-        if not guided:
-            if prompts.has_negative:
-                logger.warning("The negative prompt has no effect without guidance.")
-            return positive.repeat_interleave(count), None
+        conditions = embed(prompts, condition, family.takes, guided, device, self.backbone.dtype)
+        if "micro" in family.takes:
+            numbers = micro.branches(size, self.config.requires_aesthetics_score)
+            conditions = {
+                branch: replace(one, micro=numbers[branch].rows(prompts.batch, device))
+                for branch, one in conditions.items()
+            }
+        if "guidance_scale" in family.takes:
+            scale = self.guidance_scale
+            conditions = {branch: replace(one, guidance_scale=scale) for branch, one in conditions.items()}
+        return conditions
 
-        if prompts.negative_prompt_embeds is not None:
-            pooled = prompts.negative_pooled_prompt_embeds
-            negative = self.for_backbone(prompts.negative_prompt_embeds, pooled, device)
-        elif condition.zero_without_prompt and not prompts.has_negative:
-            negative = TextEmbeddings(torch.zeros_like(positive.tokens), torch.zeros_like(positive.pooled))
-        else:
-            made = prompts.encode(condition, NEGATIVES, device)
-            negative = self.for_backbone(made.tokens, made.pooled, device)
-        if negative.tokens.shape != positive.tokens.shape:
-            raise ValueError(
-                f"`negative_prompt_embeds`: got {tuple(negative.tokens.shape)}, expected the shape of the prompts' "
-                f"embeddings, {tuple(positive.tokens.shape)}."
-            )
-        return positive.repeat_interleave(count), negative.repeat_interleave(count)
-
-    def for_backbone(self, tokens: torch.Tensor, pooled: torch.Tensor | None, device: torch.device) -> TextEmbeddings:
-        """Embeddings as the backbone takes them: in its dtype, and without pooled text where it takes none."""
-        if pooled is None or not takes_pooled(self.backbone):
-            pooled = tokens.new_zeros(len(tokens), 0)
-        return TextEmbeddings(tokens, pooled).to(device, self.backbone.dtype)
-
-    def denoise(
-        self,
-        predict: BackboneCall,
-        begin: Begin,
-        timesteps: torch.Tensor,
-        guidance: ClassifierFreeGuidance,
-        generator: Generator = None,
-        step_options: Mapping[str, Any] | None = None,
-        callback: Callback | None = None,
-        callback_tensors: Sequence[str] = ("latents",),
-    ) -> torch.Tensor:
-        """From noise to latents, (B, C, h, w): the loop of `hubgen.pipelines.denoising` with this backbone."""
-        embeddings: dict[str, Any] = dict(zip(EMBEDDINGS, predict.embeddings, strict=True))
-
-        def tell() -> None:
-            predict.embeddings = tuple(embeddings[name] for name in EMBEDDINGS)
-
-        with prepared(self.backbone, timesteps, predict.conditions):
-            return self.walk(
-                *(predict, begin.latents, timesteps, guidance, generator),
-                *(callback, callback_tensors, embeddings, tell, begin.blend),
-                step_options=step_options,
-            )
+    def prepare_latents(self, target: Target, start: ImageStart | None, latents: torch.Tensor | None) -> Start:
+        """x_t at the first of the timesteps: of an image, or noise, drawn or from `latents`."""
+        if start is not None:
+            return start.begin(target, latents)
+        return Start(self.starting_noise(target.shape, target.generator, latents, target.device))
 
     def decode_latents(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
         """Pictures of latents, (B, C, h, w) as the backbone has them; see the call for `output_type`."""
@@ -479,27 +508,30 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
     @property
     def condition(self) -> PromptCondition:
         """Prompts to embeddings."""
-        return prompt_condition(
-            self.backbone,
+        return self.family.prompt_condition(
             (self.text_encoder, self.text_encoder_2, self.text_encoder_3),
             (self.tokenizer, self.tokenizer_2, self.tokenizer_3),
             self.config.force_zeros_for_empty_prompt,
         )
 
     @property
-    def family(self) -> Family:
-        """Defaults, and the pipelines of diffusers that these components make."""
-        return family_of(self.condition, self.backbone, self.config.requires_aesthetics_score)
+    def family(self) -> BackboneFamily:
+        """How the backbone is called and sampled."""
+        return family_of(self.backbone)
 
     @property
     def latent_space(self) -> LatentSpace:
         """Shapes of latents and sizes of pictures."""
-        patch = PACKED if takes_tokens(self.backbone) else self.backbone.config.get("patch_size") or 1
-        return LatentSpace(self.vae, self.backbone.config, patch)
+        return LatentSpace(self.vae, self.backbone.config, self.family.patch)
+
+    @property
+    def family_defaults(self) -> FamilyDefaults:
+        """Defaults, and the pipelines of diffusers that these components make."""
+        return defaults_of(self.condition, self.family, self.config.requires_aesthetics_score)
 
     def defaults(self, image: bool = False, mask: bool = False) -> Defaults:
-        """What a call does that is not told, without or with an image and a mask."""
-        family, config = self.family, self.config
+        """Defaults of a call without or with an image and a mask."""
+        family, config = self.family_defaults, self.config
         task = family.inpaint if mask else family.image_to_image if image else family.text_to_image
         steps, scale = config.default_num_inference_steps, config.default_guidance_scale
         return replace(
@@ -528,10 +560,6 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
         """That of the last call."""
         return self._guidance_scale
 
-    def latents_shape(self, batch: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
-        """(B, C, h, w) for `size` in pixels."""
-        return self.latent_space.shape(batch, size)
-
     def enable_vae_slicing(self) -> None:
         """Decodes the pictures of a batch one by one: less memory."""
         self.vae.enable_slicing()
@@ -547,20 +575,3 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
     def disable_vae_tiling(self) -> None:
         """Decodes and encodes pictures as a whole."""
         self.vae.disable_tiling()
-
-    # ---- checks ----
-
-    def check_size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """(height, width) in pixels, defaults filled in; raises ValueError for what the model cannot make."""
-        space = self.latent_space
-        size = (
-            space.default_size[0] if height is None else height,
-            space.default_size[1] if width is None else width,
-        )
-        for name, side in zip(("height", "width"), size, strict=True):
-            if isinstance(side, int) and side > space.largest:
-                raise ValueError(
-                    f"`{name}`: got {side}, expected at most {space.largest}, the largest that this model makes."
-                )
-            check_size(name, side, space.multiple)
-        return size

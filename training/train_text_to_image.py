@@ -37,7 +37,8 @@ from hubgen.autoencoders.autoencoder_kl import AutoencoderKL
 from hubgen.autoencoders.latents import normalised
 from hubgen.backbones.mmdit import SD3Transformer2DModel
 from hubgen.backbones.unet_condition import UNet2DConditionModel
-from hubgen.conditioning.inputs import condition_inputs
+from hubgen.conditioning.condition import Condition
+from hubgen.conditioning.predict import predict
 from hubgen.conditioning.text import TextCondition
 from hubgen.data.cache import LatentCache, TextCache, cache_latents, cache_text_embeddings, module_digest
 from hubgen.data.image_folder import ImageTextFolder
@@ -337,9 +338,7 @@ def main(settings: Settings) -> None:
                 t = density.sample(len(latents), generator=random, device=device)  # (B,)
                 noise = torch.randn(latents.shape, generator=random).to(device)
                 sample = path.sample(latents, noise, t)  # x_t and target
-                prediction = backbone(
-                    sample.x_t, timestep=path.timestep(sample.t), **condition_inputs(modules["backbone"], embeddings)
-                ).sample
+                prediction = predict(backbone, sample.x_t, path.timestep(sample.t), Condition.of_text(embeddings))
                 error = (prediction.float() - sample.target).square().mean(dim=(1, 2, 3))  # (B,)
                 loss = (weighting(path, sample.t) * error).mean()
                 accelerator.backward(loss)
@@ -591,9 +590,9 @@ class HeldOut:
                 noise = torch.randn(latents.shape, generator=generator).to(device)
                 t = torch.full((len(latents),), time_, device=device)
                 sample = self.path.sample(latents, noise, t)
-                condition = condition_inputs(backbone, self.embeddings[rows].to(device))
+                condition = Condition.of_text(self.embeddings[rows].to(device))
                 with accelerator.autocast():
-                    prediction = backbone(sample.x_t, timestep=self.path.timestep(sample.t), **condition).sample
+                    prediction = predict(backbone, sample.x_t, self.path.timestep(sample.t), condition)
                 errors.append((prediction.float() - sample.target).square().mean(dim=(1, 2, 3)))
             losses[f"held_out_loss_t{time_:g}"] = torch.cat(errors).mean().item()
         return {"held_out_loss": sum(losses.values()) / len(losses), **losses}

@@ -38,7 +38,6 @@ from hubgen.acceleration.layers import (
     Record,
     Swapped,
 )
-from hubgen.conditioning.inputs import takes_tokens
 
 # Packed weights take at most this share of the memory of all weights: the peak stays below 1.6 times the plain one.
 PACKED_SHARE = 0.68
@@ -207,7 +206,9 @@ def fill_tables(
 def embed_pooled(backbone: Any, timesteps: torch.Tensor, conditions: Mapping[str, Any], count: int) -> None:
     """Calls all layers of an MM-DiT or of FLUX that see the time and pooled text alone, for (n * B,) timesteps."""
     scales, guidance = [timesteps], conditions.get("guidance")
-    if takes_tokens(backbone):  # as the backbone has them: in [0, 1] and rounded before they grow again
+    if (
+        backbone.config.get("axes_dims_rope") is not None
+    ):  # as the backbone has them: in [0, 1] and rounded before they grow again
         scales = [timesteps / 1000, *([guidance.repeat(count)] if guidance is not None else [])]
         scales = [1000 * scale.to(backbone.dtype) for scale in scales]
     call_modulations(backbone, backbone.time_text_embed(*scales, conditions["pooled_projections"].repeat(count, 1)))

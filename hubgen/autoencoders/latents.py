@@ -9,6 +9,7 @@ Shapes: B pictures of H x W pixels, latents (B, C, h, w).
 """
 
 import math
+import numbers
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -129,3 +130,26 @@ class LatentSpace:
     def tokens(self, size: tuple[int, int]) -> int:
         """T, the number of tokens of a picture."""
         return math.prod(side // self.multiple for side in size)
+
+    def checked_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """(height, width) in pixels, `None` filled in by what the backbone was trained for.
+
+        Raises:
+            ValueError: A side is no whole number above 0, too large, or no multiple of what the model makes; the
+                nearest ones that are stand in the message.
+        """
+        size = (self.default_size[0] if height is None else height, self.default_size[1] if width is None else width)
+        for name, side in zip(("height", "width"), size, strict=True):
+            if not isinstance(side, numbers.Integral) or isinstance(side, bool) or side < 1:
+                raise ValueError(f"`{name}`: got {side!r}, expected a whole number, at least 1.")
+            if side > self.largest:
+                raise ValueError(
+                    f"`{name}`: got {side}, expected at most {self.largest}, the largest that this model makes."
+                )
+            if side % self.multiple:
+                below, above = side // self.multiple * self.multiple, (side // self.multiple + 1) * self.multiple
+                nearest = " or ".join(str(n) for n in (below, above) if n)
+                raise ValueError(
+                    f"`{name}`: got {side}, expected a multiple of {self.multiple}; the nearest: {nearest}."
+                )
+        return size

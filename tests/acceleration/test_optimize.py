@@ -23,12 +23,13 @@ from hubgen.backbones.flux import FluxTransformer2DModel
 from hubgen.backbones.mmdit import SD3Transformer2DModel
 from hubgen.backbones.unet import UNet2DModel
 from hubgen.backbones.unet_condition import UNet2DConditionModel
-from hubgen.conditioning.inputs import BackboneCall
-from hubgen.conditioning.text import TextEmbeddings
+from hubgen.conditioning.condition import Condition
+from hubgen.conditioning.predict import Predictor
 from hubgen.layers.resnet import Upsample2D
 from tests import tiny
 from tests.parity import first_output, randomize_
 
+BOTH = ("negative", "positive")
 packed_kernels = pytest.mark.skipif(not kernels.available(torch.float32), reason="this torch has no packed kernels")
 
 
@@ -345,32 +346,32 @@ def test_modulations_of_a_grid_are_those_of_its_steps(batch: int) -> None:
     """And they are looked up, not computed: the projections are not called inside the walk."""
     model, inputs = model_and_inputs("mmdit", batch)
     width = tiny.TEXT_WIDTH
-    negative, positive = (TextEmbeddings(torch.randn(batch, 5, width), torch.randn(batch, width)) for _ in range(2))
-    call, grid = BackboneCall(model, positive, negative), torch.tensor([900.0, 500.0, 250.0, 10.0])
-    x = inputs["hidden_states"]
+    texts = [Condition(tokens=torch.randn(batch, 5, width), pooled=torch.randn(batch, width)) for _ in range(2)]
+    call = Predictor(model, dict(zip(BOTH, texts, strict=True)))
+    grid, x = torch.tensor([900.0, 500.0, 250.0, 10.0]), inputs["hidden_states"]
 
     def walk() -> list[torch.Tensor]:
         steps = [(t, guided) for t, guided in zip(grid, (False, True, True, False), strict=True)]
-        return [call(torch.cat([x, x]) if g else x, t.expand((1 + g) * batch), g) for t, g in steps]
+        return [call(torch.cat([x] * (1 + g)), t.expand((1 + g) * batch), BOTH[1 - g :], 0) for t, g in steps]
 
     with torch.no_grad():
         plain = walk()
         hubgen.optimize(model, packing=False)
-        with prepared(model, grid, call.conditions):  # without memory to spend nothing is kept
+        with prepared(model, grid, call.keywords(BOTH)):  # without memory to spend nothing is kept
             assert type(model.transformer_blocks[0].norm1.linear) is nn.Linear
         hubgen.optimize(model)
-        with prepared(model, grid, call.conditions):
+        with prepared(model, grid, call.keywords(BOTH)):
             norm = model.transformer_blocks[0].norm1.linear
             assert norm._fast.table is not None
-            found = [norm._fast.recall(torch.nn.functional.silu(embedded(model, call, t, True))) for t in grid]
+            found = [norm._fast.recall(torch.nn.functional.silu(embedded(model, call, t))) for t in grid]
             assert all(row is not None for row in found)
             fast = walk()
     assert all(relative(f, p) < 1e-5 for f, p in zip(fast, plain, strict=True))
     assert norm._fast.table is None
 
 
-def embedded(model: SD3Transformer2DModel, call: BackboneCall, t: torch.Tensor, guided: bool) -> torch.Tensor:
-    pooled = call.told[guided]["pooled_projections"]
+def embedded(model: SD3Transformer2DModel, call: Predictor, t: torch.Tensor) -> torch.Tensor:
+    pooled = call.keywords(BOTH)["pooled_projections"]
     return model.time_text_embed(t.expand(len(pooled)), pooled)
 
 

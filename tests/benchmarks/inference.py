@@ -29,14 +29,15 @@ from torch.utils.flop_counter import FlopCounterMode
 import hubgen
 from hubgen.acceleration.optimize import prepared
 from hubgen.backbones.unet_condition import stable_diffusion_1, stable_diffusion_xl
-from hubgen.conditioning.inputs import BackboneCall
-from hubgen.conditioning.text import TextEmbeddings
+from hubgen.conditioning.condition import Condition
+from hubgen.conditioning.predict import Predictor
 from tests.benchmarks import report
 
 RESULTS = Path(__file__).parent / "results" / "inference"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SIDES = ("diffusers", "hubgen")
 STEPS = 20
+BRANCHES = ("negative", "positive")
 # Largest norm of the difference over the norm, by type: in bfloat16 two orders of summation differ by a percent a step.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.1}
 ATTENTION_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -240,18 +241,18 @@ class Prepared:
     """A step of a walk of `STEPS`, whose modulations are computed beforehand by `once`."""
 
     def __init__(self, model: Any, inputs: dict[str, torch.Tensor]):
-        halves = [
-            TextEmbeddings(inputs["encoder_hidden_states"][i : i + 1], inputs["pooled_projections"][i : i + 1])
-            for i in (0, 1)
-        ]
-        self.model, self.inputs, self.predict = model, inputs, BackboneCall(model, halves[1], halves[0])
+        pooled, tokens = inputs["pooled_projections"], inputs["encoder_hidden_states"]
+        conditions = {
+            branch: Condition(tokens=tokens[i : i + 1], pooled=pooled[i : i + 1]) for i, branch in enumerate(BRANCHES)
+        }
+        self.model, self.inputs, self.predict = model, inputs, Predictor(model, conditions)
         last = inputs["timestep"][0].item()
         self.grid = torch.linspace(1000, last, STEPS, device=inputs["timestep"].device)
         self.stack = ExitStack()
 
     def once(self) -> None:
         self.stack.close()
-        self.stack.enter_context(prepared(self.model, self.grid, self.predict.conditions))
+        self.stack.enter_context(prepared(self.model, self.grid, self.predict.keywords(BRANCHES)))
 
     def __call__(self) -> torch.Tensor:
         return self.model(**self.inputs, return_dict=False)[0]

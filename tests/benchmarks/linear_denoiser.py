@@ -28,7 +28,8 @@ from typing import Any
 import torch
 import yaml
 
-from hubgen.conditioning.inputs import condition_inputs
+from hubgen.conditioning.condition import Condition
+from hubgen.conditioning.predict import predict
 from hubgen.conditioning.text import TextCondition, TextEmbeddings
 from hubgen.data.image_folder import ImageTextFolder
 from hubgen.data.sampler import step_generator
@@ -211,9 +212,9 @@ def network_loss(
     """Loss of the network at each time, (T,); it sees the held-out captions, (N, ...)."""
     predictions = []
     for rows in torch.arange(len(trial.t)).split(batch_size):
-        condition = condition_inputs(backbone, embeddings[trial.picture[rows]])
+        condition = Condition.of_text(embeddings[trial.picture[rows]])
         timestep = path.timestep(trial.t[rows].float())
-        predictions.append(backbone(trial.x_t[rows].float(), timestep=timestep, **condition).sample)
+        predictions.append(predict(backbone, trial.x_t[rows].float(), timestep, condition))
     return trial.loss(torch.cat(predictions))
 
 
