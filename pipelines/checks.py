@@ -1,12 +1,15 @@
 """Checks that the calls of all pipelines share, before any heavy work."""
 
+import dataclasses
 import inspect
 import math
 import numbers
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
+
+Record = TypeVar("Record", bound=Any)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -77,3 +80,8 @@ def check_share(name: str, share: float | None) -> float | None:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def arguments_of(record: type[Record], arguments: Mapping[str, Any]) -> Record:
+    """A record of those of a call's arguments that are its fields, each by its name."""
+    return record(**{field.name: arguments[field.name] for field in dataclasses.fields(record)})

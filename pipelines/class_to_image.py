@@ -24,10 +24,11 @@ from hubgen.conditioning.families import BackboneFamily, family_of
 from hubgen.conditioning.guidance import NEGATIVE, POSITIVE, ClassifierFreeGuidance, GuidedNoise
 from hubgen.conditioning.predict import Predictor
 from hubgen.hub.registration import loadable
-from hubgen.pipelines.callbacks import Callback, StepCallback
+from hubgen.pipelines.callbacks import Callback
 from hubgen.pipelines.checks import check_generator, check_latents, check_output, require_whole
-from hubgen.pipelines.denoising import AfterStep, Generator
+from hubgen.pipelines.denoising import Generator
 from hubgen.pipelines.denoising_pipeline import DenoisingPipeline
+from hubgen.pipelines.starts import starting_noise
 
 # What a callback may change: whose branch's condition it is, and which field of it.
 LABELS = {"class_labels": (POSITIVE, "labels")}
@@ -177,11 +178,8 @@ class ClassToImagePipeline(DenoisingPipeline):
         def predict(x_t: torch.Tensor, t: torch.Tensor, branches: tuple[str, ...], step: int) -> torch.Tensor:
             return predictor(x_t, t, branches, step)[:, :channels]
 
-        after_step: list[AfterStep] = []
-        if callback_on_step_end is not None:
-            names = callback_on_step_end_tensor_inputs
-            after_step.append(StepCallback(callback_on_step_end, self, names, predictor, LABELS))
-        latents = self.starting_noise(shape, generator, latents, device)
+        after_step = self.acts(callback_on_step_end, callback_on_step_end_tensor_inputs, predictor, LABELS)
+        latents = starting_noise(self.scheduler, shape, generator, latents, device)
         optimize_unless_chosen(self)
         with tables(backbone, grid, predictor.keywords(guidance.all_branches)):
             latents = self.denoise(predict, latents, grid, GuidedNoise(guidance, space.channels), generator, after_step)

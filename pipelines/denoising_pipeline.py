@@ -4,14 +4,15 @@ Shapes: B pictures, (B, ...) latents.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 
 from hubgen.conditioning.guidance import Guidance
+from hubgen.conditioning.predict import Predictor
 from hubgen.hub.native import NativePipeline
+from hubgen.pipelines.callbacks import Callback, StepCallback
 from hubgen.pipelines.checks import require_whole
 from hubgen.pipelines.denoising import AfterStep, Generator, Predict, denoise
 
@@ -87,20 +88,15 @@ class DenoisingPipeline(NativePipeline):
             scheduler.set_begin_index(0)  # saves the scheduler a search that waits for the device
         return scheduler.timesteps
 
-    def starting_noise(
-        self, shape: Sequence[int], generator: Generator, latents: torch.Tensor | None, device: torch.device
-    ) -> torch.Tensor:
-        """Noise of the scheduler's scale, in float32: the same in whatever precision the networks compute.
-
-        Args:
-            shape: (B, ...).
-            generator: Its source.
-            latents: Standard normal, instead of drawing it.
-            device: Where it goes.
-        """
-        if latents is None:
-            latents = randn_tensor(shape, generator, device, torch.float32)
-        return latents.to(device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+    def acts(
+        self,
+        callback: Callback | None,
+        tensor_names: Sequence[str],
+        predictor: Predictor,
+        fields: Mapping[str, tuple[str, str]],
+    ) -> list[AfterStep]:
+        """What a user's callback adds to the end of a step; see `StepCallback` for the arguments."""
+        return [] if callback is None else [StepCallback(callback, self, tensor_names, predictor, fields)]
 
     def denoise(
         self,

@@ -34,19 +34,26 @@ from hubgen.conditioning.guidance import ClassifierFreeGuidance
 from hubgen.conditioning.micro import MicroArguments
 from hubgen.conditioning.predict import Predictor
 from hubgen.conditioning.prompts import PromptCondition
-from hubgen.controls.control import Start, Target, open_doors, opened
+from hubgen.controls.control import Target, open_doors, opened
 from hubgen.controls.inpaint import is_shown_masks
 from hubgen.data.images import Images
 from hubgen.hub.registration import loadable
 from hubgen.hub.single_file import SingleFilePipelineMixin
-from hubgen.pipelines.callbacks import Callback, StepCallback
-from hubgen.pipelines.checks import check_eta, check_generator, check_latents, check_output, require_whole
+from hubgen.pipelines.callbacks import Callback
+from hubgen.pipelines.checks import (
+    arguments_of,
+    check_eta,
+    check_generator,
+    check_latents,
+    check_output,
+    require_whole,
+)
 from hubgen.pipelines.defaults import READS, Defaults, FamilyDefaults, defaults_of
-from hubgen.pipelines.denoising import AfterStep, Generator
+from hubgen.pipelines.denoising import Generator
 from hubgen.pipelines.denoising_pipeline import DenoisingPipeline
-from hubgen.pipelines.image_to_image import ImageArguments, ImageStart, until
 from hubgen.pipelines.prompt_to_embeddings import EMBEDDINGS, Prompt, PromptArguments, embed
 from hubgen.pipelines.safety import blacken
+from hubgen.pipelines.starts import ImageArguments, start_of, until
 
 logger = logging.getLogger(__name__)
 
@@ -281,103 +288,70 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
         Raises:
             ValueError: An argument is not one that the model can work with; before anything is computed.
         """
+        arguments = locals()
+        prompts, images, micro = (
+            arguments_of(PromptArguments, arguments),
+            arguments_of(ImageArguments, arguments),
+            arguments_of(MicroArguments, arguments),
+        )
         family, condition, space = self.family, self.condition, self.latent_space
         defaults = self.defaults(image is not None, mask_image is not None)
-        prompts = PromptArguments(
-            prompt=prompt,
-            prompt_2=prompt_2,
-            prompt_3=prompt_3,
-            negative_prompt=negative_prompt,
-            negative_prompt_2=negative_prompt_2,
-            negative_prompt_3=negative_prompt_3,
-            prompt_embeds=prompt_embeds,
-            pooled_prompt_embeds=pooled_prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
-            num_images_per_prompt=num_images_per_prompt,
-            clip_skip=clip_skip,
-            max_sequence_length=max_sequence_length,
-        )
-        images = ImageArguments(
-            image=image,
-            mask_image=mask_image,
-            strength=strength,
-            height=height,
-            width=width,
-            masked_image_latents=masked_image_latents,
-            padding_mask_crop=padding_mask_crop,
-            denoising_start=denoising_start,
-            output_type=output_type,
-        )
-        micro = MicroArguments(
-            original_size=original_size,
-            crops_coords_top_left=crops_coords_top_left,
-            target_size=target_size,
-            negative_original_size=negative_original_size,
-            negative_crops_coords_top_left=negative_crops_coords_top_left,
-            negative_target_size=negative_target_size,
-            aesthetic_score=aesthetic_score,
-            negative_aesthetic_score=negative_aesthetic_score,
-        )
-        attention = self.attention_options(family, cross_attention_kwargs, joint_attention_kwargs)
         self._guidance_scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
+        attention = self.attention_options(family, cross_attention_kwargs, joint_attention_kwargs)
         guidance = self.prepare_guidance(
             family, true_cfg_scale, guidance_rescale, guidance_interval, prompts.has_negative
         )
         prompts.check(condition, family, guidance.enabled)
-        images.check_together(family, space)
-        start = None if image is None else ImageStart(images, family, space, defaults.strength)
-        size = space.checked_size(height, width) if start is None else start.size
+        start = start_of(images, family, space, defaults.strength)
         micro.check("micro" in family.takes, self.config.requires_aesthetics_score)
         check_generator(generator, prompts.batch)
-        check_latents(latents, space.shape(prompts.batch, size))
+        check_latents(latents, space.shape(prompts.batch, start.size))
         check_output(
             output_type, callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
         )
         step_options = check_eta(self.scheduler, eta)
-
         device = self._execution_device
-        grid = self.prepare_timesteps(num_inference_steps, timesteps, sigmas, size, device, defaults.steps)
-        grid = grid if start is None else start.remaining(self.scheduler, grid)
-        grid = until(self.scheduler, grid, denoising_end)
+        grid = self.prepare_timesteps(num_inference_steps, timesteps, sigmas, start.size, device, defaults.steps)
         target = Target(
             backbone=self.backbone,
             family=family,
             vae=self.vae,
             scheduler=self.scheduler,
             latents=space,
-            size=size,
+            size=start.size,
             batch=prompts.batch,
             per_prompt=num_images_per_prompt,
-            timesteps=grid,
+            timesteps=until(self.scheduler, start.remaining(self.scheduler, grid), denoising_end),
             generator=list(generator) if isinstance(generator, tuple) else generator,
         )
-        controls = [] if start is None else start.controls()
-        for part in (*controls, *([] if start is None else [start])):
+        controls = start.controls()
+        for part in (*controls, start):
             part.check(target)
-        self.begin_call(grid)
+        self.begin_call(target.timesteps)
 
-        conditions = self.encode_prompt(prompts, condition, family, micro, size, guidance.enabled, device)
-        begin = self.prepare_latents(target, start, latents)
+        conditions = self.encode_prompt(prompts, condition, micro, guidance.enabled, target)
+        begin = start.begin(target, latents)
         prepared = [control.prepare(target, begin) for control in controls]
         predict = Predictor(self.backbone, conditions, family, open_doors(prepared, attention))
-        after_step: list[AfterStep] = [control.after_step for control in prepared]
-        if callback_on_step_end is not None:
-            names = callback_on_step_end_tensor_inputs
-            after_step.append(StepCallback(callback_on_step_end, self, names, predict, EMBEDDINGS))
+        after_step = [control.after_step for control in prepared]
+        after_step += self.acts(callback_on_step_end, callback_on_step_end_tensor_inputs, predict, EMBEDDINGS)
         optimize_unless_chosen(self)
         with (
             opened(self.backbone, prepared),
-            tables(self.backbone, grid, predict.keywords(guidance.all_branches)),
+            tables(self.backbone, target.timesteps, predict.keywords(guidance.all_branches)),
         ):
             latents = self.denoise(
-                predict, begin.x_t, grid, guidance, target.generator, after_step, step_options=step_options
+                predict,
+                begin.x_t,
+                target.timesteps,
+                guidance,
+                target.generator,
+                after_step,
+                step_options=step_options,
             )
         pictures, flagged = self.decode_checked(latents, output_type)
-        if start is not None:
-            pictures = start.canvas.pasted(pictures, start.image, start.mask)
         self.maybe_free_model_hooks()
-        output = TextToImageOutput(images=pictures, nsfw_content_detected=flagged)
+        output = TextToImageOutput(images=start.finished(pictures), nsfw_content_detected=flagged)
         return output if return_dict else output.to_tuple()
 
     # ---- the arrows ----
@@ -450,40 +424,29 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
         self,
         prompts: PromptArguments,
         condition: PromptCondition,
-        family: BackboneFamily,
         micro: MicroArguments,
-        size: tuple[int, int],
         guided: bool,
-        device: torch.device,
+        target: Target,
     ) -> dict[str, Condition]:
         """What the backbone is given beside x_t and the time, for B pictures in each branch.
 
         Args:
             prompts: Checked.
             condition: The text encoders.
-            family: Of the backbone.
             micro: Checked.
-            size: (H, W).
             guided: Whether there is a negative branch.
-            device: Where the text encoders run and the embeddings go.
+            target: Of the call.
         """
-        conditions = embed(prompts, condition, family.takes, guided, device, self.backbone.dtype)
-        if "micro" in family.takes:
-            numbers = micro.branches(size, self.config.requires_aesthetics_score)
-            conditions = {
-                branch: replace(one, micro=numbers[branch].rows(prompts.batch, device))
-                for branch, one in conditions.items()
-            }
-        if "guidance_scale" in family.takes:
-            scale = self.guidance_scale
-            conditions = {branch: replace(one, guidance_scale=scale) for branch, one in conditions.items()}
-        return conditions
-
-    def prepare_latents(self, target: Target, start: ImageStart | None, latents: torch.Tensor | None) -> Start:
-        """x_t at the first of the timesteps: of an image, or noise, drawn or from `latents`."""
-        if start is not None:
-            return start.begin(target, latents)
-        return Start(self.starting_noise(target.shape, target.generator, latents, target.device))
+        takes, changes = target.family.takes, {}
+        branches = embed(prompts, condition, takes, guided, target.device, self.backbone.dtype)
+        numbers = micro.branches(target.size, self.config.requires_aesthetics_score)
+        for branch, one in branches.items():
+            if "micro" in takes:
+                changes["micro"] = numbers[branch].rows(target.batch, target.device)
+            if "guidance_scale" in takes:
+                changes["guidance_scale"] = self.guidance_scale
+            branches[branch] = replace(one, **changes)
+        return branches
 
     def decode_latents(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
         """Pictures of latents, (B, C, h, w) as the backbone has them; see the call for `output_type`."""

@@ -18,10 +18,11 @@ from hubgen.conditioning.condition import Condition
 from hubgen.conditioning.guidance import POSITIVE, ClassifierFreeGuidance
 from hubgen.conditioning.predict import Predictor
 from hubgen.hub.registration import loadable
-from hubgen.pipelines.callbacks import Callback, StepCallback
+from hubgen.pipelines.callbacks import Callback
 from hubgen.pipelines.checks import check_generator, check_latents, check_output, require_whole
-from hubgen.pipelines.denoising import AfterStep, Generator, supported
+from hubgen.pipelines.denoising import Generator, supported
 from hubgen.pipelines.denoising_pipeline import DenoisingPipeline
+from hubgen.pipelines.starts import starting_noise
 from hubgen.schedulers.score_sde_ve import ScoreSdeVeScheduler
 
 DEFAULT_STEPS = {"DDIMPipeline": 50, "DDPMPipeline": 1000, "ScoreSdeVePipeline": 2000}
@@ -150,11 +151,8 @@ class UnconditionalPipeline(DenoisingPipeline):
                 x_t = scheduler.step_correct(score, x_t, generator=generator, return_dict=False)[0]
             return x_t
 
-        after_step: list[AfterStep] = []
-        if callback_on_step_end is not None:
-            names = callback_on_step_end_tensor_inputs
-            after_step.append(StepCallback(callback_on_step_end, self, names, predictor, {}))
-        latents = self.starting_noise(shape, generator, latents, device)
+        after_step = self.acts(callback_on_step_end, callback_on_step_end_tensor_inputs, predictor, {})
+        latents = starting_noise(self.scheduler, shape, generator, latents, device)
         optimize_unless_chosen(self)
         latents = self.denoise(
             predict,

@@ -1,8 +1,8 @@
-"""Image to image (SDEdit, 2108.01073): a call that begins at the image, noised to a time in the middle of the grid.
+"""Where a call begins: at noise, or at an image (image to image; SDEdit, 2108.01073), noised to a time on the way.
 
-    start = ImageStart(image, ...)                      # all checks
-    timesteps = start.remaining(scheduler, timesteps)   # the part of the grid that is left to do
-    begin = start.begin(target, latents)                # the autoencoder encodes, noise is drawn
+    start = start_of(arguments, family, space, strength)    # all checks
+    timesteps = start.remaining(scheduler, timesteps)       # the part of the grid that is left to do
+    begin = start.begin(target, latents)                    # the autoencoder encodes, noise is drawn
 
 Random numbers are drawn as diffusers' pipelines draw them, so that a seed gives the same picture: the posterior of the
 image, then the noise.
@@ -12,6 +12,7 @@ Shapes: B pictures, n images given (n divides B), H and W pixels, (B, C, h, w) l
 
 import logging
 import numbers
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from hubgen.autoencoders.latents import LatentSpace, encode
 from hubgen.conditioning.families import BackboneFamily, StartRules
-from hubgen.controls.control import Start, Target
+from hubgen.controls.control import Control, Generator, Start, Target
 from hubgen.controls.inpaint import Inpaint, is_shown_masks
 from hubgen.data.images import Canvas, Images, crop_region, one_size, read_images, read_masks
 from hubgen.pipelines.checks import check_share, check_strength
@@ -43,25 +44,67 @@ class ImageArguments:
     denoising_start: float | None = None
     output_type: str = "pil"
 
-    def check_together(self, family: BackboneFamily, space: LatentSpace) -> None:
-        """Raises ValueError for arguments that make no sense without `image` or `mask_image`, or a lack of these."""
-        if self.image is None:
-            for name in ("mask_image", "strength", "masked_image_latents", "padding_mask_crop", "denoising_start"):
-                if getattr(self, name) is not None:
-                    raise ValueError(f"`{name}`: got one without `image`, expected both or none.")
-        elif self.mask_image is None:
-            for name in ("masked_image_latents", "padding_mask_crop"):
-                if getattr(self, name) is not None:
-                    raise ValueError(f"`{name}`: got one without `mask_image`, expected both or none.")
-        if self.mask_image is None and is_shown_masks(family, space.channels):
-            found = "`image`, `mask_image`: got none, expected both" if self.image is None else ""
-            raise ValueError(
-                f"{found or '`mask_image`: got None, expected a mask'}: this model inpaints, and is shown the mask and "
-                "the masked image beside x_t."
-            )
+
+def start_of(arguments: ImageArguments, family: BackboneFamily, space: LatentSpace, strength: float) -> "NoiseStart":
+    """The start of a call, checked before any network runs.
+
+    Args:
+        arguments: Of the call.
+        family: Of the backbone.
+        space: Of its latents.
+        strength: The default one, where there is an image.
+
+    Raises:
+        ValueError: An argument is not one that the model can work with, makes no sense without `image` or `mask_image`,
+            or these are missing.
+    """
+    without = {"image": ("mask_image", "strength", "denoising_start"), "mask_image": ()}
+    for needed, names in without.items():
+        for name in (*names, "masked_image_latents", "padding_mask_crop"):
+            if getattr(arguments, needed) is None and getattr(arguments, name) is not None:
+                raise ValueError(f"`{name}`: got one without `{needed}`, expected both or none.")
+    if arguments.mask_image is None and is_shown_masks(family, space.channels):
+        found = "`image`, `mask_image`: got none, expected both" if arguments.image is None else ""
+        raise ValueError(
+            f"{found or '`mask_image`: got None, expected a mask'}: this model inpaints, and is shown the mask and "
+            "the masked image beside x_t."
+        )
+    if arguments.image is None:
+        return NoiseStart(space.checked_size(arguments.height, arguments.width))
+    return ImageStart(arguments, family, space, strength)
 
 
-class ImageStart:
+class NoiseStart:
+    """A call that begins at noise.
+
+    Args:
+        size: (H, W) of the result.
+    """
+
+    def __init__(self, size: tuple[int, int]):
+        self.size = size
+
+    def controls(self) -> list[Control]:
+        """What the arguments mean beside where to begin."""
+        return []
+
+    def check(self, target: Target) -> None:
+        """Raises ValueError where the start and the call do not fit each other."""
+
+    def remaining(self, scheduler: Any, timesteps: torch.Tensor) -> torch.Tensor:
+        """All of the scheduler's timesteps."""
+        return timesteps
+
+    def begin(self, target: Target, latents: torch.Tensor | None = None) -> Start:
+        """Noise, drawn or from `latents`, (B, C, h, w), standard normal."""
+        return Start(starting_noise(target.scheduler, target.shape, target.generator, latents, target.device))
+
+    def finished(self, pictures: Any) -> Any:
+        """What the call returns of the decoded pictures."""
+        return pictures
+
+
+class ImageStart(NoiseStart):
     """An image to begin from, and what else a call says about it, checked before any network runs.
 
     Args:
@@ -84,18 +127,13 @@ class ImageStart:
         self.strength = check_strength(default_strength if arguments.strength is None else arguments.strength)
         self.image = read_images(arguments.image, space.channels)
         self.mask = None if arguments.mask_image is None else read_masks(arguments.mask_image)
-        size = self._size(arguments.height, arguments.width)
-        crop = self._crop(arguments.padding_mask_crop, arguments.output_type, size)
-        self.canvas = Canvas(size, space.multiple, space.channels, crop)
+        super().__init__(self._size(arguments.height, arguments.width))
+        crop = self._crop(arguments.padding_mask_crop, arguments.output_type)
+        self.canvas = Canvas(self.size, space.multiple, space.channels, crop)
         self.masked_image_latents = arguments.masked_image_latents
         self.needs_data = self.mask is None or not is_shown_masks(family, space.channels)
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """(H, W) of the result."""
-        return self.canvas.size
-
-    def controls(self) -> list[Inpaint]:
+    def controls(self) -> list[Control]:
         """What a mask means."""
         if self.mask is None:
             return []
@@ -107,6 +145,10 @@ class ImageStart:
             raise ValueError(
                 f"`image`: got {len(self.image)}, expected a number that divides the {target.batch} pictures."
             )
+
+    def finished(self, pictures: Any) -> Any:
+        """With `padding_mask_crop`, the image with the pictures in their place."""
+        return self.canvas.pasted(pictures, self.image, self.mask)
 
     # ---- checks ----
 
@@ -146,7 +188,7 @@ class ImageStart:
             )
         return space.checked_size(*size)
 
-    def _crop(self, padding: int | None, output_type: str, size: tuple[int, int]) -> tuple[int, int, int, int] | None:
+    def _crop(self, padding: int | None, output_type: str) -> tuple[int, int, int, int] | None:
         """(left, top, right, bottom) of the part to make, `None` for all of it."""
         if padding is None or self.mask is None:
             return None
@@ -157,7 +199,7 @@ class ImageStart:
                 raise ValueError(f"`{name}`: got a tensor or several, expected one PIL image with `padding_mask_crop`.")
         if output_type != "pil":
             raise ValueError(f"`output_type`: got {output_type!r}, expected 'pil' with `padding_mask_crop`.")
-        return crop_region(self.mask[0], size, self.space.multiple, int(padding))
+        return crop_region(self.mask[0], self.size, self.space.multiple, int(padding))
 
     # ---- the start ----
 
@@ -253,3 +295,20 @@ def until(scheduler: Any, timesteps: torch.Tensor, denoising_end: float | None) 
     if len(kept) == 0:
         raise ValueError(f"`denoising_end`: got {denoising_end}, which leaves none of {len(timesteps)} steps.")
     return kept
+
+
+def starting_noise(
+    scheduler: Any, shape: Sequence[int], generator: Generator, latents: torch.Tensor | None, device: torch.device
+) -> torch.Tensor:
+    """Noise of the scheduler's scale, in float32: the same in whatever precision the networks compute.
+
+    Args:
+        scheduler: Ours or diffusers'.
+        shape: (B, ...).
+        generator: Its source.
+        latents: Standard normal, instead of drawing it.
+        device: Where it goes.
+    """
+    if latents is None:
+        latents = randn_tensor(shape, generator, device, torch.float32)
+    return latents.to(device, torch.float32) * getattr(scheduler, "init_noise_sigma", 1.0)
