@@ -51,7 +51,7 @@ class ClassToImagePipeline(DenoisingPipeline):
         null_label: Number of the class that means none, for guidance; `None` for the transformer's own. A U-Net has
             none unless this says so.
         default_num_inference_steps: What a call does that names no number of steps; saved with the pipeline.
-        default_guidance_scale: Likewise; without effect where there is no label that means none.
+        default_guidance_scale: Of a call that names none; without effect where there is no label that means none.
 
     Raises:
         ValueError: Both or neither of `transformer` and `unet` were given, the U-Net knows no classes, the channels of
@@ -138,7 +138,7 @@ class ClassToImagePipeline(DenoisingPipeline):
             output_type: "pil"; "np", (B, H, W, 3) in [0, 1]; "pt", (B, 3, H, W) in [0, 1]; or "latent", (B, C, h, w).
             return_dict: Whether to return `ImagePipelineOutput` or a tuple of its `images`.
             height: Pixels; `None` for what the model was trained for.
-            width: Likewise.
+            width: Pixels; see `height`.
             timesteps: The scheduler's grid, instead of its own; or
             sigmas: the same in terms of noise; not every scheduler takes them.
             num_images_per_label: Pictures of each label, next to each other in the result.

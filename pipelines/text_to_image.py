@@ -84,18 +84,18 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
         unet: ... or if it is a U-Net: exactly one of the two.
         default_num_inference_steps: What a call does that names no number of steps; saved with the pipeline. `None`
             for what diffusers' pipeline of the family does.
-        default_guidance_scale: Likewise.
+        default_guidance_scale: Of a call that names none; `None` as above.
         text_encoder_2: The second text encoder of SDXL (CLIP), SD3 (CLIP) or FLUX (T5).
         tokenizer_2: Its tokenizer.
         text_encoder_3: SD3's T5, which may be missing.
         tokenizer_3: Its tokenizer.
         safety_checker: Looks at each picture with `feature_extractor`, and blackens what it objects to.
         feature_extractor: What the safety checker sees pictures through.
-        image_encoder: Kept and saved with the rest; no use is made of it.
+        image_encoder: Kept and saved with the rest, and not used.
         requires_safety_checker: Kept for diffusers' pipeline, which warns where it is true and there is none; `None`
             for whether there is one.
         force_zeros_for_empty_prompt: Whether, for SDXL, guidance without a negative prompt leads away from zeros.
-        requires_aesthetics_score: Whether the backbone is told a score in place of the target size (SDXL's refiner).
+        requires_aesthetics_score: Whether the backbone takes a score in place of the target size (SDXL's refiner).
 
     Raises:
         ValueError: Both or neither of `transformer` and `unet` were given.
@@ -235,7 +235,7 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
         Args:
             prompt: One or several.
             height: Pixels; `None` for what the model was trained for, or what suits `image`.
-            width: Likewise.
+            width: Pixels; see `height`.
             num_inference_steps: `None` for the model's default, or for as many as `timesteps` or `sigmas` has.
             timesteps: The scheduler's grid, instead of its own; or
             sigmas: the same in terms of noise; not every scheduler takes them.
@@ -248,9 +248,9 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
             latents: The noise to start from, (B, C, h, w), standard normal, instead of drawing it. With `image` and no
                 mask, x_t.
             prompt_embeds: (prompts, L, D), instead of the prompts.
-            negative_prompt_embeds: Likewise, instead of `negative_prompt`.
+            negative_prompt_embeds: (prompts, L, D), instead of `negative_prompt`.
             pooled_prompt_embeds: (prompts, P), beside `prompt_embeds` where the backbone takes pooled text.
-            negative_pooled_prompt_embeds: Likewise.
+            negative_pooled_prompt_embeds: (prompts, P), beside `negative_prompt_embeds` in the same case.
             output_type: "pil"; "np", (B, H, W, 3) in [0, 1]; "pt", (B, 3, H, W) in [0, 1]; or "latent", (B, C, h, w).
             return_dict: Whether to return `TextToImageOutput` or a tuple of its values that are not `None`.
             callback_on_step_end: `(pipeline, step, timestep, tensors) -> tensors`; those returned replace the old ones.
@@ -258,32 +258,36 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
             guidance_rescale: See `ClassifierFreeGuidance`.
             guidance_interval: See `ClassifierFreeGuidance`.
             prompt_2: For the second text encoder; `None` for `prompt`.
-            prompt_3: For the third.
-            negative_prompt_2: Likewise, in the place of `negative_prompt`.
-            negative_prompt_3: Likewise.
+            prompt_3: For the third text encoder; `None` for `prompt`.
+            negative_prompt_2: For the second text encoder; `None` for `negative_prompt`.
+            negative_prompt_3: For the third text encoder; `None` for `negative_prompt`.
             clip_skip: Layers of CLIP left out at the end, for the prompts (not the negative ones, as in diffusers).
             max_sequence_length: Tokens that T5 reads: 256 for SD3, 512 for FLUX, if `None`.
             true_cfg_scale: Strength of classifier-free guidance for models that take `guidance_scale` as an input, if
                 there is a negative prompt; it doubles the work.
-            image: To start from: see `ImageStart` for it and for
-            mask_image: where it is to be made anew,
-            strength: how far back towards noise,
-            masked_image_latents: what inpainting models are shown,
-            padding_mask_crop: the part of the image to make, and
-            denoising_start: from which share of the way another model's latents are walked on.
+            image: One or n images to begin from, n a divisor of the number of pictures: PIL (RGB), arrays (n, H, W, 3)
+                or tensors (n, 3, H, W) in [0, 1], or latents (n, C, h, w).
+            mask_image: White (from 0.5 on) where the image is made anew; of the image's size.
+            strength: In [0, 1], the share of the grid that is done: how far back towards noise an image goes. `None`
+                for the default of diffusers' pipeline.
+            masked_image_latents: (n, C, h, w), in the place of the encoded masked image, for inpainting models.
+            padding_mask_crop: Pixels around the mask's bounding box: only this part of the one image is made, at full
+                size, and put back into it.
+            denoising_start: In (0, 1), instead of `strength`: `image` holds latents that another model has brought to
+                this share of the way (its `denoising_end`).
             denoising_end: In (0, 1): the share of the way from noise to data after which to stop, and leave the rest
                 to another model (SDXL's refiner); with `output_type="latent"`.
-            original_size: (height, width) that SDXL is told the picture had before it was cropped; `None`: its own.
-            crops_coords_top_left: Where SDXL is told the picture was cropped; `None`: (0, 0).
-            target_size: (height, width) that SDXL is told the picture has; `None`: its own.
-            negative_original_size: The same for the unconditional half; `None` for what the conditional one is told.
-            negative_crops_coords_top_left: Likewise.
-            negative_target_size: Likewise.
-            aesthetic_score: What SDXL's refiner is told in the place of the target size; `None`: 6.
-            negative_aesthetic_score: Likewise for the unconditional half; `None`: 2.5.
+            original_size: (height, width) of the picture before it was cropped, for SDXL; `None`: its own.
+            crops_coords_top_left: Where the picture was cropped, for SDXL; `None`: (0, 0).
+            target_size: (height, width) of the picture, for SDXL; `None`: its own.
+            negative_original_size: `original_size` of the negative branch; `None` for that of the positive one.
+            negative_crops_coords_top_left: `crops_coords_top_left` of the negative branch; `None` for the positive's.
+            negative_target_size: `target_size` of the negative branch; `None` for that of the positive one.
+            aesthetic_score: In the place of the target size, for SDXL's refiner; `None`: 6.
+            negative_aesthetic_score: `aesthetic_score` of the negative branch; `None`: 2.5.
             eta: Noise added in each step, for schedulers that take it (DDIM).
-            cross_attention_kwargs: Options for a U-Net's attention processors.
-            joint_attention_kwargs: Likewise for a transformer's.
+            cross_attention_kwargs: Keywords for a U-Net's attention processors.
+            joint_attention_kwargs: Keywords for a transformer's attention processors.
 
         Raises:
             ValueError: An argument is not one that the model can work with; before anything is computed.

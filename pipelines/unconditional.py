@@ -178,7 +178,7 @@ class UnconditionalPipeline(DenoisingPipeline):
 
     @property
     def is_score_sde(self) -> bool:
-        """Whether the network is told noise levels and returns scores."""
+        """Whether the network takes noise levels in the place of timesteps, and returns scores."""
         return isinstance(self.scheduler, ScoreSdeVeScheduler)
 
     @property
