@@ -170,7 +170,7 @@ class ClassToImagePipeline(DenoisingPipeline):
 
         chosen = torch.tensor(labels, device=device).repeat_interleave(num_images_per_label)  # (B,)
         conditions = {POSITIVE: Condition(labels=chosen)}
-        if guidance.enabled:
+        if guidance.enabled and self.null_label is not None:
             conditions[NEGATIVE] = Condition(labels=torch.full_like(chosen, self.null_label))
         predictor = Predictor(backbone, conditions, self.family)
         channels = space.channels * (2 if self.scheduler_wants_variance else 1)

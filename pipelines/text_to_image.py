@@ -49,7 +49,7 @@ from hubgen.pipelines.checks import (
     require_whole,
 )
 from hubgen.pipelines.defaults import READS, Defaults, FamilyDefaults, defaults_of
-from hubgen.pipelines.denoising import Generator
+from hubgen.pipelines.denoising import AfterStep, Generator
 from hubgen.pipelines.denoising_pipeline import DenoisingPipeline
 from hubgen.pipelines.prompt_to_embeddings import EMBEDDINGS, Prompt, PromptArguments, embed
 from hubgen.pipelines.safety import blacken
@@ -329,15 +329,16 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
             generator=list(generator) if isinstance(generator, tuple) else generator,
         )
         controls = start.controls()
-        for part in (*controls, start):
-            part.check(target)
+        start.check(target)
+        for control in controls:
+            control.check(target)
         self.begin_call(target.timesteps)
 
         conditions = self.encode_prompt(prompts, condition, micro, guidance.enabled, target)
         begin = start.begin(target, latents)
         prepared = [control.prepare(target, begin) for control in controls]
         predict = Predictor(self.backbone, conditions, family, open_doors(prepared, attention))
-        after_step = [control.after_step for control in prepared]
+        after_step: list[AfterStep] = [control.after_step for control in prepared]
         after_step += self.acts(callback_on_step_end, callback_on_step_end_tensor_inputs, predict, EMBEDDINGS)
         optimize_unless_chosen(self)
         with (
@@ -441,7 +442,8 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
             guided: Whether there is a negative branch.
             target: Of the call.
         """
-        takes, changes = target.family.takes, {}
+        takes = target.family.takes
+        changes: dict[str, Any] = {}
         branches = embed(prompts, condition, takes, guided, target.device, self.backbone.dtype)
         numbers = micro.branches(target.size, self.config.requires_aesthetics_score)
         for branch, one in branches.items():

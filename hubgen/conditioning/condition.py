@@ -6,6 +6,7 @@ Shapes: B pictures, L text tokens of D features, P features of pooled text, N nu
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -46,7 +47,8 @@ class Condition:
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Condition":
         """The condition with every tensor changed."""
-        return dataclasses.replace(self, **{name: change(value) for name, value in self.tensors.items()})
+        changed: dict[str, Any] = {name: change(value) for name, value in self.tensors.items()}
+        return dataclasses.replace(self, **changed)
 
     def repeat(self, count: int) -> "Condition":
         """All B, `count` times over: (count * B, ...)."""
@@ -68,5 +70,5 @@ class Condition:
                 )
         if not others:
             return first
-        joined = {name: torch.cat([part.tensors[name] for part in parts]) for name in first.tensors}
+        joined: dict[str, Any] = {name: torch.cat([part.tensors[name] for part in parts]) for name in first.tensors}
         return dataclasses.replace(first, **joined)

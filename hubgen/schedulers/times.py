@@ -37,7 +37,11 @@ def timestep_after(scheduler: Any, share: float) -> int:
 
 
 def noised(scheduler: Any, data: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-    """x_t of data and noise, (B, C, h, w) each, at timesteps (B,) or (1,), by the scheduler's own path."""
+    """x_t of data and noise, (B, C, h, w) each, at timesteps (B,) or (1,), by the scheduler's own path.
+
+    The formula is a method of every scheduler, beside `ProbabilityPath.interpolate`, because it equals diffusers' there
+    to the last bit.
+    """
     if hasattr(scheduler, "scale_noise"):
         return scheduler.scale_noise(data, timesteps, noise)
     return scheduler.add_noise(data, noise, timesteps)

@@ -54,7 +54,7 @@ class BackboneFamily(ABC):
 
     takes: frozenset[str]
     """Fields of `Condition` that the backbone reads"""
-    attention_argument: ClassVar[str | None] = None
+    attention_argument: ClassVar[str]
     """The keyword by which its forward takes options for the attention processors"""
     starts: ClassVar[StartRules] = StartRules()
     max_shift: ClassVar[float] = 1.15

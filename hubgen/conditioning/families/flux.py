@@ -63,7 +63,8 @@ class FluxFamily(BackboneFamily):
 
     def enter(self, x_t: torch.Tensor, doors: Doors) -> tuple[torch.Tensor, dict[str, Any]]:
         x, keywords = super().enter(x_t, doors)
-        return pack(x), {**keywords, "img_ids": self.positions(*x.shape[-2:], x.device)}
+        height, width = x.shape[-2:]
+        return pack(x), {**keywords, "img_ids": self.positions(height, width, x.device)}
 
     def leave(self, prediction: torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
         return unpack(prediction, *x_t.shape[-2:])
