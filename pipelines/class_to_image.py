@@ -13,8 +13,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from hubgen.acceleration.optimize import optimize_unless_chosen
-from hubgen.acceleration.optimize import prepared as tables
+from hubgen.acceleration.optimize import accelerated
 from hubgen.autoencoders.autoencoder_kl import AutoencoderKL
 from hubgen.autoencoders.latents import LatentSpace, decode
 from hubgen.backbones.dit import DiTTransformer2DModel
@@ -178,12 +177,14 @@ class ClassToImagePipeline(DenoisingPipeline):
         def predict(x_t: torch.Tensor, t: torch.Tensor, branches: tuple[str, ...], step: int) -> torch.Tensor:
             return predictor(x_t, t, branches, step)[:, :channels]
 
-        after_step = self.acts(callback_on_step_end, callback_on_step_end_tensor_inputs, predictor, LABELS)
         latents = starting_noise(self.scheduler, shape, generator, latents, device)
-        optimize_unless_chosen(self)
-        with tables(backbone, grid, predictor.keywords(guidance.all_branches)):
-            latents = self.denoise(predict, latents, grid, GuidedNoise(guidance, space.channels), generator, after_step)
-        images = self.decode_latents(latents, output_type)
+        with accelerated(self) as fast:
+            predictor.tabulate(fast, grid, guidance.all_branches)
+            after_step = self.acts(callback_on_step_end, callback_on_step_end_tensor_inputs, predictor, LABELS, fast)
+            guided = GuidedNoise(guidance, space.channels)
+            latents = self.denoise(fast.around(predict), latents, grid, guided, generator, after_step)
+            with fast.network():
+                images = self.decode_latents(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 

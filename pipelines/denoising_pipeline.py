@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from hubgen.acceleration.walk import Acceleration
 from hubgen.conditioning.guidance import Guidance
 from hubgen.conditioning.predict import Predictor
 from hubgen.hub.native import NativePipeline
+from hubgen.layers.step_cache import has_step_hooks
 from hubgen.pipelines.callbacks import Callback, StepCallback
 from hubgen.pipelines.checks import require_whole
 from hubgen.pipelines.denoising import AfterStep, Generator, Predict, denoise
@@ -94,9 +96,30 @@ class DenoisingPipeline(NativePipeline):
         tensor_names: Sequence[str],
         predictor: Predictor,
         fields: Mapping[str, tuple[str, str]],
+        fast: Acceleration,
     ) -> list[AfterStep]:
         """What a user's callback adds to the end of a step; see `StepCallback` for the arguments."""
-        return [] if callback is None else [StepCallback(callback, self, tensor_names, predictor, fields)]
+        if callback is None:
+            return []
+        act = StepCallback(callback, self, tensor_names, predictor, fields)
+
+        def guarded(step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+            conditions = predictor.conditions
+            with fast.user_code():
+                latents = act(step, timestep, latents)
+            if predictor.conditions is not conditions:
+                fast.forget_tables()
+            return latents
+
+        return [guarded]
+
+    def maybe_free_model_hooks(self) -> None:
+        """As diffusers', which leaves a registry of hooks on every model, also on one without hooks."""
+        for component in self.components.values():
+            if has_step_hooks(component) and hasattr(component, "_reset_stateful_cache"):
+                component._reset_stateful_cache()
+        if getattr(self, "_all_hooks", None):
+            super().maybe_free_model_hooks()
 
     def denoise(
         self,

@@ -21,8 +21,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
-from hubgen.acceleration.optimize import optimize_unless_chosen
-from hubgen.acceleration.optimize import prepared as tables
+from hubgen.acceleration.optimize import accelerated
 from hubgen.autoencoders.autoencoder_kl import AutoencoderKL
 from hubgen.autoencoders.latents import LatentSpace, decode
 from hubgen.backbones.flux import FluxTransformer2DModel
@@ -339,14 +338,11 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
         prepared = [control.prepare(target, begin) for control in controls]
         predict = Predictor(self.backbone, conditions, family, open_doors(prepared, attention))
         after_step: list[AfterStep] = [control.after_step for control in prepared]
-        after_step += self.acts(callback_on_step_end, callback_on_step_end_tensor_inputs, predict, EMBEDDINGS)
-        optimize_unless_chosen(self)
-        with (
-            opened(self.backbone, prepared),
-            tables(self.backbone, target.timesteps, predict.keywords(guidance.all_branches)),
-        ):
+        with accelerated(self) as fast, opened(self.backbone, prepared):
+            predict.tabulate(fast, target.timesteps, guidance.all_branches)
+            after_step += self.acts(callback_on_step_end, callback_on_step_end_tensor_inputs, predict, EMBEDDINGS, fast)
             latents = self.denoise(
-                predict,
+                fast.around(predict),
                 begin.x_t,
                 target.timesteps,
                 guidance,
@@ -354,7 +350,8 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
                 after_step,
                 step_options=step_options,
             )
-        pictures, flagged = self.decode_checked(latents, output_type)
+            with fast.network():
+                pictures, flagged = self.decode_checked(latents, output_type)
         self.maybe_free_model_hooks()
         output = TextToImageOutput(images=start.finished(pictures), nsfw_content_detected=flagged)
         return output if return_dict else output.to_tuple()

@@ -12,7 +12,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from hubgen.acceleration.optimize import optimize_unless_chosen
+from hubgen.acceleration.optimize import accelerated
 from hubgen.backbones.unet import UNet2DModel
 from hubgen.conditioning.condition import Condition
 from hubgen.conditioning.guidance import POSITIVE, ClassifierFreeGuidance
@@ -147,23 +147,24 @@ class UnconditionalPipeline(DenoisingPipeline):
 
         def correct(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             for _ in range(scheduler.config.correct_steps):
-                score = predict(x_t, t.expand(len(x_t)), (POSITIVE,), 0).to(x_t.dtype)
+                with fast.network():
+                    score = predict(x_t, t.expand(len(x_t)), (POSITIVE,), 0).to(x_t.dtype)
                 x_t = scheduler.step_correct(score, x_t, generator=generator, return_dict=False)[0]
             return x_t
 
-        after_step = self.acts(callback_on_step_end, callback_on_step_end_tensor_inputs, predictor, {})
         latents = starting_noise(self.scheduler, shape, generator, latents, device)
-        optimize_unless_chosen(self)
-        latents = self.denoise(
-            predict,
-            latents,
-            grid,
-            ClassifierFreeGuidance(1.0),
-            generator,
-            after_step,
-            step_options=step_options,
-            correct=correct if self.is_score_sde else None,
-        )
+        with accelerated(self) as fast:
+            after_step = self.acts(callback_on_step_end, callback_on_step_end_tensor_inputs, predictor, {}, fast)
+            latents = self.denoise(
+                fast.around(predict),
+                latents,
+                grid,
+                ClassifierFreeGuidance(1.0),
+                generator,
+                after_step,
+                step_options=step_options,
+                correct=correct if self.is_score_sde else None,
+            )
         images = self.to_pictures(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -18,6 +18,7 @@ authors' code, black-forest-labs/flux; there is no paper. `dev` takes a guidance
 Shapes: B batch, T image tokens (2 x 2 latent pixels of 16 channels each), L text tokens, D features of a token.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from torch import nn
 
 from hubgen.formats.loading import StrictModelMixin
 from hubgen.formats.single_file import SingleFileMixin
+from hubgen.layers.conditioned import modulations
 from hubgen.layers.embeddings import (
     CombinedTimestepGuidanceTextProjEmbeddings,
     CombinedTimestepTextProjEmbeddings,
@@ -206,9 +208,8 @@ class FluxTransformer2DModel(
 
         x = self.x_embedder(hidden_states)  # (B, T, D)
         context = self.context_embedder(encoder_hidden_states)  # (B, L, D)
-        # Both are rounded to the precision of x before they grow, as they were when the weights were trained.
-        scales = [1000 * scale.to(x.dtype) for scale in (timestep, guidance) if scale is not None]
-        temb = self.time_text_embed(*scales, pooled_projections)  # (B, D)
+        assert pooled_projections is not None and timestep is not None
+        temb = self.embed_time(timestep, pooled_projections, guidance, x.dtype)  # (B, D)
         rotary = self.rotary_tables(txt_ids, img_ids)  # (L + T, features of a head), twice
 
         for i, block in enumerate(self.transformer_blocks):
@@ -224,6 +225,24 @@ class FluxTransformer2DModel(
 
         sample = self.proj_out(self.norm_out(x, temb))  # (B, T, out_channels)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def embed_time(
+        self, timestep: torch.Tensor, pooled: torch.Tensor, guidance: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """The sum of everything that is one vector: time and guidance (B,) and pooled text (B, P) to (B, D)."""
+        # Both are rounded to the precision of x before they grow, as they were when the weights were trained.
+        scales = [1000 * scale.to(dtype) for scale in (timestep, guidance) if scale is not None]
+        return self.time_text_embed(*scales, pooled)
+
+    def context_layers(self) -> list[nn.Module]:
+        """The layers that see the text as it comes in, and nothing else."""
+        return [self.context_embedder]
+
+    def modulations(
+        self, timestep: torch.Tensor, pooled_projections: torch.Tensor, guidance: torch.Tensor | None = None
+    ) -> Iterator[tuple[nn.Module, torch.Tensor]]:
+        """What every layer answers that sees time and pooled text alone; the arguments are those of `forward`."""
+        return modulations(self, self.embed_time(timestep, pooled_projections, guidance, self.dtype))
 
     def _run(
         self,

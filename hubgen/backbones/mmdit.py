@@ -14,6 +14,7 @@ Shapes: B batch, C channels, H and W height and width of the latents, T image to
 D features of a token.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch import nn
 
 from hubgen.formats.loading import StrictModelMixin
 from hubgen.formats.single_file import SingleFileMixin
+from hubgen.layers.conditioned import modulations
 from hubgen.layers.embeddings import CombinedTimestepTextProjEmbeddings, PatchEmbed
 from hubgen.layers.joint import JointTransformerBlock, initialize_joint_
 from hubgen.layers.normalization import AdaLayerNormContinuous
@@ -201,6 +203,16 @@ class SD3Transformer2DModel(
         x = self.proj_out(self.norm_out(x, temb))  # (B, T, patch * patch * C)
         sample = self.unpatchify(x, height, width)  # (B, C, H, W)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def context_layers(self) -> list[nn.Module]:
+        """The layers that see the text as it comes in, and nothing else."""
+        return [self.context_embedder]
+
+    def modulations(
+        self, timestep: torch.Tensor, pooled_projections: torch.Tensor
+    ) -> Iterator[tuple[nn.Module, torch.Tensor]]:
+        """What every layer answers that sees time and pooled text alone; the arguments are those of `forward`."""
+        return modulations(self, self.time_text_embed(timestep, pooled_projections))
 
     def unpatchify(self, x: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """(B, T, patch * patch * C) -> (B, C, height, width)."""

@@ -7,13 +7,29 @@ Shapes: B pictures, x_t and predictions (B, C, h, w), timesteps (B,) as schedule
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from hubgen.conditioning.condition import Condition
 from hubgen.conditioning.families import SHUT, BackboneFamily, Doors, family_of, plain_backbone
+from hubgen.layers.step_cache import has_step_hooks
+
+
+class Tables(Protocol):
+    """Where answers of a backbone to a known grid of times are kept."""
+
+    def tabulate(
+        self,
+        backbone: Any,
+        timesteps: torch.Tensor,
+        keywords: Mapping[str, Any],
+        rows: int,
+        branches: Sequence[str],
+    ) -> None:
+        """For timesteps (n,) as the backbone takes them, and keywords of one call of it, of so many rows."""
+
 
 OpenDoors = Callable[[torch.Tensor, torch.Tensor, Sequence[str]], Doors]
 
@@ -81,6 +97,8 @@ class Predictor:
         self.family = family_of(backbone) if family is None else family
         self.doors = doors
         self.conditions = conditions
+        # Step caches are hooks of diffusers. They tell apart, by the branches' names, what they keep of other batches.
+        self._cached = hasattr(backbone, "cache_context") and has_step_hooks(backbone)
 
     @property
     def conditions(self) -> Mapping[str, Condition]:
@@ -103,11 +121,10 @@ class Predictor:
         """The conditions of several branches in one batch."""
         return Condition.cat([self._conditions[branch] for branch in branches])
 
-    def grid_keywords(self, timesteps: torch.Tensor, branches: Sequence[str]) -> dict[str, Any]:
-        """Keywords of one call for every step of a grid, (n,): n times the rows of the branches, step after step."""
-        condition = self.condition(branches)
-        keywords = self.family.keywords(condition.repeat(len(timesteps)))
-        return {**keywords, "timestep": self.family.timestep(timesteps.repeat_interleave(len(condition)))}
+    def tabulate(self, tables: Tables, timesteps: torch.Tensor, branches: Sequence[str]) -> None:
+        """Has `tables` compute what the backbone answers to the times of a grid, (n,), in all of these branches."""
+        rows = len(self._conditions[branches[0]]) * len(branches)
+        tables.tabulate(self.backbone, self.family.timestep(timesteps), self.keywords(branches), rows, branches)
 
     def __call__(self, x_t: torch.Tensor, timestep: torch.Tensor, branches: Sequence[str], step: int) -> torch.Tensor:
         """The predictions of all branches in one call.
@@ -120,7 +137,5 @@ class Predictor:
         """
         backbone: Any = self.backbone
         doors = SHUT if self.doors is None else self.doors(x_t, timestep, branches)
-        # Step caches tell apart, by this name, what they keep of calls on other batches.
-        cached = hasattr(backbone, "cache_context")
-        with backbone.cache_context("+".join(branches)) if cached else nullcontext():
+        with backbone.cache_context("+".join(branches)) if self._cached else nullcontext():
             return call(backbone, self.family, x_t, timestep, self.keywords(branches), doors)

@@ -217,6 +217,12 @@ class Projections(AttentionModuleMixin):
         layers = {name: getattr(self, name, None) for name in names}
         return [name for name, layer in layers.items() if layer is not None and not isinstance(layer, nn.Linear)]
 
+    def context_layers(self) -> list[nn.Module]:
+        """The layers that see the context of a cross-attention, and nothing else."""
+        if not self.is_cross_attention:
+            return []
+        return [self.to_kv] if self.has_fused("to_kv", "to_k", "to_v") else [self.to_k, self.to_v]
+
     def fuse_projections(self) -> None:
         """Puts queries, keys and values into one layer; of cross-attention keys and values.
 

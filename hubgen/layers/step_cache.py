@@ -3,6 +3,7 @@
 from typing import Any, ClassVar
 
 from diffusers.models.cache_utils import CacheMixin
+from torch import nn
 
 
 class BlockCacheMixin(CacheMixin):
@@ -22,3 +23,8 @@ class BlockCacheMixin(CacheMixin):
             )
             TransformerBlockRegistry.register(block, metadata)
         super().enable_cache(config)
+
+
+def has_step_hooks(model: Any) -> bool:
+    """Whether hooks of diffusers are anywhere in a model: step caches, group offloading, casting."""
+    return isinstance(model, nn.Module) and any("_diffusers_hook" in module.__dict__ for module in model.modules())

@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import hubgen
-from hubgen.acceleration.optimize import prepared
+from hubgen.acceleration.optimize import accelerated
 from hubgen.backbones.unet_condition import stable_diffusion_1, stable_diffusion_xl
 from hubgen.conditioning.condition import Condition
 from hubgen.conditioning.predict import Predictor
@@ -230,32 +230,37 @@ def vae_config(row: Row) -> dict[str, Any]:
 
 def call(row: Row, side: str, model: Any, device: str) -> Callable[[], torch.Tensor]:
     inputs = moved(row.inputs(), device)
-    if row.model == "AutoencoderKL":
-        return lambda: model.decode(**inputs, return_dict=False)[0]
-    if side == "hubgen" and row.model == "SD3Transformer2DModel":
-        return Prepared(model, inputs)
-    return lambda: model(**inputs, return_dict=False)[0]
+    method = model.decode if row.model == "AutoencoderKL" else model
+    if side == "hubgen":
+        return Step(row, model, method, inputs)
+    return lambda: method(**inputs, return_dict=False)[0]
 
 
-class Prepared:
-    """A step of a walk of `STEPS`, whose modulations are computed beforehand by `once`."""
+class Step:
+    """A step of a call of `STEPS`: what a pipeline does once a call is done by `once`."""
 
-    def __init__(self, model: Any, inputs: dict[str, torch.Tensor]):
-        pooled, tokens = inputs["pooled_projections"], inputs["encoder_hidden_states"]
-        conditions = {
-            branch: Condition(tokens=tokens[i : i + 1], pooled=pooled[i : i + 1]) for i, branch in enumerate(BRANCHES)
-        }
-        self.model, self.inputs, self.predict = model, inputs, Predictor(model, conditions)
-        last = inputs["timestep"][0].item()
-        self.grid = torch.linspace(1000, last, STEPS, device=inputs["timestep"].device)
+    def __init__(self, row: Row, model: Any, method: Callable[..., Any], inputs: dict[str, Any]):
+        self.row, self.model, self.method, self.inputs = row, model, method, inputs
         self.stack = ExitStack()
+        self.once()
 
     def once(self) -> None:
         self.stack.close()
-        self.stack.enter_context(prepared(self.model, self.grid, self.predict.keywords(BRANCHES)))
+        self.fast = self.stack.enter_context(accelerated(self.model))
+        if self.row.model == "SD3Transformer2DModel":
+            names = ("encoder_hidden_states", "pooled_projections")
+            tokens, pooled = (self.inputs[name] for name in names)
+            conditions = {
+                branch: Condition(tokens=tokens[i : i + 1], pooled=pooled[i : i + 1])
+                for i, branch in enumerate(BRANCHES)
+            }
+            time = self.inputs["timestep"]
+            grid = torch.linspace(1000, time[0].item(), STEPS, device=time.device)
+            Predictor(self.model, conditions).tabulate(self.fast, grid, BRANCHES)
 
     def __call__(self) -> torch.Tensor:
-        return self.model(**self.inputs, return_dict=False)[0]
+        with self.fast.network(STEPS - 1, BRANCHES):
+            return self.method(**self.inputs, return_dict=False)[0]
 
 
 def moved(inputs: Any, device: str) -> Any:
