@@ -24,7 +24,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from hubgen.acceleration.optimize import optimize_unless_chosen, prepared
 from hubgen.autoencoders.autoencoder_kl import AutoencoderKL
 from hubgen.backbones.flux import FluxTransformer2DModel
-from hubgen.backbones.mmdit import SD3Transformer2DModel
+from hubgen.backbones.sd3 import SD3Transformer2DModel
 from hubgen.backbones.unet_condition import UNet2DConditionModel
 from hubgen.conditioning.guidance import ClassifierFreeGuidance
 from hubgen.conditioning.inputs import (

@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer, CLIPTextModelWithProjection
 
 from hubgen.autoencoders.autoencoder_kl import AutoencoderKL
-from hubgen.backbones.mmdit import SD3Transformer2DModel
+from hubgen.backbones.sd3 import SD3Transformer2DModel
 from hubgen.backbones.unet_condition import UNet2DConditionModel
 from hubgen.conditioning.inputs import condition_inputs
 from hubgen.conditioning.text import TextCondition

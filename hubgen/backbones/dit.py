@@ -30,11 +30,11 @@ from torch import nn
 
 from hubgen.formats.loading import StrictModelMixin
 from hubgen.layers.attention import Attention
+from hubgen.layers.checks import require_shape
 from hubgen.layers.embeddings import PatchEmbed, TimestepEmbedding, Timesteps
 from hubgen.layers.feed_forward import FeedForward
-from hubgen.layers.joint import add_gated
+from hubgen.layers.mmdit_blocks import add_gated
 from hubgen.layers.normalization import AdaLayerNormZero, modulate
-from hubgen.layers.shapes import require_shape
 from hubgen.layers.step_cache import BlockCacheMixin
 
 CLASS_DROPOUT = 0.1  # section 4: what makes classifier-free guidance possible

@@ -4,7 +4,7 @@
           |                            |                           |
       x_embedder                time_text_embed            context_embedder
           |                            |                           |
-          x --> 19 double blocks: joint attention, two MLPs <-- context        (hubgen/layers/joint.py)
+          x --> 19 double blocks: joint attention, two MLPs <-- context        (hubgen/layers/mmdit_blocks.py)
           |                                                        |
           +--> 38 single blocks: attention and MLP side by side <--+
           |
@@ -30,14 +30,14 @@ from torch import nn
 
 from hubgen.formats.loading import StrictModelMixin
 from hubgen.formats.single_file import SingleFileMixin
+from hubgen.layers.checks import require_shape
 from hubgen.layers.embeddings import (
     CombinedTimestepGuidanceTextProjEmbeddings,
     CombinedTimestepTextProjEmbeddings,
     FluxPosEmbed,
 )
-from hubgen.layers.joint import FluxSingleTransformerBlock, FluxTransformerBlock, Rotary, initialize_joint_
+from hubgen.layers.mmdit_blocks import FluxSingleTransformerBlock, FluxTransformerBlock, Rotary, initialize_joint_
 from hubgen.layers.normalization import AdaLayerNormContinuous
-from hubgen.layers.shapes import require_shape
 from hubgen.layers.step_cache import BlockCacheMixin
 
 logger = logging.get_logger(__name__)

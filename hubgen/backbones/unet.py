@@ -28,7 +28,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
 from hubgen.formats.loading import StrictModelMixin
-from hubgen.layers.configs import require_positive, require_supported
+from hubgen.layers.checks import require_positive, require_supported
 from hubgen.layers.embeddings import GaussianFourierProjection, TimestepEmbedding, Timesteps
 from hubgen.layers.unet_blocks import (
     AttnDownBlock2D,

@@ -31,7 +31,7 @@ from torch import nn
 
 from hubgen.formats.loading import StrictModelMixin
 from hubgen.formats.single_file import SingleFileMixin
-from hubgen.layers.configs import per_level, require_all_positive, require_supported
+from hubgen.layers.checks import per_level, require_all_positive, require_supported
 from hubgen.layers.embeddings import TimestepEmbedding, Timesteps
 from hubgen.layers.unet_blocks import (
     CrossAttnDownBlock2D,

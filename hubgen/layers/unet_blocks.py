@@ -18,7 +18,7 @@ from torch import nn
 
 from hubgen.layers.attention import SpatialAttention
 from hubgen.layers.resnet import Downsample2D, ResnetBlock2D, Upsample2D
-from hubgen.layers.transformer import Transformer2DModel
+from hubgen.layers.spatial_transformer import Transformer2DModel
 
 
 @dataclass(frozen=True)

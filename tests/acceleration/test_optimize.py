@@ -20,7 +20,7 @@ from hubgen.acceleration.upsampling import convolve_doubled, phase_kernels
 from hubgen.autoencoders.autoencoder_kl import AutoencoderKL
 from hubgen.backbones.dit import DiTTransformer2DModel
 from hubgen.backbones.flux import FluxTransformer2DModel
-from hubgen.backbones.mmdit import SD3Transformer2DModel
+from hubgen.backbones.sd3 import SD3Transformer2DModel
 from hubgen.backbones.unet import UNet2DModel
 from hubgen.backbones.unet_condition import UNet2DConditionModel
 from hubgen.conditioning.inputs import BackboneCall

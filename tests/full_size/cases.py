@@ -14,7 +14,8 @@ from torch import nn
 
 import hubgen
 from hubgen.autoencoders import autoencoder_kl
-from hubgen.backbones import dit, flux, mmdit, unet_condition
+from hubgen.backbones import dit, flux, unet_condition
+from hubgen.backbones import sd3 as stable_diffusion_3
 
 LIBRARIES = {"hubgen": hubgen, "diffusers": diffusers}
 Config = dict[str, Any]
@@ -184,9 +185,9 @@ CASES = {
         dit_inputs,
         reduced={"num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 16},
     ),
-    "SD3 medium": sd3(mmdit.stable_diffusion_3_medium, 2_028_328_000),
-    "SD3.5 medium": sd3(mmdit.stable_diffusion_3_5_medium, 2_243_171_520),
-    "SD3.5 large": sd3(mmdit.stable_diffusion_3_5_large, 8_056_627_520, {"num_layers": 3}),
+    "SD3 medium": sd3(stable_diffusion_3.stable_diffusion_3_medium, 2_028_328_000),
+    "SD3.5 medium": sd3(stable_diffusion_3.stable_diffusion_3_5_medium, 2_243_171_520),
+    "SD3.5 large": sd3(stable_diffusion_3.stable_diffusion_3_5_large, 8_056_627_520, {"num_layers": 3}),
     "FLUX.1 dev": flux_1(flux.flux_dev, 11_901_408_320),
     "FLUX.1 schnell": flux_1(flux.flux_schnell, 11_891_178_560),
     "SD autoencoder": autoencoder(autoencoder_kl.stable_diffusion, 83_653_863),

@@ -26,10 +26,10 @@ from torch import nn
 
 from hubgen.formats.loading import StrictModelMixin
 from hubgen.formats.single_file import SingleFileMixin
+from hubgen.layers.checks import require_shape
 from hubgen.layers.embeddings import CombinedTimestepTextProjEmbeddings, PatchEmbed
-from hubgen.layers.joint import JointTransformerBlock, initialize_joint_
+from hubgen.layers.mmdit_blocks import JointTransformerBlock, initialize_joint_
 from hubgen.layers.normalization import AdaLayerNormContinuous
-from hubgen.layers.shapes import require_shape
 from hubgen.layers.step_cache import BlockCacheMixin
 
 
