@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hubgen
 from hubgen.acceleration.optimize import prepared
-from hubgen.backbones.unet_condition import stable_diffusion_1, stable_diffusion_xl
+from hubgen.backbones.unet_condition_config import stable_diffusion_1, stable_diffusion_xl
 from hubgen.conditioning.inputs import BackboneCall
 from hubgen.conditioning.text import TextEmbeddings
 from tests.benchmarks import report
