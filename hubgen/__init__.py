@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from hubgen.autoencoders.vq_model import VQModel as VQModel
     from hubgen.backbones.dit import DiTTransformer2DModel as DiTTransformer2DModel
     from hubgen.backbones.flux import FluxTransformer2DModel as FluxTransformer2DModel
-    from hubgen.backbones.mmdit import SD3Transformer2DModel as SD3Transformer2DModel
+    from hubgen.backbones.sd3 import SD3Transformer2DModel as SD3Transformer2DModel
     from hubgen.backbones.unet import UNet2DModel as UNet2DModel
     from hubgen.backbones.unet_condition import UNet2DConditionModel as UNet2DConditionModel
     from hubgen.conditioning.guidance import ClassifierFreeGuidance as ClassifierFreeGuidance
@@ -65,7 +65,7 @@ HOMES = {
     "FluxTransformer2DModel": "hubgen.backbones.flux",
     "LogitNormalDensity": "hubgen.paths.timesteps",
     "RectifiedFlowPath": "hubgen.paths.path",
-    "SD3Transformer2DModel": "hubgen.backbones.mmdit",
+    "SD3Transformer2DModel": "hubgen.backbones.sd3",
     "ScoreSdeVeScheduler": "hubgen.schedulers.score_sde_ve",
     "TextCondition": "hubgen.conditioning.text",
     "TextEmbeddings": "hubgen.conditioning.text",

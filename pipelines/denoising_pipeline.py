@@ -12,8 +12,8 @@ import torch
 from hubgen.acceleration.walk import Acceleration
 from hubgen.conditioning.guidance import Guidance
 from hubgen.conditioning.predict import Predictor
+from hubgen.formats.diffusers_contract import has_step_hooks
 from hubgen.hub.native import NativePipeline
-from hubgen.layers.step_cache import has_step_hooks
 from hubgen.pipelines.callbacks import Callback, StepCallback
 from hubgen.pipelines.checks import require_whole
 from hubgen.pipelines.denoising import AfterStep, Generator, Predict, denoise

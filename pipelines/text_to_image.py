@@ -25,7 +25,7 @@ from hubgen.acceleration.optimize import accelerated
 from hubgen.autoencoders.autoencoder_kl import AutoencoderKL
 from hubgen.autoencoders.latents import LatentSpace, decode
 from hubgen.backbones.flux import FluxTransformer2DModel
-from hubgen.backbones.mmdit import SD3Transformer2DModel
+from hubgen.backbones.sd3 import SD3Transformer2DModel
 from hubgen.backbones.unet_condition import UNet2DConditionModel
 from hubgen.conditioning.condition import Condition
 from hubgen.conditioning.families import BackboneFamily, family_of

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, BertTokenizer, CLIPTextConfig, CLIPTextModelWithProjection
 
 from hubgen.autoencoders.autoencoder_kl import AutoencoderKL
-from hubgen.backbones.mmdit import SD3Transformer2DModel
+from hubgen.backbones.sd3 import SD3Transformer2DModel
 from hubgen.backbones.unet_condition import UNet2DConditionModel
 from hubgen.pipelines.text_to_image import TextToImagePipeline
 from hubgen.schedulers.ddpm import DDPMScheduler

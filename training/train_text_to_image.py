@@ -35,7 +35,7 @@ from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer, CL
 
 from hubgen.autoencoders.autoencoder_kl import AutoencoderKL
 from hubgen.autoencoders.latents import normalised
-from hubgen.backbones.mmdit import SD3Transformer2DModel
+from hubgen.backbones.sd3 import SD3Transformer2DModel
 from hubgen.backbones.unet_condition import UNet2DConditionModel
 from hubgen.conditioning.condition import Condition
 from hubgen.conditioning.predict import predict

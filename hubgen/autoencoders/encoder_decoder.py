@@ -16,6 +16,7 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 from hubgen.layers.attention import SpatialAttention
+from hubgen.layers.checkpointing import Checkpointed
 from hubgen.layers.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 
 
@@ -111,7 +112,7 @@ class MidBlock(nn.Module):
         return self.resnets[1](x)
 
 
-class Encoder(nn.Module):
+class Encoder(nn.Module, Checkpointed):
     """Pixels (B, `in_channels`, H, W) -> features (B, `out_channels`, H / f, W / f).
 
     Args:
@@ -135,7 +136,6 @@ class Encoder(nn.Module):
         mid_block_add_attention: bool,
     ):
         super().__init__()
-        self.gradient_checkpointing = False
         widths = (block_out_channels[0], *block_out_channels)
         last = len(block_out_channels) - 1
         self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], 3, padding=1)
@@ -152,14 +152,11 @@ class Encoder(nn.Module):
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
         x = self.conv_in(sample)  # (B, D0, H, W)
         for block in [*self.down_blocks, self.mid_block]:  # (B, D, h, w)
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, x)
-            else:
-                x = block(x)
+            x = self.run(block, x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))  # (B, out, h, w)
 
 
-class Decoder(nn.Module):
+class Decoder(nn.Module, Checkpointed):
     """Latents (B, `in_channels`, h, w) -> pixels (B, `out_channels`, h * f, w * f).
 
     Args:
@@ -183,7 +180,6 @@ class Decoder(nn.Module):
         mid_block_add_attention: bool,
     ):
         super().__init__()
-        self.gradient_checkpointing = False
         widths = (block_out_channels[-1], *reversed(block_out_channels))
         last = len(block_out_channels) - 1
         self.conv_in = nn.Conv2d(in_channels, block_out_channels[-1], 3, padding=1)
@@ -200,10 +196,7 @@ class Decoder(nn.Module):
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
         x = self.conv_in(sample)  # (B, D, h, w)
         for block in [self.mid_block, *self.up_blocks]:  # (B, D0, H, W)
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, x)
-            else:
-                x = block(x)
+            x = self.run(block, x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))  # (B, out, H, W)
 
 

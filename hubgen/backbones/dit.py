@@ -1,4 +1,4 @@
-"""DiT: a transformer on patches of latents, told its timestep and class by adaptive norms (2212.09748, figure 3).
+"""DiT: a transformer on patches of latents, conditioned on timestep and class by adaptive norms (2212.09748, figure 3).
 
            x_t              t            class
             |               |              |
@@ -22,21 +22,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.attention import AttentionMixin
+from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
 from torch import nn
 
-from hubgen.formats.loading import StrictModelMixin
+from hubgen.backbones.base import Backbone
 from hubgen.layers.attention import Attention
+from hubgen.layers.checks import require_shape
 from hubgen.layers.embeddings import PatchEmbed, TimestepEmbedding, Timesteps
 from hubgen.layers.feed_forward import FeedForward
-from hubgen.layers.joint import add_gated
+from hubgen.layers.mmdit_blocks import add_gated
 from hubgen.layers.normalization import AdaLayerNormZero, modulate
-from hubgen.layers.shapes import require_shape
-from hubgen.layers.step_cache import BlockCacheMixin
+from hubgen.layers.residuals import shared_by_neighbours
 
 CLASS_DROPOUT = 0.1  # section 4: what makes classifier-free guidance possible
 
@@ -77,7 +75,10 @@ class ClassAdaLayerNormZero(AdaLayerNormZero):
 
 
 class Embedded:
-    """The way of a block's embedded condition to the output. Not a list, because offloading hooks hand on copies."""
+    """Carries the first block's embedded condition to the output, under group offloading.
+
+    Not a list, because offloading hooks hand on copies of lists.
+    """
 
     temb: torch.Tensor | None = None  # (B, D)
 
@@ -131,19 +132,30 @@ class DiTBlock(nn.Module):
         timestep: torch.Tensor,
         class_labels: torch.Tensor,
         cross_attention_kwargs: dict[str, Any] | None = None,
+        residual: torch.Tensor | None = None,
         embedded: Embedded | None = None,
     ) -> torch.Tensor:
-        """(B, T, D), (B,), (B,) -> (B, T, D); `embedded` is given the block's embedding of its condition, if asked."""
+        """(B, T, D), (B,), (B,) -> (B, T, D).
+
+        Args:
+            hidden_states: Tokens, (B, T, D).
+            timestep: (B,).
+            class_labels: (B,).
+            cross_attention_kwargs: Further keywords of the attention's processor.
+            residual: A ControlNet's, (B, T, D), added at the end; see `JointTransformerBlock.forward`.
+            embedded: Receives the block's embedded condition.
+        """
         x = hidden_states
         temb = self.norm1.emb(timestep, class_labels, x.dtype)  # (B, D)
         if embedded is not None:
             embedded.temb = temb
         x_in, gate, shift_mlp, scale_mlp, gate_mlp = self.norm1(x, temb)
         x = add_gated(x, gate, self.attn1(x_in, **(cross_attention_kwargs or {})))
-        return add_gated(x, gate_mlp, self.ff(modulate(self.norm3(x), scale_mlp, shift_mlp)))
+        x = add_gated(x, gate_mlp, self.ff(modulate(self.norm3(x), scale_mlp, shift_mlp)))
+        return x if residual is None else x + residual
 
 
-class DiTTransformer2DModel(StrictModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, BlockCacheMixin):
+class DiTTransformer2DModel(Backbone):
     """The class-conditional diffusion transformer (2212.09748); same name, same checkpoint as diffusers' class.
 
     Three things differ from that class, none of them in evaluation: a fresh model predicts exactly 0 (adaLN-Zero, as
@@ -174,7 +186,6 @@ class DiTTransformer2DModel(StrictModelMixin, AttentionMixin, ConfigMixin, PeftA
     """
 
     _config_class_names = ("Transformer2DModel",)  # in the official repositories
-    _supports_gradient_checkpointing = True
     _no_split_modules = ["DiTBlock"]
     _repeated_blocks = ["DiTBlock"]
     _skip_layerwise_casting_patterns = ["pos_embed", "norm"]
@@ -242,7 +253,6 @@ class DiTTransformer2DModel(StrictModelMixin, AttentionMixin, ConfigMixin, PeftA
         self.norm_out = nn.LayerNorm(self.inner_dim, elementwise_affine=False, eps=1e-6)
         self.proj_out_1 = nn.Linear(self.inner_dim, 2 * self.inner_dim)
         self.proj_out_2 = nn.Linear(self.inner_dim, patch_size * patch_size * self.out_channels)
-        self.gradient_checkpointing = False
         self._blocks_come_and_go = False
         self.initialize_weights()
 
@@ -276,6 +286,7 @@ class DiTTransformer2DModel(StrictModelMixin, AttentionMixin, ConfigMixin, PeftA
         class_labels: torch.Tensor | None = None,
         cross_attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
+        block_controlnet_hidden_states: list[torch.Tensor] | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """Predicts the noise of latents, and beside it what the config's `out_channels` has room for.
 
@@ -285,6 +296,8 @@ class DiTTransformer2DModel(StrictModelMixin, AttentionMixin, ConfigMixin, PeftA
             class_labels: (B,), whole numbers; `num_embeds_ada_norm` is no class. In training one of ten becomes that.
             cross_attention_kwargs: Keywords for the attention processors, and `scale`, the strength of LoRA layers.
             return_dict: Whether to return an output object rather than a tuple of one.
+            block_controlnet_hidden_states: A ControlNet's residuals, each (B, T, D), added by the blocks; fewer than
+                the blocks serve several neighbouring blocks each, as in FLUX.
 
         Returns:
             `sample`: (B, out_channels, H, W).
@@ -292,25 +305,23 @@ class DiTTransformer2DModel(StrictModelMixin, AttentionMixin, ConfigMixin, PeftA
         Raises:
             ValueError: An input is missing, its shape does not fit the config, or a label is no class.
         """
-        timestep, class_labels = self._check_inputs(hidden_states, timestep, class_labels)
+        timestep, class_labels = self.check_inputs(hidden_states, timestep, class_labels)
         height, width = hidden_states.shape[-2:]
         if self.training:
             class_labels = self.drop_labels(class_labels)
 
+        residuals = shared_by_neighbours(block_controlnet_hidden_states, len(self.transformer_blocks))
+
         x = self.pos_embed(hidden_states)  # (B, T, D)
         # The output needs the first block's embedders, whose weights may be elsewhere once that block is through.
         embedded = Embedded() if self._blocks_come_and_go else None
-        for i, block in enumerate(self.transformer_blocks):
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, x, timestep, class_labels, cross_attention_kwargs)
-            elif i == 0 and embedded is not None:
-                x = block(x, timestep, class_labels, cross_attention_kwargs, embedded)
-            else:
-                x = block(x, timestep, class_labels, cross_attention_kwargs)
+        for i, (block, residual) in enumerate(zip(self.transformer_blocks, residuals, strict=True)):  # (B, T, D)
+            kept = embedded if i == 0 else None
+            x = self.run(block, x, timestep, class_labels, cross_attention_kwargs, residual, kept)
 
-        temb = None if embedded is None else embedded.temb
+        temb = None if embedded is None else embedded.temb  # (B, D)
         if temb is None:
-            temb = self.transformer_blocks[0].norm1.emb(timestep, class_labels, x.dtype)  # (B, D)
+            temb = self.transformer_blocks[0].norm1.emb(timestep, class_labels, x.dtype)
         shift, scale = self.proj_out_1(F.silu(temb)).chunk(2, dim=1)
         x = self.proj_out_2(modulate(self.norm_out(x), scale, shift))  # (B, T, patch * patch * C)
         sample = self.unpatchify(x, height, width)  # (B, C, H, W)
@@ -340,7 +351,7 @@ class DiTTransformer2DModel(StrictModelMixin, AttentionMixin, ConfigMixin, PeftA
         x = x.reshape(-1, height // p, width // p, p, p, self.out_channels)  # (B, h, w, p, p, C)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, height, width)
 
-    def _check_inputs(
+    def check_inputs(
         self, hidden_states: torch.Tensor, timestep: torch.Tensor | None, class_labels: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The timesteps and labels, one for each of the batch."""

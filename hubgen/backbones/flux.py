@@ -4,7 +4,7 @@
           |                            |                           |
       x_embedder                time_text_embed            context_embedder
           |                            |                           |
-          x --> 19 double blocks: joint attention, two MLPs <-- context        (hubgen/layers/joint.py)
+          x --> 19 double blocks: joint attention, two MLPs <-- context        (hubgen/layers/mmdit_blocks.py)
           |                                                        |
           +--> 38 single blocks: attention and MLP side by side <--+
           |
@@ -22,25 +22,24 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import FluxTransformer2DLoadersMixin, PeftAdapterMixin
-from diffusers.models.attention import AttentionMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import FluxTransformer2DLoadersMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale, logging
 from torch import nn
 
-from hubgen.formats.loading import StrictModelMixin
+from hubgen.backbones.base import Backbone
 from hubgen.formats.single_file import SingleFileMixin
+from hubgen.layers.checks import require_shape
 from hubgen.layers.conditioned import modulations
 from hubgen.layers.embeddings import (
     CombinedTimestepGuidanceTextProjEmbeddings,
     CombinedTimestepTextProjEmbeddings,
     FluxPosEmbed,
 )
-from hubgen.layers.joint import FluxSingleTransformerBlock, FluxTransformerBlock, Rotary, initialize_joint_
+from hubgen.layers.mmdit_blocks import FluxSingleTransformerBlock, FluxTransformerBlock, initialize_joint_
 from hubgen.layers.normalization import AdaLayerNormContinuous
-from hubgen.layers.shapes import require_shape
-from hubgen.layers.step_cache import BlockCacheMixin
+from hubgen.layers.residuals import in_turns, shared_by_neighbours
 
 logger = logging.get_logger(__name__)
 
@@ -65,15 +64,104 @@ def flux_schnell() -> dict[str, Any]:
     }
 
 
-class FluxTransformer2DModel(
-    StrictModelMixin,
-    SingleFileMixin,
-    AttentionMixin,
-    ConfigMixin,
-    PeftAdapterMixin,
-    FluxTransformer2DLoadersMixin,
-    BlockCacheMixin,
-):
+class FluxStem(SingleFileMixin, Backbone):
+    """What FLUX's transformer and ControlNets for it begin with: the embedders, and the checks of their inputs.
+
+    A subclass has the embedders built by `build_stem`, and `inner_dim` (D), the features of a token.
+    """
+
+    inner_dim: int
+
+    def build_stem(self) -> None:
+        """Makes the embedders that the config describes."""
+        config = self.config
+        self.pos_embed = FluxPosEmbed(theta=10000, axes_dim=tuple(config.axes_dims_rope))
+        self._kept_rotary: tuple[Any, ...] | None = None
+        embeddings = (
+            CombinedTimestepGuidanceTextProjEmbeddings if config.guidance_embeds else CombinedTimestepTextProjEmbeddings
+        )
+        self.time_text_embed = embeddings(self.inner_dim, config.pooled_projection_dim)
+        self.context_embedder = nn.Linear(config.joint_attention_dim, self.inner_dim)
+        self.x_embedder = nn.Linear(config.in_channels, self.inner_dim)
+
+    def embed(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        pooled_projections: torch.Tensor,
+        timestep: torch.Tensor,
+        guidance: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Image tokens (B, T, D), text tokens (B, L, D), condition (B, D); the arguments are those of `forward`."""
+        x = self.x_embedder(hidden_states)  # (B, T, D)
+        context = self.context_embedder(encoder_hidden_states)  # (B, L, D)
+        return x, context, self.embed_time(timestep, pooled_projections, guidance, x.dtype)
+
+    def embed_time(
+        self,
+        timestep: torch.Tensor,
+        pooled_projections: torch.Tensor,
+        guidance: torch.Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """What modulates every block, the embedded time, guidance and pooled text: (B,), (B, P), (B,) -> (B, D).
+
+        `dtype` is the precision of the tokens, to which time and guidance are rounded before they grow by 1000, as
+        they were when the weights were trained; the model's own by default.
+        """
+        dtype = self.dtype if dtype is None else dtype
+        scales = [1000 * scale.to(dtype) for scale in (timestep, guidance) if scale is not None]
+        return self.time_text_embed(*scales, pooled_projections)
+
+    def context_layers(self) -> list[nn.Module]:
+        """The layers that see the text as it comes in, and nothing else."""
+        return [self.context_embedder]
+
+    def modulations(
+        self, timestep: torch.Tensor, pooled_projections: torch.Tensor, guidance: torch.Tensor | None = None
+    ) -> Iterator[tuple[nn.Module, torch.Tensor]]:
+        """What every layer answers that sees time and pooled text alone; the arguments are those of `forward`."""
+        return modulations(self, self.embed_time(timestep, pooled_projections, guidance))
+
+    def rotary_tables(self, txt_ids: torch.Tensor, img_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of all positions, text first, each (L + T, features of a head).
+
+        Kept for the next call: in a sampling loop every call has the very same tensors of positions.
+        """
+        if torch.compiler.is_compiling() or txt_ids.is_inference() or img_ids.is_inference():
+            return self.pos_embed(torch.cat([txt_ids, img_ids]))
+        stamp = (txt_ids._version, img_ids._version)
+        kept = self._kept_rotary
+        if kept is None or kept[0] is not txt_ids or kept[1] is not img_ids or kept[2] != stamp:
+            kept = (txt_ids, img_ids, stamp, self.pos_embed(torch.cat([txt_ids, img_ids])))
+            self._kept_rotary = kept
+        return kept[3]
+
+    def check_inputs(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None,
+        pooled_projections: torch.Tensor | None,
+        timestep: torch.Tensor | None,
+        img_ids: torch.Tensor | None,
+        txt_ids: torch.Tensor | None,
+        guidance: torch.Tensor | None,
+    ) -> None:
+        """Raises ValueError where an input is missing or its shape does not fit the config."""
+        batch, config, axes = len(hidden_states), self.config, len(self.config.axes_dims_rope)
+        require_shape("hidden_states", hidden_states, (batch, "tokens", config.in_channels))
+        require_shape("encoder_hidden_states", encoder_hidden_states, (batch, "tokens", config.joint_attention_dim))
+        require_shape("pooled_projections", pooled_projections, (batch, config.pooled_projection_dim))
+        require_shape("img_ids", img_ids, (hidden_states.shape[1], axes))
+        require_shape("txt_ids", txt_ids, (encoder_hidden_states.shape[1], axes))
+        if guidance is not None and not config.guidance_embeds:
+            raise ValueError("`guidance` must be None for a model without `guidance_embeds`, got a tensor.")
+        scales = {"timestep": timestep} | ({"guidance": guidance} if config.guidance_embeds else {})
+        for name, value in scales.items():
+            require_shape(name, value, (1 if value is not None and value.shape == (1,) else batch,))
+
+
+class FluxTransformer2DModel(FluxTransformer2DLoadersMixin, FluxStem):
     """The transformer of FLUX.1; same name, same checkpoint as diffusers' class, of which a fresh model predicts 0.
 
     Args:
@@ -93,7 +181,6 @@ class FluxTransformer2DModel(
         ValueError: `axes_dims_rope` do not share a head's features out in even parts.
     """
 
-    _supports_gradient_checkpointing = True
     _no_split_modules = ["FluxTransformerBlock", "FluxSingleTransformerBlock"]
     _repeated_blocks = ["FluxTransformerBlock", "FluxSingleTransformerBlock"]
     _skip_layerwise_casting_patterns = ["pos_embed", "norm"]
@@ -123,14 +210,7 @@ class FluxTransformer2DModel(
         self.inner_dim = num_attention_heads * attention_head_dim
         self.out_channels = in_channels if out_channels is None else out_channels
 
-        self.pos_embed = FluxPosEmbed(theta=10000, axes_dim=tuple(axes_dims_rope))
-        self._kept_rotary: tuple[Any, ...] | None = None
-        embeddings = (
-            CombinedTimestepGuidanceTextProjEmbeddings if guidance_embeds else CombinedTimestepTextProjEmbeddings
-        )
-        self.time_text_embed = embeddings(self.inner_dim, pooled_projection_dim)
-        self.context_embedder = nn.Linear(joint_attention_dim, self.inner_dim)
-        self.x_embedder = nn.Linear(in_channels, self.inner_dim)
+        self.build_stem()
         block = {
             "dim": self.inner_dim,
             "num_attention_heads": num_attention_heads,
@@ -142,22 +222,7 @@ class FluxTransformer2DModel(
         )
         self.norm_out = AdaLayerNormContinuous(self.inner_dim, self.inner_dim, elementwise_affine=False, eps=1e-6)
         self.proj_out = nn.Linear(self.inner_dim, patch_size * patch_size * self.out_channels)
-        self.gradient_checkpointing = False
         initialize_joint_(self)
-
-    def rotary_tables(self, txt_ids: torch.Tensor, img_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines of all positions, text first, each (L + T, features of a head).
-
-        Kept for the next call, which in a walk has the very same tensors of positions.
-        """
-        if torch.compiler.is_compiling() or txt_ids.is_inference() or img_ids.is_inference():
-            return self.pos_embed(torch.cat([txt_ids, img_ids]))
-        stamp = (txt_ids._version, img_ids._version)
-        kept = self._kept_rotary
-        if kept is None or kept[0] is not txt_ids or kept[1] is not img_ids or kept[2] != stamp:
-            kept = (txt_ids, img_ids, stamp, self.pos_embed(torch.cat([txt_ids, img_ids])))
-            self._kept_rotary = kept
-        return kept[3]
 
     @apply_lora_scale("joint_attention_kwargs")
     def forward(
@@ -187,7 +252,7 @@ class FluxTransformer2DModel(
             guidance: Guidance scale, (B,), or (1,) for all; `None` for a model without `guidance_embeds`.
             joint_attention_kwargs: Keywords for the attention processors; `scale`, the strength of LoRA layers; and
                 `ip_adapter_image_embeds`, the pictures of loaded IP-Adapters.
-            controlnet_block_samples: A ControlNet's features, each (B, T, D), added to the image tokens after double
+            controlnet_block_samples: A ControlNet's residuals, each (B, T, D), added to the image tokens by the double
                 blocks; fewer than the blocks serve several neighbouring blocks each.
             controlnet_single_block_samples: The same for the single blocks.
             return_dict: Whether to return an output object rather than a tuple of one.
@@ -200,63 +265,28 @@ class FluxTransformer2DModel(
             ValueError: An input is missing or its shape does not fit the config.
         """
         img_ids, txt_ids = without_batch("img_ids", img_ids), without_batch("txt_ids", txt_ids)
-        self._check_inputs(
+        self.check_inputs(
             hidden_states, encoder_hidden_states, pooled_projections, timestep, img_ids, txt_ids, guidance
         )
-        assert img_ids is not None and txt_ids is not None  # or the check had raised
+        assert encoder_hidden_states is not None and pooled_projections is not None and timestep is not None
+        assert img_ids is not None and txt_ids is not None
         double_kwargs, single_kwargs = self._split_kwargs(joint_attention_kwargs)
 
-        x = self.x_embedder(hidden_states)  # (B, T, D)
-        context = self.context_embedder(encoder_hidden_states)  # (B, L, D)
-        assert pooled_projections is not None and timestep is not None
-        temb = self.embed_time(timestep, pooled_projections, guidance, x.dtype)  # (B, D)
-        rotary = self.rotary_tables(txt_ids, img_ids)  # (L + T, features of a head), twice
+        double_rule = in_turns if controlnet_blocks_repeat else shared_by_neighbours
+        residuals = double_rule(controlnet_block_samples, len(self.transformer_blocks))
+        single_residuals = shared_by_neighbours(controlnet_single_block_samples, len(self.single_transformer_blocks))
 
-        for i, block in enumerate(self.transformer_blocks):
-            context, x = self._run(block, x, context, temb, rotary, double_kwargs)
-            if controlnet_block_samples:
-                every = 1 if controlnet_blocks_repeat else spread(self.transformer_blocks, controlnet_block_samples)
-                x = x + controlnet_block_samples[i // every % len(controlnet_block_samples)]
-        for i, block in enumerate(self.single_transformer_blocks):
-            context, x = self._run(block, x, context, temb, rotary, single_kwargs)
-            if controlnet_single_block_samples:
-                every = spread(self.single_transformer_blocks, controlnet_single_block_samples)
-                x = x + controlnet_single_block_samples[i // every]
+        x, context, temb = self.embed(
+            hidden_states, encoder_hidden_states, pooled_projections, timestep, guidance
+        )  # (B, T, D), (B, L, D), (B, D)
+        rotary = self.rotary_tables(txt_ids, img_ids)  # (L + T, features of a head), twice
+        for block, residual in zip(self.transformer_blocks, residuals, strict=True):  # (B, L, D), (B, T, D)
+            context, x = self.run(block, x, context, temb, rotary, double_kwargs, residual)
+        for block, residual in zip(self.single_transformer_blocks, single_residuals, strict=True):
+            context, x = self.run(block, x, context, temb, rotary, single_kwargs, residual)
 
         sample = self.proj_out(self.norm_out(x, temb))  # (B, T, out_channels)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
-
-    def embed_time(
-        self, timestep: torch.Tensor, pooled: torch.Tensor, guidance: torch.Tensor | None, dtype: torch.dtype
-    ) -> torch.Tensor:
-        """The sum of everything that is one vector: time and guidance (B,) and pooled text (B, P) to (B, D)."""
-        # Both are rounded to the precision of x before they grow, as they were when the weights were trained.
-        scales = [1000 * scale.to(dtype) for scale in (timestep, guidance) if scale is not None]
-        return self.time_text_embed(*scales, pooled)
-
-    def context_layers(self) -> list[nn.Module]:
-        """The layers that see the text as it comes in, and nothing else."""
-        return [self.context_embedder]
-
-    def modulations(
-        self, timestep: torch.Tensor, pooled_projections: torch.Tensor, guidance: torch.Tensor | None = None
-    ) -> Iterator[tuple[nn.Module, torch.Tensor]]:
-        """What every layer answers that sees time and pooled text alone; the arguments are those of `forward`."""
-        return modulations(self, self.embed_time(timestep, pooled_projections, guidance, self.dtype))
-
-    def _run(
-        self,
-        block: nn.Module,
-        x: torch.Tensor,
-        context: torch.Tensor,
-        temb: torch.Tensor,
-        rotary: Rotary,
-        kwargs: dict[str, Any],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, T, D), (B, L, D), ... -> text (B, L, D), image (B, T, D)."""
-        if torch.is_grad_enabled() and self.gradient_checkpointing:
-            return self._gradient_checkpointing_func(block, x, context, temb, rotary, kwargs)
-        return block(x, context, temb, rotary, kwargs)
 
     def _split_kwargs(self, kwargs: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
         """Keywords of the double and of the single blocks' processors; IP-Adapters speak to the double blocks alone."""
@@ -264,28 +294,6 @@ class FluxTransformer2DModel(
         if "ip_adapter_image_embeds" in double:
             double["ip_hidden_states"] = self.encoder_hid_proj(double.pop("ip_adapter_image_embeds"))
         return double, {name: value for name, value in double.items() if not name.startswith("ip_")}
-
-    def _check_inputs(
-        self,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None,
-        pooled_projections: torch.Tensor | None,
-        timestep: torch.Tensor | None,
-        img_ids: torch.Tensor | None,
-        txt_ids: torch.Tensor | None,
-        guidance: torch.Tensor | None,
-    ) -> None:
-        batch, config, axes = len(hidden_states), self.config, len(self.config.axes_dims_rope)
-        require_shape("hidden_states", hidden_states, (batch, "tokens", config.in_channels))
-        require_shape("encoder_hidden_states", encoder_hidden_states, (batch, "tokens", config.joint_attention_dim))
-        require_shape("pooled_projections", pooled_projections, (batch, config.pooled_projection_dim))
-        require_shape("img_ids", img_ids, (hidden_states.shape[1], axes))
-        require_shape("txt_ids", txt_ids, (encoder_hidden_states.shape[1], axes))
-        if guidance is not None and not config.guidance_embeds:
-            raise ValueError("`guidance` must be None for a model without `guidance_embeds`, got a tensor.")
-        scales = {"timestep": timestep} | ({"guidance": guidance} if config.guidance_embeds else {})
-        for name, value in scales.items():
-            require_shape(name, value, (1 if value is not None and value.shape == (1,) else batch,))
 
 
 def without_batch(name: str, ids: torch.Tensor | None) -> torch.Tensor | None:
@@ -296,8 +304,3 @@ def without_batch(name: str, ids: torch.Tensor | None) -> torch.Tensor | None:
         )
         return ids[0]
     return ids
-
-
-def spread(blocks: nn.ModuleList, samples: list[torch.Tensor]) -> int:
-    """Neighbouring blocks that share one of a ControlNet's samples."""
-    return -(-len(blocks) // len(samples))

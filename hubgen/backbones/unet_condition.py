@@ -16,130 +16,27 @@ Shapes: B batch, H and W height and width in latent pixels, C_i channels of leve
 of the time embedding, S text tokens, E features of a text token (`cross_attention_dim`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.attention import AttentionMixin
-from diffusers.models.cache_utils import CacheMixin
+from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.utils import apply_lora_scale
 from torch import nn
 
-from hubgen.formats.loading import StrictModelMixin
-from hubgen.formats.single_file import SingleFileMixin
-from hubgen.layers.conditioned import modulations
-from hubgen.layers.configs import per_level, require_all_positive, require_supported
-from hubgen.layers.embeddings import TimestepEmbedding, Timesteps
-from hubgen.layers.unet_blocks import (
-    CrossAttnDownBlock2D,
-    CrossAttnUpBlock2D,
-    DownBlock2D,
-    LevelAttention,
-    UNetMidBlock2D,
-    UNetMidBlock2DCrossAttn,
-    UpBlock2D,
-    start_at_zero,
-)
-
-DOWN_BLOCKS = {"DownBlock2D": DownBlock2D, "CrossAttnDownBlock2D": CrossAttnDownBlock2D}
-MID_BLOCKS = {"UNetMidBlock2D": UNetMidBlock2D, "UNetMidBlock2DCrossAttn": UNetMidBlock2DCrossAttn}
-UP_BLOCKS = {"UpBlock2D": UpBlock2D, "CrossAttnUpBlock2D": CrossAttnUpBlock2D}
-
-SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "mid_block_type": (*MID_BLOCKS, None),
-    "act_fn": ("silu", "swish"),
-    "encoder_hid_dim_type": (None, "text_proj"),
-    "num_attention_heads": (None,),
-    "dual_cross_attention": (False,),
-    "class_embed_type": (None, "timestep", "projection"),
-    "addition_embed_type": (None, "text_time"),
-    "resnet_time_scale_shift": ("default",),
-    "resnet_skip_time_act": (False,),
-    "resnet_out_scale_factor": (1.0,),
-    "time_embedding_type": ("positional",),
-    "time_embedding_act_fn": (None,),
-    "timestep_post_act": (None,),
-    "attention_type": ("default",),
-    "class_embeddings_concat": (False,),
-    "mid_block_only_cross_attention": (None, False),
-    "cross_attention_norm": (None,),
-    "addition_embed_type_num_heads": (64,),
-}
-"""Values that can be built, of the arguments that have more of them in diffusers (Kandinsky, DeepFloyd IF, GLIGEN)."""
+from hubgen.backbones.unet_condition_config import UP_BLOCKS, check_config
+from hubgen.backbones.unet_condition_encoder import UNetConditionEncoder
+from hubgen.layers.unet_blocks import start_at_zero
 
 
-def stable_diffusion_1() -> dict[str, Any]:
-    """Arguments of the U-Net of Stable Diffusion 1.x: 859,520,964 parameters, CLIP ViT-L/14's 768 text features."""
-    return {"sample_size": 64, "cross_attention_dim": 768}
-
-
-def stable_diffusion_2() -> dict[str, Any]:
-    """Arguments of the U-Net of Stable Diffusion 2.x: 865,910,724 parameters, OpenCLIP ViT-H/14's 1024 text features.
-
-    The checkpoints at 768 pixels predict v, the base ones at 512 pixels (`sample_size=64`) the noise; the network is
-    the same.
-    """
-    return {
-        "sample_size": 96,
-        "cross_attention_dim": 1024,
-        "attention_head_dim": (5, 10, 20, 20),
-        "use_linear_projection": True,
-        "upcast_attention": True,
-    }
-
-
-def stable_diffusion_xl() -> dict[str, Any]:
-    """Arguments of the U-Net of SDXL base: 2,567,463,684 parameters.
-
-    `text_embeds` has 1280 features and `time_ids` six numbers: height and width of the original, top and left of the
-    crop, height and width of the target (2307.01952, section 2.2).
-    """
-    return {
-        "sample_size": 128,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "block_out_channels": (320, 640, 1280),
-        "transformer_layers_per_block": (1, 2, 10),
-        "attention_head_dim": (5, 10, 20),
-        "cross_attention_dim": 2048,
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    }
-
-
-def stable_diffusion_xl_refiner() -> dict[str, Any]:
-    """Arguments of the U-Net of the SDXL refiner: 2,259,526,660 parameters.
-
-    `time_ids` has five numbers: height and width of the original, top and left of the crop, aesthetic score.
-    """
-    return {
-        "sample_size": 128,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "block_out_channels": (384, 768, 1536, 1536),
-        "transformer_layers_per_block": 4,
-        "attention_head_dim": (6, 12, 24, 24),
-        "cross_attention_dim": 1280,
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2560,
-    }
-
-
-class UNet2DConditionModel(
-    StrictModelMixin, SingleFileMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin
-):
+class UNet2DConditionModel(UNetConditionEncoder):
     """The U-Net of Stable Diffusion 1.x and 2.x and of SDXL; arguments and weights are those of diffusers' class.
 
-    Arguments that are missing below belong to variants that are not built here (`SUPPORTED` lists the values that
-    are); they stay in the signature so that any config can be read, and another value raises an error.
+    Arguments that are missing below belong to variants that are not built here; they stay in the signature so that any
+    config can be read, and a value that cannot be built raises an error (`unet_condition_config.py`, which also has the
+    configs of published models).
 
     Text comes in two forms. Token states always enter by cross-attention. A pooled embedding is optional, and enters
     by one of two arguments:
@@ -195,7 +92,6 @@ class UNet2DConditionModel(
         ValueError: An argument has a value that cannot be built, or does not fit another; the message names both.
     """
 
-    _supports_gradient_checkpointing = True
     _no_split_modules = ["BasicTransformerBlock", "ResnetBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"]
     _repeated_blocks = ["BasicTransformerBlock", "ResnetBlock2D"]
     _skip_layerwise_casting_patterns = ["norm"]
@@ -266,76 +162,17 @@ class UNet2DConditionModel(
         self.sample_size = sample_size
         if encoder_hid_dim is not None and encoder_hid_dim_type is None:
             self.register_to_config(encoder_hid_dim_type="text_proj")
-        self.check_config()
-        config, levels = self.config, len(block_out_channels)
-        heads = per_level("attention_head_dim", attention_head_dim, levels)
-        context_dims = per_level("cross_attention_dim", cross_attention_dim, levels)
-        layers = per_level("layers_per_block", layers_per_block, levels)
-        down_depths = per_level("transformer_layers_per_block", transformer_layers_per_block, levels)
-        up_depths = down_depths[::-1]
-        if reverse_transformer_layers_per_block is not None:
-            up_depths = per_level("reverse_transformer_layers_per_block", reverse_transformer_layers_per_block, levels)
-
-        def attention(level: int, depth: int | tuple[int, ...], block_type: str) -> LevelAttention | None:
-            if not block_type.startswith(("CrossAttn", "UNetMidBlock2DCrossAttn")):
-                return None
-            return LevelAttention(
-                heads[level],
-                context_dims[level],
-                depth,
-                use_linear_projection,
-                upcast_attention,
-                config.norm_num_groups,
-            )
-
-        self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], conv_in_kernel, padding=conv_in_kernel // 2)
-
-        temb_dim = 4 * block_out_channels[0] if time_embedding_dim is None else time_embedding_dim
-        self.time_proj = Timesteps(block_out_channels[0], flip_sin_to_cos, freq_shift)
-        self.time_embedding = TimestepEmbedding(block_out_channels[0], temb_dim, cond_proj_dim=time_cond_proj_dim)
-
-        self.encoder_hid_proj = (
-            None if encoder_hid_dim is None else nn.Linear(encoder_hid_dim, config.cross_attention_dim)
-        )
-        self.class_embedding: nn.Module | None = None
-        if class_embed_type == "timestep":
-            self.class_embedding = TimestepEmbedding(block_out_channels[0], temb_dim)
-        elif class_embed_type == "projection":
-            self.class_embedding = TimestepEmbedding(config.projection_class_embeddings_input_dim, temb_dim)
-        elif num_class_embeds is not None:
-            self.class_embedding = nn.Embedding(num_class_embeds, temb_dim)
-        if addition_embed_type == "text_time":
-            self.add_time_proj = Timesteps(config.addition_time_embed_dim, flip_sin_to_cos, freq_shift)
-            self.add_embedding = TimestepEmbedding(config.projection_class_embeddings_input_dim, temb_dim)
+        check_config(self.config)
+        levels = len(block_out_channels)
+        self.build_way_down()
+        self.up_blocks = nn.ModuleList()
+        self.build_middle()
 
         self.num_upsamplers = levels - 1
-        self.up_layers = tuple(count + 1 for count in reversed(layers))  # one residual block a map from the way down
-        norms: dict[str, Any] = {"groups": norm_num_groups, "eps": norm_eps, "dropout": dropout}
-        # The order of these three decides the order of `attn_processors`, by which IP-Adapter files are numbered.
-        self.down_blocks = nn.ModuleList()
-        self.up_blocks = nn.ModuleList()
-        for i, block_type in enumerate(down_block_types):
-            self.down_blocks.append(
-                DOWN_BLOCKS[block_type](
-                    block_out_channels[max(i - 1, 0)],
-                    block_out_channels[i],
-                    temb_dim,
-                    layers[i],
-                    attention(i, down_depths[i], block_type),
-                    add_downsample=i < levels - 1,
-                    downsample_padding=downsample_padding,
-                    **norms,
-                )
-            )
-        self.mid_block = None
-        if mid_block_type is not None:
-            self.mid_block = MID_BLOCKS[mid_block_type](
-                block_out_channels[-1],
-                temb_dim,
-                attention(-1, down_depths[-1], mid_block_type),
-                output_scale_factor=mid_block_scale_factor,
-                **norms,
-            )
+        self.up_layers = tuple(count + 1 for count in reversed(self.per_level("layers_per_block")))  # one a map
+        up_depths = self.down_depths[::-1]
+        if reverse_transformer_layers_per_block is not None:
+            up_depths = self.per_level("reverse_transformer_layers_per_block")
         for i, block_type in enumerate(up_block_types):
             level = levels - 1 - i
             self.up_blocks.append(
@@ -343,114 +180,21 @@ class UNet2DConditionModel(
                     block_out_channels[max(level - 1, 0)],
                     block_out_channels[level],
                     block_out_channels[min(level + 1, levels - 1)],
-                    temb_dim,
+                    self.temb_dim,
                     self.up_layers[i],
-                    attention(level, up_depths[i], block_type),
+                    self.level_attention(level, up_depths[i], block_type),
                     add_upsample=level > 0,
-                    **norms,
+                    **self.norm_options,
                 )
             )
 
-        self.conv_norm_out = nn.GroupNorm(norms["groups"], block_out_channels[0], eps=norm_eps)
+        self.conv_norm_out = nn.GroupNorm(self.config.norm_num_groups, block_out_channels[0], eps=norm_eps)
         self.conv_out = nn.Conv2d(block_out_channels[0], out_channels, conv_out_kernel, padding=conv_out_kernel // 2)
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
         """Every residual branch and the prediction start at zero: the network starts as its skip connections."""
         start_at_zero(self)
-
-    def check_config(self) -> None:
-        """Raises ValueError naming the argument whose value cannot be built or does not fit another."""
-        config = self.config
-        require_supported(config, SUPPORTED)
-        levels = len(config.block_out_channels)
-        if any(per_level("only_cross_attention", config.only_cross_attention, levels)):
-            raise ValueError(f"`only_cross_attention` must be False, got {config.only_cross_attention!r}.")
-        for name, known in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
-            if len(config[name]) != levels:
-                raise ValueError(
-                    f"`{name}` must have one entry a level, {levels} as `block_out_channels`, got {config[name]!r}."
-                )
-            for block_type in config[name]:
-                if block_type not in known:
-                    raise ValueError(f"`{name}` must be made of {list(known)}, got {block_type!r}.")
-        for name in (
-            "in_channels",
-            "out_channels",
-            "block_out_channels",
-            "layers_per_block",
-            "norm_num_groups",
-            "cross_attention_dim",
-            "transformer_layers_per_block",
-            "attention_head_dim",
-            "conv_in_kernel",
-            "conv_out_kernel",
-        ):
-            require_all_positive(name, config[name])
-        for name in ("conv_in_kernel", "conv_out_kernel"):
-            if config[name] % 2 == 0:
-                raise ValueError(f"`{name}` must be odd, got {config[name]}.")
-        if config.downsample_padding not in (0, 1):
-            raise ValueError(f"`downsample_padding` must be 0 or 1, got {config.downsample_padding!r}.")
-
-        heads = per_level("attention_head_dim", config.attention_head_dim, levels)
-        for channels, count in zip(config.block_out_channels, heads, strict=True):
-            if channels % config.norm_num_groups:
-                raise ValueError(
-                    f"`norm_num_groups` = {config.norm_num_groups} must divide all `block_out_channels`, "
-                    f"got {tuple(config.block_out_channels)}."
-                )
-            if channels % count:
-                raise ValueError(
-                    f"`attention_head_dim` is a number of heads (a name kept for old configs) and must divide the "
-                    f"level's channels, got {count} heads for {channels} channels."
-                )
-        self.check_transformer_layers()
-        self.check_embedding_config()
-
-    def check_transformer_layers(self) -> None:
-        """Raises ValueError where a list of transformer layers does not fit the residual blocks of its level."""
-        config, levels = self.config, len(self.config.block_out_channels)
-        layers = per_level("layers_per_block", config.layers_per_block, levels)
-        down = per_level("transformer_layers_per_block", config.transformer_layers_per_block, levels)
-        reverse = config.reverse_transformer_layers_per_block
-        if reverse is None and any(isinstance(entry, Sequence) for entry in down):
-            raise ValueError(
-                "`transformer_layers_per_block` has a list a level, which needs `reverse_transformer_layers_per_block` "
-                "for the way up, where every level has one residual block more."
-            )
-        up = () if reverse is None else per_level("reverse_transformer_layers_per_block", reverse, levels)
-        require_all_positive("reverse_transformer_layers_per_block", up)
-        for name, depths, counts in (
-            ("transformer_layers_per_block", down, layers),
-            ("reverse_transformer_layers_per_block", up, [count + 1 for count in layers[::-1]]),
-        ):
-            for depth, count in zip(depths, counts, strict=False):
-                if isinstance(depth, Sequence) and len(depth) != count:
-                    raise ValueError(
-                        f"`{name}` must have a number for each of the level's {count} residual blocks, got {depth!r}."
-                    )
-
-    def check_embedding_config(self) -> None:
-        """Raises ValueError where an embedding is asked for without the sizes that it needs."""
-        config = self.config
-        needs = {
-            ("class_embed_type", "projection"): ("projection_class_embeddings_input_dim",),
-            ("addition_embed_type", "text_time"): (
-                "projection_class_embeddings_input_dim",
-                "addition_time_embed_dim",
-            ),
-            ("encoder_hid_dim_type", "text_proj"): ("encoder_hid_dim", "cross_attention_dim"),
-        }
-        for (name, value), sizes in needs.items():
-            for size in sizes if config[name] == value else ():
-                if not isinstance(config[size], int) or config[size] < 1:
-                    raise ValueError(f"`{name}`={value!r} needs a whole number as `{size}`, got {config[size]!r}.")
-        if config.class_embed_type is not None and config.num_class_embeds is not None:
-            raise ValueError(
-                f"`num_class_embeds` = {config.num_class_embeds} needs `class_embed_type`=None, "
-                f"got {config.class_embed_type!r}."
-            )
 
     @apply_lora_scale("cross_attention_kwargs")
     def forward(
@@ -502,30 +246,18 @@ class UNet2DConditionModel(
         if self.config.center_input_sample:
             sample = 2 * sample - 1
         temb = self.embed_conditions(sample, timestep, class_labels, timestep_cond, added_cond_kwargs)  # (B, T)
-        if self.encoder_hid_proj is not None:
-            encoder_hidden_states = self.encoder_hid_proj(encoder_hidden_states)  # (B, S, E)
-        attended: dict[str, Any] = {
-            "encoder_hidden_states": encoder_hidden_states,
-            "attention_mask": self.score_bias(attention_mask, sample.dtype),
-            "encoder_attention_mask": self.score_bias(encoder_attention_mask, sample.dtype),
-            "cross_attention_kwargs": cross_attention_kwargs,
-        }
+        attended = self.attended(
+            encoder_hidden_states, attention_mask, encoder_attention_mask, cross_attention_kwargs, sample.dtype
+        )
         intra = list(down_intrablock_additional_residuals or ())
 
-        x = self.conv_in(sample)  # (B, C_0, H, W)
-        skips = [x]
-        for block in self.down_blocks:
-            x, maps = block(x, temb, additional_residuals=intra.pop(0) if intra else None, **attended)
-            skips.extend(maps)  # x: (B, C_i, H / 2^(i + 1), W / 2^(i + 1)), rounded up
-
+        x, skips = self.way_down(self.conv_in(sample), temb, attended, intra)  # (B, C_last, H', W')
         if down_block_additional_residuals is not None:
             skips = [skip + residual for skip, residual in zip(skips, down_block_additional_residuals, strict=True)]
         if self.mid_block is not None:
             x = self.mid_block(x, temb, **attended)  # (B, C_last, H', W')
-        if intra:
-            x = x + intra.pop(0)
-        if mid_block_additional_residual is not None:
-            x = x + mid_block_additional_residual
+        for residual in (*intra[len(self.down_blocks) :], mid_block_additional_residual):
+            x = x if residual is None else x + residual
 
         for block, count in zip(self.up_blocks, self.up_layers, strict=True):
             maps, skips = skips[-count:], skips[:-count]
@@ -534,145 +266,6 @@ class UNet2DConditionModel(
 
         x = self.conv_out(F.silu(self.conv_norm_out(x)))  # (B, out_channels, H, W)
         return UNet2DConditionOutput(sample=x) if return_dict else (x,)
-
-    def embed_conditions(
-        self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor | float | int,
-        class_labels: torch.Tensor | None,
-        timestep_cond: torch.Tensor | None,
-        added_cond_kwargs: dict[str, torch.Tensor] | None,
-    ) -> torch.Tensor:
-        """The sum of everything about the image that is one vector, (B, T): timestep, class, pooled text and sizes."""
-        batch, dtype = sample.shape[0], sample.dtype
-        if not torch.is_tensor(timestep):
-            timestep = torch.full((batch,), timestep, dtype=torch.float32, device=sample.device)
-        timestep = timestep.to(sample.device).reshape(-1).expand(batch)  # (B,)
-        temb = self.time_embedding(self.time_proj(timestep).to(dtype), timestep_cond)  # (B, T)
-
-        if self.class_embedding is not None and class_labels is not None:
-            if self.config.class_embed_type == "timestep":
-                class_labels = self.time_proj(class_labels)  # (B, C_0)
-            if self.config.class_embed_type is not None:
-                class_labels = class_labels.to(dtype)
-            temb = temb + self.class_embedding(class_labels).to(dtype)
-
-        if added_cond_kwargs:
-            numbers = added_cond_kwargs["time_ids"]  # (B, N)
-            waves = self.add_time_proj(numbers.flatten()).reshape(batch, -1)  # (B, N * addition_time_embed_dim)
-            vector = torch.cat([added_cond_kwargs["text_embeds"].to(dtype), waves.to(dtype)], dim=-1)
-            temb = temb + self.add_embedding(vector)
-        return temb
-
-    def context_layers(self) -> list[nn.Module]:
-        """The layers that see the text as it comes in, and nothing else; the attentions name theirs themselves."""
-        return [] if self.encoder_hid_proj is None else [self.encoder_hid_proj]
-
-    def modulations(
-        self,
-        timestep: torch.Tensor,
-        class_labels: torch.Tensor | None = None,
-        timestep_cond: torch.Tensor | None = None,
-        added_cond_kwargs: dict[str, torch.Tensor] | None = None,
-    ) -> Iterator[tuple[nn.Module, torch.Tensor]]:
-        """What every layer answers that sees the time and such vectors alone; the arguments are those of `forward`."""
-        like = timestep.new_empty(len(timestep), dtype=self.dtype)
-        return modulations(self, self.embed_conditions(like, timestep, class_labels, timestep_cond, added_cond_kwargs))
-
-    @staticmethod
-    def score_bias(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-        """(B, S) of 1 and 0 -> (B, 1, S) of 0 and -10000, which fits in half precision, to be added to the scores."""
-        return None if mask is None else ((1 - mask.to(dtype)) * -10000.0)[:, None]
-
-    def check_inputs(
-        self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor | float | int,
-        encoder_hidden_states: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        encoder_attention_mask: torch.Tensor | None,
-    ) -> None:
-        """Raises ValueError where the latents, the timestep, the text or a mask do not fit the model or each other."""
-        config = self.config
-        if sample.ndim != 4 or sample.shape[1] != config.in_channels:
-            raise ValueError(
-                f"`sample` must have the shape (batch, {config.in_channels}, height, width), got {tuple(sample.shape)}."
-            )
-        batch = sample.shape[0]
-        if torch.is_tensor(timestep) and (timestep.ndim > 1 or timestep.numel() not in (1, batch)):
-            raise ValueError(
-                f"`timestep` must be one number or have the shape ({batch},) as the batch of `sample`, "
-                f"got {tuple(timestep.shape)}."
-            )
-        blocks = [*self.down_blocks, *self.up_blocks, *([] if self.mid_block is None else [self.mid_block])]
-        if any(block.has_cross_attention for block in blocks):
-            width = config.cross_attention_dim if config.encoder_hid_dim is None else config.encoder_hid_dim
-            width = width[0] if isinstance(width, Sequence) else width
-            shape = None if encoder_hidden_states is None else tuple(encoder_hidden_states.shape)
-            if shape is None or len(shape) != 3 or shape[0] != batch or shape[2] != width:
-                raise ValueError(
-                    f"`encoder_hidden_states` must have the shape ({batch}, tokens, {width}), got {shape}."
-                )
-        if attention_mask is not None and (attention_mask.ndim != 2 or attention_mask.shape[0] != batch):
-            raise ValueError(
-                f"`attention_mask` must have the shape ({batch}, pixels), got {tuple(attention_mask.shape)}."
-            )
-        if encoder_attention_mask is not None:
-            expected = None if encoder_hidden_states is None else tuple(encoder_hidden_states.shape[:2])
-            if tuple(encoder_attention_mask.shape) != expected:
-                raise ValueError(
-                    f"`encoder_attention_mask` must have the shape {expected} as `encoder_hidden_states`, "
-                    f"got {tuple(encoder_attention_mask.shape)}."
-                )
-
-    def check_embeddings(
-        self,
-        sample: torch.Tensor,
-        class_labels: torch.Tensor | None,
-        timestep_cond: torch.Tensor | None,
-        added_cond_kwargs: dict[str, torch.Tensor] | None,
-    ) -> None:
-        """Raises ValueError where a vector is missing that the model needs, or given that it does not take."""
-        config, batch = self.config, sample.shape[0]
-        if (class_labels is None) != (self.class_embedding is None):
-            raise ValueError(
-                f"`class_labels` is {'missing' if class_labels is None else 'given'}, but the model was made with "
-                f"`class_embed_type`={config.class_embed_type!r} and `num_class_embeds`={config.num_class_embeds!r}."
-            )
-        if class_labels is not None:
-            vector = (config.projection_class_embeddings_input_dim,) if config.class_embed_type == "projection" else ()
-            if tuple(class_labels.shape) != (batch, *vector):
-                raise ValueError(
-                    f"`class_labels` must have the shape {(batch, *vector)}, got {tuple(class_labels.shape)}."
-                )
-        if timestep_cond is not None and timestep_cond.shape[-1] != config.time_cond_proj_dim:
-            raise ValueError(
-                f"`timestep_cond` must have `time_cond_proj_dim` = {config.time_cond_proj_dim} features, "
-                f"got {tuple(timestep_cond.shape)}."
-            )
-
-        keys = {"text_embeds", "time_ids"} if config.addition_embed_type == "text_time" else set()
-        given = set(added_cond_kwargs or ())
-        if given != keys:
-            raise ValueError(
-                f"`added_cond_kwargs` must have the keys {sorted(keys)} for `addition_embed_type`="
-                f"{config.addition_embed_type!r}, got {sorted(given)}."
-            )
-        if added_cond_kwargs:
-            text, numbers = added_cond_kwargs["text_embeds"], added_cond_kwargs["time_ids"]
-            for name, value in (("text_embeds", text), ("time_ids", numbers)):
-                if value.ndim != 2 or value.shape[0] != batch:
-                    raise ValueError(
-                        f"`added_cond_kwargs['{name}']` must have the shape ({batch}, features), "
-                        f"got {tuple(value.shape)}."
-                    )
-            features = text.shape[1] + numbers.shape[1] * config.addition_time_embed_dim
-            if features != config.projection_class_embeddings_input_dim:
-                raise ValueError(
-                    f"`text_embeds` with {text.shape[1]} features and `time_ids` with {numbers.shape[1]} numbers of "
-                    f"{config.addition_time_embed_dim} features make {features}, but "
-                    f"`projection_class_embeddings_input_dim` is {config.projection_class_embeddings_input_dim}."
-                )
 
     def check_residuals(
         self,

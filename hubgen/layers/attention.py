@@ -1,25 +1,32 @@
-"""Attention and its processors.
+"""Attention: projections, scores, softmax, output; and the parts by which controls take a hand in it.
 
-`Attention` holds the projections; a processor computes with them. Every backbone asks its processors by name
-(`model.attn_processors`), which makes them the third door to controls, and dispatches to the backend that the user
-chose (`model.set_attention_backend`). Parameter names are those of diffusers' `Attention`.
+`Attention` holds the projections; a processor computes with them:
+
+    tokens -> project -> norms, rotation -> Part.edit -> softmax(Q K^T / sqrt(D)) V -> + Part.added -> output
+                                                              Part.maps
+
+Every backbone names its processors (`model.attn_processors`) and dispatches to the backend that the user chose
+(`model.set_attention_backend`). Parameter names are those of diffusers' `Attention`, and the two work together: our
+processors compute for diffusers' modules (of tokens), and diffusers' processors for ours.
 
 Shapes: B batch, L image tokens, S context tokens, H heads, D features of a head, C features of a token.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import nn
 
+from hubgen.layers.attention_cpu import attend_on_cpu
 from hubgen.layers.normalization import RMSNorm
 
-# Scores that fit into a CPU's cache, 4 MB of bfloat16; below so many tokens, a softmax over odd ones is slow.
-BLOCK, SHORT = 2**21, 128
+QueryKeyValue = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""(B, L, H, D), (B, S, H, D), (B, S, H, D)."""
 
 
 def attend(
@@ -33,61 +40,11 @@ def attend(
 
     (B, L, H, D), (B, S, H, D), (B, S, H, D) -> (B, L, H, D)
     """
-    dispatch = partial(
-        dispatch_attention_fn, backend=processor._attention_backend, parallel_config=processor._parallel_config
-    )
-    half = value.dtype in (torch.bfloat16, torch.float16)
-    if half and value.device.type == "cpu" and value.requires_grad and processor._attention_backend is None:
-        # In half precision the CPU kernel's backward takes up to four times as long as in float32 (88 tokens, torch
-        # 2.13), and is the less exact.
-        if attention_mask is not None and attention_mask.dtype != torch.bool:
-            attention_mask = attention_mask.float()
-        with torch.autocast("cpu", enabled=False):
-            return dispatch(query.float(), key.float(), value.float(), attn_mask=attention_mask).to(value.dtype)
-    if prefers_blocks(query, key, value, attention_mask) and processor._attention_backend is None:
-        return attend_in_blocks(query, key, value)
-    return dispatch(query, key, value, attn_mask=attention_mask)
-
-
-def prefers_blocks(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None
-) -> bool:
-    """Whether `attend_in_blocks` is the faster kernel: for bfloat16 on a CPU, without gradients."""
-    return (
-        value.dtype == torch.bfloat16
-        and value.device.type == "cpu"
-        and attention_mask is None
-        and not (torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)))
-        and not torch.compiler.is_compiling()
-    )
-
-
-def attend_in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """`attend` by plain matrix products, part by part: (B, L, H, D), (B, S, H, D) twice -> (B, L, H, D).
-
-    torch's fused kernel runs at a third of a CPU's peak in bfloat16 (torch 2.13); this one takes 0.5 to 0.85 of its
-    time. The scores of some queries of some heads stay in the cache, and all shapes are whole vectors: features are
-    filled up to 16 and few tokens to 32.
-    """
-    batch, length, heads, features = query.shape
-    tokens, width = key.shape[1], value.shape[-1]
-    q = (query * features**-0.5).transpose(1, 2).reshape(batch * heads, length, features)
-    k = key.permute(0, 2, 3, 1).reshape(batch * heads, features, tokens)
-    v = value.transpose(1, 2).reshape(batch * heads, tokens, width)
-    spare = -tokens % 32 if tokens < SHORT else 0
-    if spare or width % 16:
-        k, v = F.pad(k, (0, spare)), F.pad(v, (0, -width % 16, 0, spare))
-
-    at_once = max(2 * torch.get_num_threads(), BLOCK // (256 * max(tokens, 1)))
-    rows = max(64, min(256, BLOCK // (at_once * max(tokens, 1))))
-    out = q.new_empty(batch * heads, length, v.shape[-1])
-    for first in range(0, batch * heads, at_once):
-        some = slice(first, first + at_once)
-        for top in range(0, length, rows):
-            scores = torch.bmm(q[some, top : top + rows], k[some])
-            scores[..., tokens:] = -torch.inf
-            out[some, top : top + rows] = torch.bmm(scores.softmax(-1), v[some])
-    return out[..., :width].view(batch, heads, length, -1).transpose(1, 2)
+    backend = processor._attention_backend
+    kernel = partial(dispatch_attention_fn, backend=backend, parallel_config=processor._parallel_config)
+    if value.device.type == "cpu" and backend is None:
+        return attend_on_cpu(kernel, query, key, value, attention_mask)
+    return kernel(query, key, value, attn_mask=attention_mask)
 
 
 def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -101,74 +58,276 @@ def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.
     return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2).to(x.dtype)
 
 
+def project(attn: Any, x: torch.Tensor, context: torch.Tensor | None = None) -> QueryKeyValue:
+    """Queries of `x`, keys and values of `context`, or of `x`: (B, L, C), (B, S, C) -> each (B, L or S, H, D).
+
+    `attn` is an `Attention`, a `SpatialAttention`, or diffusers' `Attention` or `FluxAttention`.
+    """
+    source = x if context is None else context
+    if context is None and has_fused(attn, "to_qkv", "to_q", "to_k", "to_v"):
+        features = attn.to_qkv(x).chunk(3, dim=-1)
+    elif has_fused(attn, "to_kv", "to_k", "to_v"):
+        features = (attn.to_q(x), *attn.to_kv(source).chunk(2, dim=-1))
+    else:
+        features = (attn.to_q(x), attn.to_k(source), attn.to_v(source))
+    query, key, value = (split_heads(attn, one) for one in features)
+    return query, key, value
+
+
+def project_text(attn: Any, text: torch.Tensor) -> QueryKeyValue:
+    """Queries, keys and values of the text tokens of joint attention: (B, S, C) -> each (B, S, H, D)."""
+    if has_fused(attn, "to_added_qkv", "add_q_proj", "add_k_proj", "add_v_proj"):
+        features = attn.to_added_qkv(text).chunk(3, dim=-1)
+    else:
+        features = (attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text))
+    query, key, value = (split_heads(attn, one) for one in features)
+    return query, key, value
+
+
+def split_heads(attn: Any, x: torch.Tensor) -> torch.Tensor:
+    """(B, L, H * D) -> (B, L, H, D)."""
+    return x.unflatten(-1, (attn.heads, -1))
+
+
+def normalise(
+    query: torch.Tensor, key: torch.Tensor, query_norm: nn.Module | None, key_norm: nn.Module | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys after the norms of their heads, if there are any: (B, L, H, D), (B, S, H, D) -> the same."""
+    if query_norm is None or key_norm is None:
+        return query, key
+    return query_norm(query), key_norm(key)
+
+
+def output(attn: Any, x: torch.Tensor) -> torch.Tensor:
+    """The output projection and its dropout, where the layer has them: (B, L, H * D) -> (B, L, C)."""
+    return x if attn.to_out is None else attn.to_out[1](attn.to_out[0](x))
+
+
+def output_text(attn: Any, x: torch.Tensor) -> torch.Tensor:
+    """The same of the text tokens: (B, S, H * D) -> (B, S, C)."""
+    return x if attn.to_add_out is None else attn.to_add_out(x)
+
+
+def has_fused(attn: Any, name: str, *parts: str) -> bool:
+    """Whether there is the fused layer `name`, and no adapter has come to the layers it stands for since then."""
+    return getattr(attn, "fused_projections", False) and hasattr(attn, name) and not adapted(attn, *parts)
+
+
+def adapted(attn: Any, *names: str) -> list[str]:
+    """Those of the layers that an adapter has wrapped, whose weights alone are not what they compute."""
+    layers = {name: getattr(attn, name, None) for name in names}
+    return [name for name, layer in layers.items() if layer is not None and not isinstance(layer, nn.Linear)]
+
+
+@dataclass
+class AttentionCall:
+    """One call of an attention layer, as its parts see it.
+
+    In joint attention image and text are one sequence, of which `image` and `text` are the places; elsewhere all
+    queries are the image's, and `text` is empty.
+    """
+
+    attn: Any
+    """The layer, with its projections and number of heads."""
+    image: slice
+    """Where the image tokens lie among the queries."""
+    text: slice
+    """Where the text tokens lie among the queries."""
+    projected: QueryKeyValue
+    """Queries of the image tokens, keys and values of the same, or of the context in cross-attention, before norms."""
+    query: torch.Tensor
+    """Queries of the image tokens after their norm, before rotation, (B, L, H, D)."""
+
+
+class Part:
+    """One control's share of an attention layer: override what it takes a hand in, and leave the rest.
+
+    A processor asks its `parts` in their order. What changes from call to call, such as the step or which rows of the
+    batch belong to which prompt, a part knows by itself.
+    """
+
+    where: ClassVar[Literal["before_out", "after_out", "after_mlp"]] = "before_out"
+    """Where `added` goes: before the layer's output projection; after it, and so before the block's gate; or after the
+    block's MLP, past all gates, which double blocks alone have."""
+    wants_maps: ClassVar[bool] = False
+    """Whether `maps` is asked; attention is then computed by its maps, (B, H, queries, keys) in memory."""
+
+    def edit(self, call: AttentionCall, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> QueryKeyValue:
+        """Queries, keys and values to attend with, after norms and rotation; of keys and values any number."""
+        return query, key, value
+
+    def maps(self, call: AttentionCall, probabilities: torch.Tensor) -> torch.Tensor:
+        """The attention maps, (B, H, queries, keys) in float32 with rows that add up to 1 -> the same."""
+        return probabilities
+
+    def added(self, call: AttentionCall) -> torch.Tensor | None:
+        """What is added to the image tokens: (B, L, H * D) before the output projection, (B, L, C) after it."""
+        return None
+
+
+def attend_by_maps(
+    call: AttentionCall,
+    parts: Sequence[Part],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`attend` with its maps in between, for the parts that want them; arguments and result are those of `attend`."""
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, H, L, D), (B, H, S, D) twice
+    scores = query.float() @ key.float().mT * query.shape[-1] ** -0.5  # (B, H, L, S)
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, -torch.inf)
+    elif attention_mask is not None:
+        scores = scores + attention_mask
+    probabilities = scores.softmax(dim=-1)
+    for part in parts:
+        if part.wants_maps:
+            probabilities = part.maps(call, probabilities)
+    return (probabilities.to(value.dtype) @ value).transpose(1, 2)
+
+
 class AttnProcessor:
-    """Scaled dot-product attention of `hidden_states` to itself or to `encoder_hidden_states` (1706.03762, eq. 1)."""
+    """Attention of `hidden_states` to itself or to `encoder_hidden_states` (1706.03762, eq. 1), and of its parts.
 
-    _attention_backend = None
-    _parallel_config = None
-
-    def __call__(
-        self,
-        attn: "Attention",
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        if attention_mask is not None and attention_mask.ndim == 3:
-            attention_mask = attention_mask[:, None]  # (B, 1, 1 or L, S): the same for every head
-        query, key, value = attn.project(hidden_states, encoder_hidden_states)  # (B, L, H, D), (B, S, H, D) twice
-        if attn.norm_q is not None and attn.norm_k is not None:
-            query, key = attn.norm_q(query), attn.norm_k(key)
-        out = attend(self, query, key, value, attention_mask)  # (B, L, H, D)
-        return attn.to_out[1](attn.to_out[0](out.flatten(2)))  # (B, L, C)
-
-
-class JointAttnProcessor:
-    """One attention over image and text tokens, each with projections of its own (SD3, 2403.03206, figure 2b).
-
-    Returns the image tokens, and with them the text tokens where the call was given any. A mask and rotary tables are
-    for the tokens in the order of attention, which is the same attention in any order: SD3 has the text last.
+    The subclasses differ in how tokens come in and go out. Without parts nothing but the attention is computed.
     """
 
     _attention_backend = None
     _parallel_config = None
-    text_first = False
+    parts: tuple[Part, ...] = ()
+    """What controls do to this layer, in order. Layers may share a processor, and share its parts then."""
 
     def __call__(
         self,
-        attn: "Attention",
+        attn: Any,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        query, key, value = attn.project(hidden_states)  # (B, L, H, D) each
-        if attn.norm_q is not None and attn.norm_k is not None:
-            query, key = attn.norm_q(query), attn.norm_k(key)
+        text_tokens: int = 0,
+    ) -> Any:
+        """The image tokens, (B, L, C), in joint attention in a tuple with the text tokens.
 
-        if encoder_hidden_states is not None:
-            text_query, text_key, text_value = attn.project_added(encoder_hidden_states)  # (B, S, H, D) each
-            if attn.norm_added_q is not None and attn.norm_added_k is not None:
-                text_query, text_key = attn.norm_added_q(text_query), attn.norm_added_k(text_key)
-            query = self.join(query, text_query)  # (B, L + S, H, D)
-            key = self.join(key, text_key)
-            value = self.join(value, text_value)
+        Args:
+            attn: The layer, ours or diffusers'.
+            hidden_states: Image tokens, (B, L, C).
+            encoder_hidden_states: Context tokens, (B, S, features of a context token).
+            attention_mask: Added to the scores, or where it is false they are not seen: (B, 1 or L, S), or with heads,
+                (B or 1, H or 1, L or 1, S). In joint attention for all tokens, as the rotation.
+            image_rotary_emb: Cosines and sines of the tokens' angles, see `rotate`.
+            text_tokens: How many of `hidden_states`, the first ones, are text; only parts need to know.
+
+        Raises:
+            ValueError: A part adds to a place that this layer does not have.
+        """
+        context = encoder_hidden_states
+        if attention_mask is not None and attention_mask.ndim == 3:
+            attention_mask = attention_mask[:, None]  # (B, 1, 1 or L, S): the same for every head
+        for part in self.parts:
+            if part.where not in self.places(attn, context):
+                raise ValueError(f"`where`: got {part.where!r}, expected one of {self.places(attn, context)} here.")
+        query, key, value, call = self.tokens_in(attn, hidden_states, context, text_tokens)
         if image_rotary_emb is not None:
             query, key = rotate(query, image_rotary_emb), rotate(key, image_rotary_emb)
+        for part in self.parts:
+            query, key, value = part.edit(call, query, key, value)
+        if any(part.wants_maps for part in self.parts):
+            out = attend_by_maps(call, self.parts, query, key, value, attention_mask)
+        else:
+            out = attend(self, query, key, value, attention_mask)
+        out = self.add("before_out", call, out.flatten(2))  # (B, L, H * D)
+        return self.tokens_out(attn, out, hidden_states, context, call)
 
-        out = attend(self, query, key, value, attention_mask).flatten(2)  # (B, L + S, H * D)
-        if encoder_hidden_states is None:
-            return out if attn.pre_only else attn.to_out[1](attn.to_out[0](out))
-        image, text = self.part(out, hidden_states.shape[1], encoder_hidden_states.shape[1])
-        image = attn.to_out[1](attn.to_out[0](image))  # (B, L, C)
-        return image, text if attn.to_add_out is None else attn.to_add_out(text)  # (B, L, C), (B, S, C)
+    def tokens_in(
+        self, attn: Any, x: torch.Tensor, context: torch.Tensor | None, text_tokens: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Any]:
+        """Queries (B, L, H, D), keys and values (B, S, H, D), normalised; with parts also the `AttentionCall`."""
+        query, key, value = project(attn, x, context)
+        if not self.parts:
+            return *normalise(query, key, attn.norm_q, attn.norm_k), value, None
+        projected = query[:, text_tokens:], key[:, text_tokens:], value[:, text_tokens:]
+        query, key = normalise(query, key, attn.norm_q, attn.norm_k)
+        image, text = slice(text_tokens, x.shape[1]), slice(0, text_tokens)
+        return query, key, value, AttentionCall(attn, image, text, projected, query[:, text_tokens:])
+
+    def tokens_out(
+        self, attn: Any, out: torch.Tensor, x: torch.Tensor, context: torch.Tensor | None, call: Any
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """(B, L, H * D) -> (B, L, C)."""
+        return self.add("after_out", call, output(attn, out))
+
+    def places(self, attn: Any, context: torch.Tensor | None) -> tuple[str, ...]:
+        """Where parts may add something in a call with this context."""
+        return ("before_out",) if getattr(attn, "to_out", None) is None else ("before_out", "after_out")
+
+    def add(self, where: str, call: Any, x: torch.Tensor) -> torch.Tensor:
+        """`x`, (B, L, features) or with text tokens beside, plus what the parts add there to the image tokens."""
+        update = self.added(where, call)
+        if update is None:
+            return x
+        if x.shape[1] == update.shape[1]:
+            return x + update
+        x = x.clone()
+        x[:, call.image] += update
+        return x
+
+    def added(self, where: str, call: Any) -> torch.Tensor | None:
+        """The sum of what the parts add there; `None` for nothing."""
+        total = None
+        for part in self.parts:
+            update = part.added(call) if part.where == where else None
+            if update is not None:
+                total = update if total is None else total + update
+        return total
+
+
+class JointAttnProcessor(AttnProcessor):
+    """One attention over image and text tokens, each with projections of its own (SD3, 2403.03206, figure 2b).
+
+    Returns the image tokens; where text tokens are given a tuple of the image, the text and, if a part adds something
+    after the MLP, that. A mask and rotary tables are for the tokens in the order of attention, which is the same
+    attention in any order: SD3 has the text last.
+    """
+
+    text_first = False
+
+    def tokens_in(
+        self, attn: Any, x: torch.Tensor, context: torch.Tensor | None, text_tokens: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Any]:
+        """Queries, keys and values of image and text, each (B, L + S, H, D), and the `AttentionCall`."""
+        query, key, value, call = super().tokens_in(attn, x, None, text_tokens)
+        if context is None:
+            return query, key, value, call
+        text_query, text_key, text_value = project_text(attn, context)  # (B, S, H, D) each
+        text_query, text_key = normalise(text_query, text_key, attn.norm_added_q, attn.norm_added_k)
+        if call is not None:
+            first = context.shape[1] if self.text_first else 0
+            call.image = slice(first, first + x.shape[1])
+            call.text = slice(0, first) if self.text_first else slice(x.shape[1], x.shape[1] + context.shape[1])
+        return self.join(query, text_query), self.join(key, text_key), self.join(value, text_value), call
+
+    def tokens_out(
+        self, attn: Any, out: torch.Tensor, x: torch.Tensor, context: torch.Tensor | None, call: Any
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """(B, L + S, H * D) -> image (B, L, C), text (B, S, C)."""
+        if context is None:
+            return super().tokens_out(attn, out, x, context, call)
+        image, text = self.split(out, x.shape[1], context.shape[1])
+        outputs = self.add("after_out", call, output(attn, image)), output_text(attn, text)
+        late = self.added("after_mlp", call)
+        return outputs if late is None else (*outputs, late)
+
+    def places(self, attn: Any, context: torch.Tensor | None) -> tuple[str, ...]:
+        """As in `AttnProcessor`, and with text, which double blocks have, after the MLP."""
+        return (*super().places(attn, context), *(() if context is None else ("after_mlp",)))
 
     def join(self, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """(B, L, H, D), (B, S, H, D) -> (B, L + S, H, D)."""
         return torch.cat([text, image] if self.text_first else [image, text], dim=1)
 
-    def part(self, out: torch.Tensor, image_tokens: int, text_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, L + S, C) -> (B, L, C), (B, S, C)."""
+    def split(self, out: torch.Tensor, image_tokens: int, text_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, L + S, H * D) -> (B, L, H * D), (B, S, H * D)."""
         if self.text_first:
             text, image = out.split([text_tokens, image_tokens], dim=1)
         else:
@@ -183,45 +342,13 @@ class FluxAttnProcessor(JointAttnProcessor):
 
 
 class Projections(AttentionModuleMixin):
-    """Features of tokens to queries, keys and values, by a layer each or by one for all (`fuse_projections`)."""
-
-    def split_heads(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, L, H * D) -> (B, L, H, D)."""
-        return x.unflatten(-1, (-1, self.dim_head))
-
-    def project(self, x: torch.Tensor, context: torch.Tensor | None = None) -> list[torch.Tensor]:
-        """Queries of `x`, keys and values of `context`, or of `x`: (B, L, C), (B, S, C) -> each (B, L or S, H, D)."""
-        source = x if context is None else context
-        if context is None and self.has_fused("to_qkv", "to_q", "to_k", "to_v"):
-            parts = self.to_qkv(x).chunk(3, dim=-1)
-        elif self.has_fused("to_kv", "to_k", "to_v"):
-            parts = (self.to_q(x), *self.to_kv(source).chunk(2, dim=-1))
-        else:
-            parts = (self.to_q(x), self.to_k(source), self.to_v(source))
-        return [self.split_heads(part) for part in parts]
-
-    def project_added(self, text: torch.Tensor) -> list[torch.Tensor]:
-        """Queries, keys and values of the text tokens of joint attention: (B, S, C) -> each (B, S, H, D)."""
-        if self.has_fused("to_added_qkv", "add_q_proj", "add_k_proj", "add_v_proj"):
-            parts = self.to_added_qkv(text).chunk(3, dim=-1)
-        else:
-            parts = (self.add_q_proj(text), self.add_k_proj(text), self.add_v_proj(text))
-        return [self.split_heads(part) for part in parts]
-
-    def has_fused(self, name: str, *parts: str) -> bool:
-        """Whether there is the fused layer `name`, and no adapter has come to the layers it stands for since then."""
-        return self.fused_projections and hasattr(self, name) and not self.adapted(*parts)
-
-    def adapted(self, *names: str) -> list[str]:
-        """Those of the layers that an adapter has wrapped, whose weights alone are not what they compute."""
-        layers = {name: getattr(self, name, None) for name in names}
-        return [name for name, layer in layers.items() if layer is not None and not isinstance(layer, nn.Linear)]
+    """Attention layers whose projections can be fused into one (`fuse_projections`)."""
 
     def context_layers(self) -> list[nn.Module]:
         """The layers that see the context of a cross-attention, and nothing else."""
         if not self.is_cross_attention:
             return []
-        return [self.to_kv] if self.has_fused("to_kv", "to_k", "to_v") else [self.to_k, self.to_v]
+        return [self.to_kv] if has_fused(self, "to_kv", "to_k", "to_v") else [self.to_k, self.to_v]
 
     def fuse_projections(self) -> None:
         """Puts queries, keys and values into one layer; of cross-attention keys and values.
@@ -229,7 +356,7 @@ class Projections(AttentionModuleMixin):
         Raises:
             ValueError: One of them carries an adapter, which the fused layer would lack.
         """
-        found = self.adapted("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+        found = adapted(self, "to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
         if found:
             raise ValueError(f"{found} carry an adapter, expected plain layers: fuse or unload the adapter first.")
         super().fuse_projections()
@@ -316,6 +443,7 @@ class Attention(nn.Module, Projections):
             if not context_pre_only:
                 self.to_add_out = nn.Linear(inner_dim, query_dim)
 
+        self.to_out: nn.ModuleList | None = None
         if not pre_only:
             self.to_out = nn.ModuleList([nn.Linear(inner_dim, query_dim), nn.Dropout(dropout)])
         default = AttnProcessor if added_kv_proj_dim is None else JointAttnProcessor
@@ -359,8 +487,7 @@ class SpatialAttention(nn.Module, Projections):
         output_scale_factor: float = 1.0,
     ):
         super().__init__()
-        self.dim_head = channels if dim_head is None else dim_head
-        self.heads = channels // self.dim_head
+        self.heads = 1 if dim_head is None else channels // dim_head
         self.output_scale_factor = output_scale_factor
         self.norm_q = self.norm_k = None
         self.group_norm = None if groups is None else nn.GroupNorm(groups, channels, eps=eps)

@@ -9,7 +9,6 @@ Shapes: B batch, C channels, H and W height and width, T features of the time em
 features.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +16,9 @@ import torch
 from torch import nn
 
 from hubgen.layers.attention import SpatialAttention
+from hubgen.layers.checkpointing import Checkpointed
 from hubgen.layers.resnet import Downsample2D, ResnetBlock2D, Upsample2D
-from hubgen.layers.transformer import Transformer2DModel
+from hubgen.layers.spatial_transformer import Transformer2DModel
 
 
 @dataclass(frozen=True)
@@ -100,21 +100,13 @@ def start_at_zero(model: nn.Module) -> None:
             nn.init.zeros_(parameter)
 
 
-class UNetLevel(nn.Module):
+class UNetLevel(nn.Module, Checkpointed):
     """What all levels share: residual blocks, and attention layers where the level has them."""
 
     has_cross_attention = False
-    gradient_checkpointing = False
 
     attentions: nn.ModuleList | None
     resnets: nn.ModuleList
-    _gradient_checkpointing_func: Callable[..., torch.Tensor]
-
-    def residual(self, i: int, x: torch.Tensor, temb: torch.Tensor | None) -> torch.Tensor:
-        """Residual block `i`, which the backward pass computes again under gradient checkpointing."""
-        if torch.is_grad_enabled() and self.gradient_checkpointing:
-            return self._gradient_checkpointing_func(self.resnets[i], x, temb)
-        return self.resnets[i](x, temb)
 
     def attend(self, i: int, x: torch.Tensor, *context: Any) -> torch.Tensor:
         """Attention layer `i`, if there is one; `context` is what spatial transformers look at, and their masks."""
@@ -192,7 +184,7 @@ class DownBlock2D(UNetLevel):
         """
         x, skips = hidden_states, []  # (B, C_in, H, W)
         for i in range(len(self.resnets)):
-            x = self.residual(i, x, temb)  # (B, C, H, W)
+            x = self.run(self.resnets[i], x, temb)  # (B, C, H, W)
             x = self.attend(i, x, encoder_hidden_states, attention_mask, encoder_attention_mask, cross_attention_kwargs)
             skips.append(x)
         if self.has_cross_attention and additional_residuals is not None:
@@ -269,12 +261,12 @@ class UNetMidBlock2D(UNetLevel):
         encoder_attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(B, C, H, W) -> (B, C, H, W); the arguments are those of `DownBlock2D.forward`."""
-        x = self.residual(0, hidden_states, temb)  # (B, C, H, W)
+        x = self.run(self.resnets[0], hidden_states, temb)  # (B, C, H, W)
         for i in range(1, len(self.resnets)):
             x = self.attend(
                 i - 1, x, encoder_hidden_states, attention_mask, encoder_attention_mask, cross_attention_kwargs
             )
-            x = self.residual(i, x, temb)  # (B, C, H, W)
+            x = self.run(self.resnets[i], x, temb)  # (B, C, H, W)
         return x
 
 
@@ -359,7 +351,7 @@ class UpBlock2D(UNetLevel):
         """
         x = hidden_states  # (B, C_in, H, W)
         for i, skip in enumerate(reversed(res_hidden_states_tuple)):
-            x = self.residual(i, torch.cat([x, skip], dim=1), temb)  # (B, C, H, W)
+            x = self.run(self.resnets[i], torch.cat([x, skip], dim=1), temb)  # (B, C, H, W)
             x = self.attend(i, x, encoder_hidden_states, attention_mask, encoder_attention_mask, cross_attention_kwargs)
         if self.upsamplers is None:
             return x

@@ -105,7 +105,7 @@ class SkipDownBlock2D(UNetLevel):
         """
         x, maps = hidden_states, []  # (B, C_in, H, W)
         for i in range(len(self.resnets)):
-            x = self.attend(i, self.residual(i, x, temb))  # (B, C, H, W)
+            x = self.attend(i, self.run(self.resnets[i], x, temb))  # (B, C, H, W)
             maps.append(x)
         if self.downsamplers is not None:
             skip_sample = self.downsamplers[0](skip_sample)  # (B, 3, H/2, W/2)
@@ -203,7 +203,7 @@ class SkipUpBlock2D(UNetLevel):
         """
         x = hidden_states  # (B, C_in, H, W)
         for i, skip in enumerate(reversed(res_hidden_states_tuple)):
-            x = self.residual(i, torch.cat([x, skip], dim=1), temb)  # (B, C, H, W)
+            x = self.run(self.resnets[i], torch.cat([x, skip], dim=1), temb)  # (B, C, H, W)
         x = self.attend(0, x)
         if skip_sample is not None:
             skip_sample = self.upsampler(skip_sample)  # (B, 3, H, W)

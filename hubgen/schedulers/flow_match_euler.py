@@ -17,8 +17,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from hubgen.schedulers.compatibility import check_num_inference_steps
 from hubgen.schedulers.flow_match import FlowMatchScheduler
-from hubgen.schedulers.grid import check_num_inference_steps
 
 Grid = TypeVar("Grid", np.ndarray, torch.Tensor)
 

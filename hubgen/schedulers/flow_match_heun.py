@@ -16,8 +16,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHeunDiscreteSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from hubgen.schedulers.compatibility import check_num_inference_steps
 from hubgen.schedulers.flow_match import FlowMatchScheduler
-from hubgen.schedulers.grid import check_num_inference_steps
 
 
 class FlowMatchHeunDiscreteScheduler(FlowMatchScheduler):

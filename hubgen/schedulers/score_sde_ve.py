@@ -17,8 +17,7 @@ from diffusers.schedulers.scheduling_sde_ve import SdeVeOutput
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from hubgen.schedulers.compatibility import CompatibleScheduler
-from hubgen.schedulers.grid import check_num_inference_steps
+from hubgen.schedulers.compatibility import CompatibleScheduler, check_num_inference_steps
 
 Generator = torch.Generator | list[torch.Generator] | None
 

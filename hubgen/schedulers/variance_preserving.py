@@ -11,8 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from hubgen.schedulers.compatibility import BETA_SCHEDULERS, CompatibleScheduler
-from hubgen.schedulers.grid import check_num_inference_steps
+from hubgen.schedulers.compatibility import BETA_SCHEDULERS, CompatibleScheduler, check_num_inference_steps
 
 MODEL_PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")

@@ -10,7 +10,7 @@ from diffusers import SD3Transformer2DModel as DiffusersSD3Transformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from peft import LoraConfig
 
-from hubgen.backbones.mmdit import SD3Transformer2DModel
+from hubgen.backbones.sd3 import SD3Transformer2DModel
 from hubgen.layers.attention import JointAttnProcessor
 
 TINY: dict[str, Any] = {

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from hubgen.backbones.unet import UNet2DModel, ddpm_celebahq_256, ddpm_cifar10, ncsnpp_256, ncsnpp_ffhq_1024
+from hubgen.backbones.unet import UNet2DModel
+from hubgen.backbones.unet_config import ddpm_celebahq_256, ddpm_cifar10, ncsnpp_256, ncsnpp_ffhq_1024
 from hubgen.layers.fir import FirDownsample2D, FirUpsample2D
 from tests.parity import assert_parity, randomize_, share_weights_
 

@@ -6,8 +6,8 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor as DiffusersAttnProcessor
 from diffusers.models.attention_processor import AttnProcessor2_0 as DiffusersAttnProcessor2_0
 
-from hubgen.backbones.unet_condition import (
-    UNet2DConditionModel,
+from hubgen.backbones.unet_condition import UNet2DConditionModel
+from hubgen.backbones.unet_condition_config import (
     stable_diffusion_1,
     stable_diffusion_2,
     stable_diffusion_xl,

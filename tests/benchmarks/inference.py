@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hubgen
 from hubgen.acceleration.optimize import accelerated
-from hubgen.backbones.unet_condition import stable_diffusion_1, stable_diffusion_xl
+from hubgen.backbones.unet_condition_config import stable_diffusion_1, stable_diffusion_xl
 from hubgen.conditioning.condition import Condition
 from hubgen.conditioning.predict import Predictor
 from tests.benchmarks import report

@@ -14,7 +14,8 @@ from torch import nn
 
 import hubgen
 from hubgen.autoencoders import autoencoder_kl
-from hubgen.backbones import dit, flux, mmdit, unet_condition
+from hubgen.backbones import dit, flux, unet_condition_config
+from hubgen.backbones import sd3 as stable_diffusion_3
 
 LIBRARIES = {"hubgen": hubgen, "diffusers": diffusers}
 Config = dict[str, Any]
@@ -152,17 +153,20 @@ def autoencoder(preset: Callable[[], nn.Module], parameters: int) -> Case:
 
 CASES = {
     "SD 1.5 U-Net": unet(
-        unet_condition.stable_diffusion_1, 859_520_964, block_out_channels=(32, 64, 64, 64), cross_attention_dim=24
+        unet_condition_config.stable_diffusion_1,
+        859_520_964,
+        block_out_channels=(32, 64, 64, 64),
+        cross_attention_dim=24,
     ),
     "SD 2.1 U-Net": unet(
-        unet_condition.stable_diffusion_2,
+        unet_condition_config.stable_diffusion_2,
         865_910_724,
         block_out_channels=(32, 64, 64, 64),
         attention_head_dim=(1, 2, 4, 4),
         cross_attention_dim=24,
     ),
     "SDXL U-Net": unet(
-        unet_condition.stable_diffusion_xl,
+        unet_condition_config.stable_diffusion_xl,
         2_567_463_684,
         block_out_channels=(32, 64, 64),
         attention_head_dim=(1, 2, 4),
@@ -170,7 +174,7 @@ CASES = {
         cross_attention_dim=24,
     ),
     "SDXL refiner U-Net": unet(
-        unet_condition.stable_diffusion_xl_refiner,
+        unet_condition_config.stable_diffusion_xl_refiner,
         2_259_526_660,
         block_out_channels=(32, 64, 64, 64),
         attention_head_dim=(1, 2, 4, 4),
@@ -184,9 +188,9 @@ CASES = {
         dit_inputs,
         reduced={"num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 16},
     ),
-    "SD3 medium": sd3(mmdit.stable_diffusion_3_medium, 2_028_328_000),
-    "SD3.5 medium": sd3(mmdit.stable_diffusion_3_5_medium, 2_243_171_520),
-    "SD3.5 large": sd3(mmdit.stable_diffusion_3_5_large, 8_056_627_520, {"num_layers": 3}),
+    "SD3 medium": sd3(stable_diffusion_3.stable_diffusion_3_medium, 2_028_328_000),
+    "SD3.5 medium": sd3(stable_diffusion_3.stable_diffusion_3_5_medium, 2_243_171_520),
+    "SD3.5 large": sd3(stable_diffusion_3.stable_diffusion_3_5_large, 8_056_627_520, {"num_layers": 3}),
     "FLUX.1 dev": flux_1(flux.flux_dev, 11_901_408_320),
     "FLUX.1 schnell": flux_1(flux.flux_schnell, 11_891_178_560),
     "SD autoencoder": autoencoder(autoencoder_kl.stable_diffusion, 83_653_863),

@@ -7,7 +7,14 @@ from diffusers.models.attention_processor import Attention as DiffusersAttention
 from diffusers.models.attention_processor import AttnProcessor2_0, JointAttnProcessor2_0
 from peft import LoraConfig, inject_adapter_in_model
 
-from hubgen.layers.attention import Attention, AttnProcessor, FluxAttnProcessor, JointAttnProcessor, SpatialAttention
+from hubgen.layers.attention import (
+    Attention,
+    AttnProcessor,
+    FluxAttnProcessor,
+    JointAttnProcessor,
+    SpatialAttention,
+    project,
+)
 
 
 def with_weights_of(theirs: torch.nn.Module, ours: torch.nn.Module) -> torch.nn.Module:
@@ -125,7 +132,7 @@ def test_a_processor_may_be_any_callable_and_gets_the_keywords() -> None:
 def test_every_backend_computes_the_same(backend: str) -> None:
     attention = Attention(8, heads=2, dim_head=4, qk_norm="rms_norm")
     x = torch.randn(2, 6, 8)
-    q, k, v = (attention.split_heads(layer(x)) for layer in (attention.to_q, attention.to_k, attention.to_v))
+    q, k, v = project(attention, x)
     q, k, v = (y.transpose(1, 2) for y in (attention.norm_q(q), attention.norm_k(k), v))
     by_hand = F.softmax(q @ k.mT / 2, dim=-1) @ v  # the root of 4 features is 2
     expected = attention.to_out[0](by_hand.transpose(1, 2).flatten(2))

@@ -1,7 +1,9 @@
-"""Values of a model's config, checked before anything is built."""
+"""Checks of a model: of its config before anything is built, of its inputs before it computes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch
 
 
 def require_supported(config: Any, supported: Mapping[str, Sequence[Any]]) -> None:
@@ -37,3 +39,15 @@ def per_level(name: str, value: Any, levels: int) -> tuple[Any, ...]:
     if len(value) != levels:
         raise ValueError(f"`{name}` must be one value or {levels}, one a level, got {len(value)}: {tuple(value)}.")
     return tuple(value)
+
+
+def require_shape(name: str, value: torch.Tensor | None, expected: tuple[int | str, ...]) -> None:
+    """Raises ValueError unless `value` has the shape `expected`, where a string names a size that is free."""
+    shape = None if value is None else tuple(value.shape)
+    if (
+        shape is None
+        or len(shape) != len(expected)
+        or any(isinstance(e, int) and e != n for e, n in zip(expected, shape, strict=True))
+    ):
+        wanted = ", ".join(str(e) for e in expected)
+        raise ValueError(f"`{name}` must have the shape ({wanted}), got {shape}.")

@@ -6,13 +6,13 @@ Shapes: B batch, C channels, H and W height and width of the feature map, L = H 
 E features of a context token. Parameter names are those of diffusers' classes of the same names.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from hubgen.layers.attention import Attention
+from hubgen.layers.checkpointing import Checkpointed
 from hubgen.layers.feed_forward import FeedForward
 
 
@@ -74,7 +74,7 @@ class BasicTransformerBlock(nn.Module):
         return x + self.ff(self.norm3(x))  # (B, L, C)
 
 
-class Transformer2DModel(nn.Module):
+class Transformer2DModel(nn.Module, Checkpointed):
     """Transformer blocks on the pixels of a feature map, added to it: (B, C, H, W) -> (B, C, H, W).
 
     Args:
@@ -89,8 +89,6 @@ class Transformer2DModel(nn.Module):
         upcast_attention: See `Attention`.
     """
 
-    _gradient_checkpointing_func: Callable[..., torch.Tensor]
-
     def __init__(
         self,
         num_attention_heads: int,
@@ -103,7 +101,6 @@ class Transformer2DModel(nn.Module):
         upcast_attention: bool = False,
     ):
         super().__init__()
-        self.gradient_checkpointing = False
         self.use_linear_projection = use_linear_projection
         width = num_attention_heads * attention_head_dim
         self.norm = nn.GroupNorm(norm_num_groups, in_channels, eps=1e-6)
@@ -148,11 +145,9 @@ class Transformer2DModel(nn.Module):
         else:
             x = self.proj_in(x).flatten(2).transpose(1, 2)  # (B, L, width)
         for block in self.transformer_blocks:
-            arguments = (x, attention_mask, encoder_hidden_states, encoder_attention_mask, cross_attention_kwargs)
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, *arguments)  # (B, L, width)
-            else:
-                x = block(*arguments)  # (B, L, width)
+            x = self.run(  # (B, L, width)
+                block, x, attention_mask, encoder_hidden_states, encoder_attention_mask, cross_attention_kwargs
+            )
         if self.use_linear_projection:
             x = self.proj_out(x).transpose(1, 2).unflatten(2, (height, width))  # (B, C, H, W)
         else:

@@ -18,21 +18,19 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.attention import AttentionMixin
+from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
 from torch import nn
 
-from hubgen.formats.loading import StrictModelMixin
+from hubgen.backbones.base import Backbone
 from hubgen.formats.single_file import SingleFileMixin
+from hubgen.layers.checks import require_shape
 from hubgen.layers.conditioned import modulations
 from hubgen.layers.embeddings import CombinedTimestepTextProjEmbeddings, PatchEmbed
-from hubgen.layers.joint import JointTransformerBlock, initialize_joint_
+from hubgen.layers.mmdit_blocks import JointTransformerBlock, initialize_joint_
 from hubgen.layers.normalization import AdaLayerNormContinuous
-from hubgen.layers.shapes import require_shape
-from hubgen.layers.step_cache import BlockCacheMixin
+from hubgen.layers.residuals import spread_evenly
 
 
 def stable_diffusion_3_medium() -> dict[str, Any]:
@@ -66,9 +64,71 @@ def stable_diffusion_3_5_large() -> dict[str, Any]:
     }
 
 
-class SD3Transformer2DModel(
-    StrictModelMixin, SingleFileMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, BlockCacheMixin
-):
+class SD3Stem(SingleFileMixin, Backbone):
+    """What SD3's transformer and ControlNets for it begin with: the embedders, and the checks of their inputs.
+
+    A subclass has the embedders built by `build_stem`, and `inner_dim` (D), the features of a token.
+    """
+
+    inner_dim: int
+
+    def build_stem(self) -> None:
+        """Makes the embedders that the config describes."""
+        config = self.config
+        self.pos_embed = PatchEmbed(
+            height=config.sample_size,
+            width=config.sample_size,
+            patch_size=config.patch_size,
+            in_channels=config.in_channels,
+            embed_dim=self.inner_dim,
+            pos_embed_max_size=config.pos_embed_max_size,
+        )
+        self.time_text_embed = CombinedTimestepTextProjEmbeddings(self.inner_dim, config.pooled_projection_dim)
+        self.context_embedder = nn.Linear(config.joint_attention_dim, config.caption_projection_dim)
+
+    def embed(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        pooled_projections: torch.Tensor,
+        timestep: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Image tokens (B, T, D), text tokens (B, L, D), condition (B, D); the arguments are those of `forward`."""
+        x = self.pos_embed(hidden_states)  # (B, T, D)
+        context = self.context_embedder(encoder_hidden_states)  # (B, L, D)
+        return x, context, self.embed_time(timestep, pooled_projections)
+
+    def embed_time(self, timestep: torch.Tensor, pooled_projections: torch.Tensor) -> torch.Tensor:
+        """What modulates every block, the embedded time and pooled text: (B,), (B, P) -> (B, D)."""
+        return self.time_text_embed(timestep, pooled_projections)
+
+    def context_layers(self) -> list[nn.Module]:
+        """The layers that see the text as it comes in, and nothing else."""
+        return [self.context_embedder]
+
+    def modulations(
+        self, timestep: torch.Tensor, pooled_projections: torch.Tensor
+    ) -> Iterator[tuple[nn.Module, torch.Tensor]]:
+        """What every layer answers that sees time and pooled text alone; the arguments are those of `forward`."""
+        return modulations(self, self.embed_time(timestep, pooled_projections))
+
+    def check_inputs(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None,
+        pooled_projections: torch.Tensor | None,
+        timestep: torch.Tensor | None,
+    ) -> None:
+        """Raises ValueError where an input is missing or its shape does not fit the config."""
+        batch, config = len(hidden_states), self.config
+        steps = 1 if timestep is not None and timestep.shape == (1,) else batch
+        require_shape("hidden_states", hidden_states, (batch, config.in_channels, "height", "width"))
+        require_shape("encoder_hidden_states", encoder_hidden_states, (batch, "tokens", config.joint_attention_dim))
+        require_shape("pooled_projections", pooled_projections, (batch, config.pooled_projection_dim))
+        require_shape("timestep", timestep, (steps,))
+
+
+class SD3Transformer2DModel(SD3Stem):
     """The multimodal diffusion transformer of Stable Diffusion 3 and 3.5 (2403.03206).
 
     Args:
@@ -90,7 +150,6 @@ class SD3Transformer2DModel(
         ValueError: `caption_projection_dim` is not D, or `dual_attention_layers` names a block that there is not.
     """
 
-    _supports_gradient_checkpointing = True
     _no_split_modules = ["JointTransformerBlock"]
     _repeated_blocks = ["JointTransformerBlock"]
     _skip_layerwise_casting_patterns = ["pos_embed", "norm"]
@@ -126,16 +185,7 @@ class SD3Transformer2DModel(
                 f"`dual_attention_layers` must be among the layers 0 to {num_layers - 1}, got {dual_attention_layers}."
             )
 
-        self.pos_embed = PatchEmbed(
-            height=sample_size,
-            width=sample_size,
-            patch_size=patch_size,
-            in_channels=in_channels,
-            embed_dim=self.inner_dim,
-            pos_embed_max_size=pos_embed_max_size,
-        )
-        self.time_text_embed = CombinedTimestepTextProjEmbeddings(self.inner_dim, pooled_projection_dim)
-        self.context_embedder = nn.Linear(joint_attention_dim, caption_projection_dim)
+        self.build_stem()
         self.transformer_blocks = nn.ModuleList(
             JointTransformerBlock(
                 dim=self.inner_dim,
@@ -149,7 +199,6 @@ class SD3Transformer2DModel(
         )
         self.norm_out = AdaLayerNormContinuous(self.inner_dim, self.inner_dim, elementwise_affine=False, eps=1e-6)
         self.proj_out = nn.Linear(self.inner_dim, patch_size * patch_size * self.out_channels)
-        self.gradient_checkpointing = False
         initialize_joint_(self)
 
     @apply_lora_scale("joint_attention_kwargs")
@@ -171,8 +220,8 @@ class SD3Transformer2DModel(
             encoder_hidden_states: Text tokens, (B, L, joint_attention_dim).
             pooled_projections: Pooled text, (B, pooled_projection_dim).
             timestep: (B,), or (1,) for all; 0 (data) to 1000 (noise), fractions allowed.
-            block_controlnet_hidden_states: A ControlNet's features, each (B, T, D), added after blocks; fewer than
-                the blocks are spread over them evenly.
+            block_controlnet_hidden_states: A ControlNet's residuals, each (B, T, D), added by the blocks but the last;
+                fewer than the blocks are spread over them evenly.
             joint_attention_kwargs: Keywords for the attention processors, and `scale`, the strength of LoRA layers.
             return_dict: Whether to return an output object rather than a tuple of one.
             skip_layers: Indices of blocks to leave out (skip-layer guidance).
@@ -183,53 +232,24 @@ class SD3Transformer2DModel(
         Raises:
             ValueError: An input is missing or its shape does not fit the config.
         """
-        self._check_inputs(hidden_states, encoder_hidden_states, pooled_projections, timestep)
+        self.check_inputs(hidden_states, encoder_hidden_states, pooled_projections, timestep)
+        assert encoder_hidden_states is not None and pooled_projections is not None and timestep is not None
         height, width = hidden_states.shape[-2:]
+        residuals = spread_evenly(block_controlnet_hidden_states, len(self.transformer_blocks))
 
-        x = self.pos_embed(hidden_states)  # (B, T, D)
-        context = self.context_embedder(encoder_hidden_states)  # (B, L, D)
-        temb = self.time_text_embed(timestep, pooled_projections)  # (B, D)
-
-        for i, block in enumerate(self.transformer_blocks):
-            if skip_layers is None or i not in skip_layers:
-                if torch.is_grad_enabled() and self.gradient_checkpointing:
-                    context, x = self._gradient_checkpointing_func(block, x, context, temb, joint_attention_kwargs)
-                else:
-                    context, x = block(x, context, temb, joint_attention_kwargs)
-            if block_controlnet_hidden_states is not None and not block.context_pre_only:
-                interval = len(self.transformer_blocks) / len(block_controlnet_hidden_states)
-                x = x + block_controlnet_hidden_states[int(i / interval)]
+        x, context, temb = self.embed(hidden_states, encoder_hidden_states, pooled_projections, timestep)
+        for i, (block, residual) in enumerate(zip(self.transformer_blocks, residuals, strict=True)):
+            if skip_layers is None or i not in skip_layers:  # (B, L, D), (B, T, D)
+                context, x = self.run(block, x, context, temb, joint_attention_kwargs, residual)
+            elif residual is not None:
+                x = x + residual  # (B, T, D)
 
         x = self.proj_out(self.norm_out(x, temb))  # (B, T, patch * patch * C)
         sample = self.unpatchify(x, height, width)  # (B, C, H, W)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
-
-    def context_layers(self) -> list[nn.Module]:
-        """The layers that see the text as it comes in, and nothing else."""
-        return [self.context_embedder]
-
-    def modulations(
-        self, timestep: torch.Tensor, pooled_projections: torch.Tensor
-    ) -> Iterator[tuple[nn.Module, torch.Tensor]]:
-        """What every layer answers that sees time and pooled text alone; the arguments are those of `forward`."""
-        return modulations(self, self.time_text_embed(timestep, pooled_projections))
 
     def unpatchify(self, x: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """(B, T, patch * patch * C) -> (B, C, height, width)."""
         p = self.config.patch_size
         x = x.reshape(-1, height // p, width // p, p, p, self.out_channels)  # (B, h, w, p, p, C)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, height, width)
-
-    def _check_inputs(
-        self,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None,
-        pooled_projections: torch.Tensor | None,
-        timestep: torch.Tensor | None,
-    ) -> None:
-        batch, config = len(hidden_states), self.config
-        steps = 1 if timestep is not None and timestep.shape == (1,) else batch
-        require_shape("hidden_states", hidden_states, (batch, config.in_channels, "height", "width"))
-        require_shape("encoder_hidden_states", encoder_hidden_states, (batch, "tokens", config.joint_attention_dim))
-        require_shape("pooled_projections", pooled_projections, (batch, config.pooled_projection_dim))
-        require_shape("timestep", timestep, (steps,))

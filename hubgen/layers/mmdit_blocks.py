@@ -93,10 +93,19 @@ class JointTransformerBlock(nn.Module):
         encoder_hidden_states: torch.Tensor,
         temb: torch.Tensor,
         joint_attention_kwargs: dict[str, Any] | None = None,
+        residual: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, T, D), (B, L, D), (B, D) -> text (B, L, D), image (B, T, D); a pre-only block hands the text on as is.
 
-        A processor may return a third part, image tokens that are added ungated (an IP-Adapter's).
+        Args:
+            hidden_states: Image tokens, (B, T, D).
+            encoder_hidden_states: Text tokens, (B, L, D).
+            temb: The embedded condition, (B, D).
+            joint_attention_kwargs: Further keywords of the joint attention's processor; the second attention, which
+                sees the image alone, has none. The processor may return a third part, image tokens that are added
+                behind the MLP and ungated (an IP-Adapter's).
+            residual: A ControlNet's, (B, T, D), added to the image tokens at the end. Here, and not between blocks, so
+                that it belongs to what a step cache keeps of a block.
         """
         x, context, kwargs = hidden_states, encoder_hidden_states, joint_attention_kwargs or {}
 
@@ -112,9 +121,9 @@ class JointTransformerBlock(nn.Module):
         x_out, context_out, *added = self.attn(x_in, context_in, **kwargs)  # (B, T, D), (B, L, D)
         x = add_gated(x, gate, x_out)
         if self.use_dual_attention:
-            x = add_gated(x, gate2, self.attn2(x_in2, **kwargs))
+            x = add_gated(x, gate2, self.attn2(x_in2))
         x = add_gated(x, gate_mlp, self.ff(modulate(self.norm2(x), scale_mlp, shift_mlp)))
-        for update in added:
+        for update in (*added, *([] if residual is None else [residual])):
             x = x + update
 
         if not self.context_pre_only:
@@ -138,10 +147,11 @@ class FluxTransformerBlock(JointTransformerBlock):
         temb: torch.Tensor,
         image_rotary_emb: Rotary | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
+        residual: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, T, D), (B, L, D), (B, D) -> text (B, L, D), image (B, T, D)."""
+        """(B, T, D), (B, L, D), (B, D) -> text (B, L, D), image (B, T, D); see `JointTransformerBlock.forward`."""
         kwargs = {**(joint_attention_kwargs or {}), "image_rotary_emb": image_rotary_emb}
-        return super().forward(hidden_states, encoder_hidden_states, temb, kwargs)
+        return super().forward(hidden_states, encoder_hidden_states, temb, kwargs, residual)
 
 
 class FluxSingleTransformerBlock(nn.Module):
@@ -178,16 +188,20 @@ class FluxSingleTransformerBlock(nn.Module):
         temb: torch.Tensor,
         image_rotary_emb: Rotary | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
+        residual: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, T, D), (B, L, D), (B, D) -> text (B, L, D), image (B, T, D)."""
+        """(B, T, D), (B, L, D), (B, D) -> text (B, L, D), image (B, T, D); see `JointTransformerBlock.forward`."""
         tokens = [encoder_hidden_states.shape[1], hidden_states.shape[1]]
+        kwargs = {**(joint_attention_kwargs or {}), "image_rotary_emb": image_rotary_emb}
+        if getattr(self.attn.processor, "parts", ()):
+            kwargs["text_tokens"] = tokens[0]
         x = torch.cat([encoder_hidden_states, hidden_states], dim=1)  # (B, L + T, D)
         x_in, gate = self.norm(x, temb)
-        attended = self.attn(x_in, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
+        attended = self.attn(x_in, **kwargs)  # (B, L + T, D)
         inner = self.act_mlp(self.proj_mlp(x_in))  # (B, L + T, mlp_hidden_dim)
         x = within_float16(add_gated(x, gate, self.proj_out(torch.cat([attended, inner], dim=2))))
         context, x = x.split(tokens, dim=1)
-        return context, x
+        return context, x if residual is None else x + residual
 
 
 def initialize_joint_(model: Any) -> None:

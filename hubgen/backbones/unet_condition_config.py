@@ -1,0 +1,198 @@
+"""Configs of the text-conditioned U-Net: those of published models, and what can be built.
+
+Written for `UNet2DConditionModel`; a net that shares its encoder half has the same keys but for the way up.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from hubgen.layers.checks import per_level, require_all_positive, require_supported
+from hubgen.layers.unet_blocks import (
+    CrossAttnDownBlock2D,
+    CrossAttnUpBlock2D,
+    DownBlock2D,
+    UNetMidBlock2D,
+    UNetMidBlock2DCrossAttn,
+    UpBlock2D,
+)
+
+DOWN_BLOCKS = {"DownBlock2D": DownBlock2D, "CrossAttnDownBlock2D": CrossAttnDownBlock2D}
+MID_BLOCKS = {"UNetMidBlock2D": UNetMidBlock2D, "UNetMidBlock2DCrossAttn": UNetMidBlock2DCrossAttn}
+UP_BLOCKS = {"UpBlock2D": UpBlock2D, "CrossAttnUpBlock2D": CrossAttnUpBlock2D}
+
+SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "mid_block_type": (*MID_BLOCKS, None),
+    "act_fn": ("silu", "swish"),
+    "encoder_hid_dim_type": (None, "text_proj"),
+    "num_attention_heads": (None,),
+    "dual_cross_attention": (False,),
+    "class_embed_type": (None, "timestep", "projection"),
+    "addition_embed_type": (None, "text_time"),
+    "resnet_time_scale_shift": ("default",),
+    "resnet_skip_time_act": (False,),
+    "resnet_out_scale_factor": (1.0,),
+    "time_embedding_type": ("positional",),
+    "time_embedding_act_fn": (None,),
+    "timestep_post_act": (None,),
+    "attention_type": ("default",),
+    "class_embeddings_concat": (False,),
+    "mid_block_only_cross_attention": (None, False),
+    "cross_attention_norm": (None,),
+    "addition_embed_type_num_heads": (64,),
+}
+"""Values that can be built, of the arguments that have more of them in diffusers (Kandinsky, DeepFloyd IF, GLIGEN)."""
+
+
+def stable_diffusion_1() -> dict[str, Any]:
+    """Arguments of the U-Net of Stable Diffusion 1.x: 859,520,964 parameters, CLIP ViT-L/14's 768 text features."""
+    return {"sample_size": 64, "cross_attention_dim": 768}
+
+
+def stable_diffusion_2() -> dict[str, Any]:
+    """Arguments of the U-Net of Stable Diffusion 2.x: 865,910,724 parameters, OpenCLIP ViT-H/14's 1024 text features.
+
+    The checkpoints at 768 pixels predict v, the base ones at 512 pixels (`sample_size=64`) the noise; the network is
+    the same.
+    """
+    return {
+        "sample_size": 96,
+        "cross_attention_dim": 1024,
+        "attention_head_dim": (5, 10, 20, 20),
+        "use_linear_projection": True,
+        "upcast_attention": True,
+    }
+
+
+def stable_diffusion_xl() -> dict[str, Any]:
+    """Arguments of the U-Net of SDXL base: 2,567,463,684 parameters.
+
+    `text_embeds` has 1280 features and `time_ids` six numbers: height and width of the original, top and left of the
+    crop, height and width of the target (2307.01952, section 2.2).
+    """
+    return {
+        "sample_size": 128,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (320, 640, 1280),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    }
+
+
+def stable_diffusion_xl_refiner() -> dict[str, Any]:
+    """Arguments of the U-Net of the SDXL refiner: 2,259,526,660 parameters.
+
+    `time_ids` has five numbers: height and width of the original, top and left of the crop, aesthetic score.
+    """
+    return {
+        "sample_size": 128,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (384, 768, 1536, 1536),
+        "transformer_layers_per_block": 4,
+        "attention_head_dim": (6, 12, 24, 24),
+        "cross_attention_dim": 1280,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2560,
+    }
+
+
+def check_config(config: Any) -> None:
+    """Raises ValueError naming the argument whose value cannot be built or does not fit another."""
+    require_supported(config, SUPPORTED)
+    levels = len(config.block_out_channels)
+    if any(per_level("only_cross_attention", config.only_cross_attention, levels)):
+        raise ValueError(f"`only_cross_attention` must be False, got {config.only_cross_attention!r}.")
+    for name, known in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
+        if len(config[name]) != levels:
+            raise ValueError(
+                f"`{name}` must have one entry a level, {levels} as `block_out_channels`, got {config[name]!r}."
+            )
+        for block_type in config[name]:
+            if block_type not in known:
+                raise ValueError(f"`{name}` must be made of {list(known)}, got {block_type!r}.")
+    for name in (
+        "in_channels",
+        "out_channels",
+        "block_out_channels",
+        "layers_per_block",
+        "norm_num_groups",
+        "cross_attention_dim",
+        "transformer_layers_per_block",
+        "attention_head_dim",
+        "conv_in_kernel",
+        "conv_out_kernel",
+    ):
+        require_all_positive(name, config[name])
+    for name in ("conv_in_kernel", "conv_out_kernel"):
+        if config[name] % 2 == 0:
+            raise ValueError(f"`{name}` must be odd, got {config[name]}.")
+    if config.downsample_padding not in (0, 1):
+        raise ValueError(f"`downsample_padding` must be 0 or 1, got {config.downsample_padding!r}.")
+
+    heads = per_level("attention_head_dim", config.attention_head_dim, levels)
+    for channels, count in zip(config.block_out_channels, heads, strict=True):
+        if channels % config.norm_num_groups:
+            raise ValueError(
+                f"`norm_num_groups` = {config.norm_num_groups} must divide all `block_out_channels`, "
+                f"got {tuple(config.block_out_channels)}."
+            )
+        if channels % count:
+            raise ValueError(
+                f"`attention_head_dim` is a number of heads (a name kept for old configs) and must divide the "
+                f"level's channels, got {count} heads for {channels} channels."
+            )
+    check_transformer_layers(config)
+    check_embeddings(config)
+
+
+def check_transformer_layers(config: Any) -> None:
+    """Raises ValueError where a list of transformer layers does not fit the residual blocks of its level."""
+    levels = len(config.block_out_channels)
+    layers = per_level("layers_per_block", config.layers_per_block, levels)
+    down = per_level("transformer_layers_per_block", config.transformer_layers_per_block, levels)
+    reverse = config.reverse_transformer_layers_per_block
+    if reverse is None and any(isinstance(entry, Sequence) for entry in down):
+        raise ValueError(
+            "`transformer_layers_per_block` has a list a level, which needs `reverse_transformer_layers_per_block` "
+            "for the way up, where every level has one residual block more."
+        )
+    up = () if reverse is None else per_level("reverse_transformer_layers_per_block", reverse, levels)
+    require_all_positive("reverse_transformer_layers_per_block", up)
+    for name, depths, counts in (
+        ("transformer_layers_per_block", down, layers),
+        ("reverse_transformer_layers_per_block", up, [count + 1 for count in layers[::-1]]),
+    ):
+        for depth, count in zip(depths, counts, strict=False):
+            if isinstance(depth, Sequence) and len(depth) != count:
+                raise ValueError(
+                    f"`{name}` must have a number for each of the level's {count} residual blocks, got {depth!r}."
+                )
+
+
+def check_embeddings(config: Any) -> None:
+    """Raises ValueError where an embedding is asked for without the sizes that it needs."""
+    needs = {
+        ("class_embed_type", "projection"): ("projection_class_embeddings_input_dim",),
+        ("addition_embed_type", "text_time"): (
+            "projection_class_embeddings_input_dim",
+            "addition_time_embed_dim",
+        ),
+        ("encoder_hid_dim_type", "text_proj"): ("encoder_hid_dim", "cross_attention_dim"),
+    }
+    for (name, value), sizes in needs.items():
+        for size in sizes if config[name] == value else ():
+            if not isinstance(config[size], int) or config[size] < 1:
+                raise ValueError(f"`{name}`={value!r} needs a whole number as `{size}`, got {config[size]!r}.")
+    if config.class_embed_type is not None and config.num_class_embeds is not None:
+        raise ValueError(
+            f"`num_class_embeds` = {config.num_class_embeds} needs `class_embed_type`=None, "
+            f"got {config.class_embed_type!r}."
+        )
