@@ -5,6 +5,7 @@ Shapes: B pictures (labels times pictures of each), H and W pixels, (B, C, h, w)
 
 import numbers
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -179,8 +180,10 @@ class ClassToImagePipeline(DenoisingPipeline):
 
         latents = starting_noise(self.scheduler, shape, generator, latents, device)
         with accelerated(self) as fast:
-            predictor.tabulate(fast, grid, guidance.all_branches)
-            after_step = self.acts(callback_on_step_end, callback_on_step_end_tensor_inputs, predictor, LABELS, fast)
+            tabulate = partial(predictor.tabulate, fast, grid, guidance.all_branches)
+            tabulate()
+            names = callback_on_step_end_tensor_inputs
+            after_step = self.acts(callback_on_step_end, names, predictor, LABELS, fast, tabulate)
             guided = GuidedNoise(guidance, space.channels)
             latents = self.denoise(fast.around(predict), latents, grid, guided, generator, after_step)
             with fast.network():

@@ -4,7 +4,7 @@ Shapes: B pictures, (B, ...) latents.
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -97,8 +97,15 @@ class DenoisingPipeline(NativePipeline):
         predictor: Predictor,
         fields: Mapping[str, tuple[str, str]],
         fast: Acceleration,
+        tabulate: Callable[[], None] = lambda: None,
     ) -> list[AfterStep]:
-        """What a user's callback adds to the end of a step; see `StepCallback` for the arguments."""
+        """What a user's callback adds to the end of a step.
+
+        Args:
+            callback: See `StepCallback`, as for `tensor_names`, `predictor` and `fields`; `None` adds nothing.
+            fast: Of the call; the callback may change the models.
+            tabulate: Has `fast` compute its tables anew, after a change of models or conditions.
+        """
         if callback is None:
             return []
         act = StepCallback(callback, self, tensor_names, predictor, fields)
@@ -107,8 +114,8 @@ class DenoisingPipeline(NativePipeline):
             conditions = predictor.conditions
             with fast.user_code():
                 latents = act(step, timestep, latents)
-            if predictor.conditions is not conditions:
-                fast.forget_tables()
+            if predictor.conditions is not conditions or not fast.tabulated:
+                tabulate()
             return latents
 
         return [guarded]

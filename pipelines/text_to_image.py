@@ -11,6 +11,7 @@ P features of pooled text.
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -339,8 +340,10 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
         predict = Predictor(self.backbone, conditions, family, open_doors(prepared, attention))
         after_step: list[AfterStep] = [control.after_step for control in prepared]
         with accelerated(self) as fast, opened(self.backbone, prepared):
-            predict.tabulate(fast, target.timesteps, guidance.all_branches)
-            after_step += self.acts(callback_on_step_end, callback_on_step_end_tensor_inputs, predict, EMBEDDINGS, fast)
+            tabulate = partial(predict.tabulate, fast, target.timesteps, guidance.all_branches)
+            tabulate()
+            names = callback_on_step_end_tensor_inputs
+            after_step += self.acts(callback_on_step_end, names, predict, EMBEDDINGS, fast, tabulate)
             latents = self.denoise(
                 fast.around(predict),
                 begin.x_t,

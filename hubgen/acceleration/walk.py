@@ -175,9 +175,10 @@ class Acceleration:
             if marks != self._marks:
                 self._prepare()
 
-    def forget_tables(self) -> None:
-        """The conditions of the call have changed."""
-        self._tables = None
+    @property
+    def tabulated(self) -> bool:
+        """Whether there are tables: a change of the models drops them."""
+        return self._tables is not None
 
     def _signature(self) -> list[Any]:
         marks: list[Any] = []

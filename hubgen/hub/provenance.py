@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import tempfile
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from hubgen.formats.atomic import written
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -85,24 +85,8 @@ def write_picture(out: Path, picture: Image.Image, request: Request) -> None:
         chunks.add_itxt("Description", "\n".join(request.prompts))
         chunks.add_itxt("Software", f"hubgen {installed_version('hubgen')}")
         options["pnginfo"] = chunks
-    handle, name = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            picture.save(file, format=FORMATS[out.suffix.lower()], **options)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~current_umask())
-        os.replace(name, out)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def current_umask() -> int:
-    """mkstemp makes private files; a picture gets the rights that any new file of the user's has."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    with written(out) as temporary:
+        picture.save(temporary, format=FORMATS[out.suffix.lower()], **options)
 
 
 def read_request(path: Path) -> tuple[Request, dict[str, str]]:

@@ -226,8 +226,12 @@ def text_calls() -> Iterator[tuple[str, Any]]:
     import torch
 
     for number, (name, (family, config, arguments)) in enumerate(TEXT_CALLS.items()):
-        pipe = text_pipeline(family, **config)
-        pipe.set_progress_bar_config(disable=True)
+
+        def drawn(generator: Any, family: str = family, config: dict[str, Any] = config, **arguments: Any) -> Any:
+            pipe = text_pipeline(family, **config)  # a new one for each call
+            pipe.set_progress_bar_config(disable=True)
+            return pipe(generator=generator, **arguments).images
+
         arguments = dict(arguments)
         if "image" in arguments:
             arguments["image"] = picture(arguments["image"])
@@ -235,9 +239,9 @@ def text_calls() -> Iterator[tuple[str, Any]]:
             arguments["mask_image"] = mask()
         for kind, more in (("latents", {"output_type": "latent"}), ("picture", {"output_type": "pt"})):
             generator = torch.Generator().manual_seed(number)
-            yield f"{name}: {kind}", pipe(generator=generator, **arguments, **more).images
+            yield f"{name}: {kind}", drawn(generator, **arguments, **more)
         generators = [torch.Generator().manual_seed(number + i) for i in range(2)]
-        two = pipe(generator=generators, num_images_per_prompt=2, output_type="latent", **arguments).images
+        two = drawn(generators, num_images_per_prompt=2, output_type="latent", **arguments)
         yield f"{name}: two pictures", two
 
 
