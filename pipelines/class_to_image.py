@@ -5,7 +5,6 @@ Shapes: B pictures (labels times pictures of each), H and W pixels, (B, C, h, w)
 
 import numbers
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import diffusers
@@ -14,39 +13,24 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from hubgen.acceleration.optimize import optimize_unless_chosen, prepared
+from hubgen.acceleration.optimize import accelerated
 from hubgen.autoencoders.autoencoder_kl import AutoencoderKL
+from hubgen.autoencoders.latents import LatentSpace, decode
 from hubgen.backbones.dit import DiTTransformer2DModel
 from hubgen.backbones.unet import UNet2DModel
-from hubgen.conditioning.guidance import ClassifierFreeGuidance
+from hubgen.conditioning.condition import Condition
+from hubgen.conditioning.families import BackboneFamily, family_of
+from hubgen.conditioning.guidance import NEGATIVE, POSITIVE, ClassifierFreeGuidance, GuidedNoise
+from hubgen.conditioning.predict import Predictor
 from hubgen.hub.registration import loadable
-from hubgen.pipelines.calls import (
-    check_generator,
-    check_latents,
-    check_output,
-    check_size,
-    decode,
-    require_whole,
-    set_grid,
-)
+from hubgen.pipelines.callbacks import Callback
+from hubgen.pipelines.checks import check_generator, check_latents, check_output, require_whole
 from hubgen.pipelines.denoising import Generator
-from hubgen.pipelines.denoising_pipeline import Callback, DenoisingPipeline
-from hubgen.pipelines.latent_space import LatentSpace
+from hubgen.pipelines.denoising_pipeline import DenoisingPipeline
+from hubgen.pipelines.starts import starting_noise
 
-
-@dataclass(frozen=True)
-class NoiseGuidance(ClassifierFreeGuidance):
-    """Guides the predicted noise, the first `channels`; what follows, a learned variance, stays the conditional one.
-
-    As diffusers' pipeline does it. The code of the paper guides only the first three channels.
-    """
-
-    channels: int = 4
-
-    def combine(self, uncond: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
-        """(B, C', h, w), (B, C', h, w) -> the same; C' is `channels` or more."""
-        noise = super().combine(uncond[:, : self.channels], cond[:, : self.channels])
-        return torch.cat([noise, cond[:, self.channels :]], dim=1)
+# What a callback may change: whose branch's condition it is, and which field of it.
+LABELS = {"class_labels": (POSITIVE, "labels")}
 
 
 @loadable
@@ -66,7 +50,7 @@ class ClassToImagePipeline(DenoisingPipeline):
         null_label: Number of the class that means none, for guidance; `None` for the transformer's own. A U-Net has
             none unless this says so.
         default_num_inference_steps: What a call does that names no number of steps; saved with the pipeline.
-        default_guidance_scale: Likewise; without effect where there is no label that means none.
+        default_guidance_scale: Of a call that names none; without effect where there is no label that means none.
 
     Raises:
         ValueError: Both or neither of `transformer` and `unet` were given, the U-Net knows no classes, the channels of
@@ -109,7 +93,7 @@ class ClassToImagePipeline(DenoisingPipeline):
             raise ValueError(f"`null_label`: got {null_label}, expected one of 0 ... {self.embedded_labels - 1}.")
         self.labels = labels_by_name(id2label or {}, self.embedded_labels)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-        self._guidance = ClassifierFreeGuidance(default_guidance_scale)
+        self._guidance_scale = default_guidance_scale
 
     def native_class(self) -> str | None:
         """`DiTPipeline`, for a transformer."""
@@ -153,7 +137,7 @@ class ClassToImagePipeline(DenoisingPipeline):
             output_type: "pil"; "np", (B, H, W, 3) in [0, 1]; "pt", (B, 3, H, W) in [0, 1]; or "latent", (B, C, h, w).
             return_dict: Whether to return `ImagePipelineOutput` or a tuple of its `images`.
             height: Pixels; `None` for what the model was trained for.
-            width: Likewise.
+            width: Pixels; see `height`.
             timesteps: The scheduler's grid, instead of its own; or
             sigmas: the same in terms of noise; not every scheduler takes them.
             num_images_per_label: Pictures of each label, next to each other in the result.
@@ -166,10 +150,11 @@ class ClassToImagePipeline(DenoisingPipeline):
         Raises:
             ValueError: An argument is not one that the model can work with; before anything is computed.
         """
+        space, backbone = self.latent_space, self.backbone
         guidance = self.check_guidance(guidance_scale, guidance_rescale, guidance_interval)
         labels = self.check_labels(class_labels)
         require_whole("num_images_per_label", num_images_per_label)
-        shape = self.latents_shape(len(labels) * num_images_per_label, height, width)
+        shape = space.shape(len(labels) * num_images_per_label, space.checked_size(height, width))
         check_generator(generator, shape[0])
         check_latents(latents, shape)
         check_output(
@@ -177,56 +162,37 @@ class ClassToImagePipeline(DenoisingPipeline):
         )
         self.check_variance()
         device = self._execution_device
-        steps = set_grid(
-            self.scheduler, num_inference_steps, timesteps, sigmas, self.config.default_num_inference_steps, device
-        )
-        self.begin_call(steps)
-        self._guidance = guidance
+        default_steps = self.config.default_num_inference_steps
+        grid = self.set_grid(num_inference_steps, timesteps, sigmas, default_steps, device)
+        self.begin_call(grid)
+        self._guidance_scale = guidance.scale
 
-        latents = self.starting_noise(shape, generator, latents, device)
-        optimize_unless_chosen(self)
-        latents = self.denoise(
-            latents,
-            steps,
-            torch.tensor(labels, device=device).repeat_interleave(num_images_per_label),
-            generator,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-        )
-        images = decode(self.vae, latents, self.image_processor, output_type)
+        chosen = torch.tensor(labels, device=device).repeat_interleave(num_images_per_label)  # (B,)
+        conditions = {POSITIVE: Condition(labels=chosen)}
+        if guidance.enabled and self.null_label is not None:
+            conditions[NEGATIVE] = Condition(labels=torch.full_like(chosen, self.null_label))
+        predictor = Predictor(backbone, conditions, self.family)
+        channels = space.channels * (2 if self.scheduler_wants_variance else 1)
+
+        def predict(x_t: torch.Tensor, t: torch.Tensor, branches: tuple[str, ...], step: int) -> torch.Tensor:
+            return predictor(x_t, t, branches, step)[:, :channels]
+
+        latents = starting_noise(self.scheduler, shape, generator, latents, device)
+        with accelerated(self) as fast:
+            predictor.tabulate(fast, grid, guidance.all_branches)
+            after_step = self.acts(callback_on_step_end, callback_on_step_end_tensor_inputs, predictor, LABELS, fast)
+            guided = GuidedNoise(guidance, space.channels)
+            latents = self.denoise(fast.around(predict), latents, grid, guided, generator, after_step)
+            with fast.network():
+                images = self.decode_latents(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def denoise(
-        self,
-        latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        class_labels: torch.Tensor,
-        generator: Generator = None,
-        callback: Callback | None = None,
-        callback_tensors: Sequence[str] = ("latents",),
-    ) -> torch.Tensor:
-        """From noise to latents, (B, C, h, w): the loop of `hubgen.pipelines.denoising` with this backbone."""
-        backbone, dtype = self.backbone, self.backbone.dtype
-        conditions = {"class_labels": class_labels}
-        told: dict[bool, torch.Tensor] = {}
-        channels = latents.shape[1] * (2 if self.scheduler_wants_variance else 1)
-
-        def tell() -> None:
-            """The labels that the backbone is told, by whether the step is guided."""
-            labels, null = conditions["class_labels"], self.null_label
-            told[False] = labels
-            if null is not None and self._guidance.enabled:
-                told[True] = torch.cat([torch.full_like(labels, null), labels])
-
-        def predict(x_t: torch.Tensor, t: torch.Tensor, guided: bool) -> torch.Tensor:
-            return backbone(x_t.to(dtype), t, class_labels=told[guided], return_dict=False)[0][:, :channels]
-
-        tell()
-        with prepared(backbone, timesteps, {"class_labels": told.get(True, class_labels)}):
-            return self.walk(
-                *(predict, latents, timesteps, self._guidance, generator, callback, callback_tensors, conditions, tell)
-            )
+    def decode_latents(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
+        """Pictures of latents, (B, C, h, w) as the backbone has them; see the call for `output_type`."""
+        if output_type == "latent":
+            return latents
+        return self.image_processor.postprocess(decode(self.vae, latents), output_type=output_type)
 
     def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
         """Numbers of the classes of these names.
@@ -269,14 +235,24 @@ class ClassToImagePipeline(DenoisingPipeline):
         return self.config.null_label
 
     @property
+    def family(self) -> BackboneFamily:
+        """How the backbone is called."""
+        return family_of(self.backbone)
+
+    @property
+    def latent_space(self) -> LatentSpace:
+        """Shapes of latents and sizes of pictures."""
+        return LatentSpace(self.vae, self.backbone.config, self.family.patch)
+
+    @property
     def vae_scale_factor(self) -> int:
         """Pixels of a picture's side per latent."""
-        return LatentSpace(self.vae, self.backbone).factor
+        return self.latent_space.factor
 
     @property
     def guidance_scale(self) -> float:
         """That of the last call."""
-        return self._guidance.scale
+        return self._guidance_scale
 
     def check_guidance(
         self, scale: float | None, rescale: float, interval: tuple[float, float]
@@ -284,7 +260,7 @@ class ClassToImagePipeline(DenoisingPipeline):
         """The guidance of a call; raises ValueError where there is no label to lead away from."""
         if scale is None:
             scale = self.config.default_guidance_scale if self.null_label is not None else 1.0
-        guidance = NoiseGuidance(scale, rescale, interval, self.backbone.config.in_channels)
+        guidance = ClassifierFreeGuidance(scale, rescale, interval)
         if guidance.enabled and self.null_label is None:
             raise ValueError(f"`guidance_scale`: got {scale}, expected at most 1: no label means none (`null_label`).")
         return guidance
@@ -314,18 +290,6 @@ class ClassToImagePipeline(DenoisingPipeline):
                 f"`scheduler`: got `variance_type`={self.scheduler.config.variance_type!r}, which needs a backbone of "
                 f"{2 * config.in_channels} output channels; this one has {config.out_channels or config.in_channels}."
             )
-
-    def latents_shape(self, batch: int, height: int | None, width: int | None) -> tuple[int, int, int, int]:
-        """(B, C, h, w) for a size in pixels, defaults filled in; raises ValueError for what the model cannot make."""
-        space = LatentSpace(self.vae, self.backbone)
-        size = (
-            space.default_size[0] if height is None else height,
-            space.default_size[1] if width is None else width,
-        )
-        halvings = len(self.backbone.config.get("block_out_channels", (0,))) - 1  # of a U-Net
-        for name, side in zip(("height", "width"), size, strict=True):
-            check_size(name, side, space.multiple * 2**halvings)
-        return space.shape(batch, size)
 
 
 def labels_by_name(id2label: Mapping[Any, Any], count: int) -> dict[str, int]:

@@ -1,25 +1,28 @@
-"""What all pipelines around the denoising loop share: where they start, callbacks and progress, and how one is stopped.
+"""What all pipelines around the denoising loop share: the grid, where they start, progress, and how one is stopped.
 
 Shapes: B pictures, (B, ...) latents.
 """
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 
-from hubgen.conditioning.guidance import ClassifierFreeGuidance
+from hubgen.acceleration.walk import Acceleration
+from hubgen.conditioning.guidance import Guidance
+from hubgen.conditioning.predict import Predictor
+from hubgen.formats.diffusers_contract import has_step_hooks
 from hubgen.hub.native import NativePipeline
-from hubgen.pipelines.calls import check_tensor_names
-from hubgen.pipelines.denoising import Generator, Predict, denoise
+from hubgen.pipelines.callbacks import Callback, StepCallback
+from hubgen.pipelines.checks import require_whole
+from hubgen.pipelines.denoising import AfterStep, Generator, Predict, denoise
 
-Callback = Callable[..., dict[str, Any] | None]
 LEARNED_VARIANCES = ("learned", "learned_range")
 
 
 class DenoisingPipeline(NativePipeline):
-    """A pipeline that walks from noise to data, with a scheduler as its component `scheduler`."""
+    """A pipeline from noise to data, with a scheduler as its component `scheduler`."""
 
     _callback_tensor_inputs: list[str]
     _num_timesteps = 0
@@ -44,69 +47,100 @@ class DenoisingPipeline(NativePipeline):
         """Notes that a call of as many steps begins."""
         self._num_timesteps, self._interrupt = len(timesteps), False
 
-    def starting_noise(
-        self, shape: Sequence[int], generator: Generator, latents: torch.Tensor | None, device: torch.device
+    def set_grid(
+        self,
+        num_inference_steps: int | None,
+        timesteps: Sequence[float] | None,
+        sigmas: Sequence[float] | None,
+        default_steps: int,
+        device: torch.device,
+        mu: float | None = None,
     ) -> torch.Tensor:
-        """Noise of the scheduler's scale, in float32: the same in whatever precision the networks compute.
+        """Sets the scheduler's grid and returns its timesteps, (n,) on `device`.
 
         Args:
-            shape: (B, ...).
-            generator: Its source.
-            latents: Standard normal, instead of drawing it.
-            device: Where it goes.
-        """
-        if latents is None:
-            latents = randn_tensor(shape, generator, device, torch.float32)
-        return latents.to(device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+            num_inference_steps: `None` for `default_steps`, or for as many as `timesteps` or `sigmas` has.
+            timesteps: The grid, instead of the scheduler's own; or
+            sigmas: the same in terms of noise.
+            default_steps: See `num_inference_steps`.
+            device: Where the grid goes.
+            mu: Shift of the timesteps, for schedulers with dynamic shifting.
 
-    def walk(
+        Raises:
+            ValueError: Not a whole number of steps above 0, or a grid that the scheduler does not take.
+        """
+        scheduler, own = self.scheduler, timesteps is None and sigmas is None
+        if num_inference_steps is None and own:
+            num_inference_steps = default_steps
+        if num_inference_steps is not None:
+            require_whole("num_inference_steps", num_inference_steps)
+        grid: dict[str, Any] = {"timesteps": timesteps, "sigmas": sigmas}
+        grid = {name: value for name, value in grid.items() if value is not None}
+        for name, value in grid.items():
+            if num_inference_steps is not None and len(value) != num_inference_steps:
+                raise ValueError(f"`{name}`: got {len(value)}, expected `num_inference_steps`={num_inference_steps}.")
+        if mu is not None:
+            grid["mu"] = mu
+        known = inspect.signature(scheduler.set_timesteps).parameters
+        for name in grid:
+            if name not in known:
+                raise ValueError(f"`{name}`: {type(scheduler).__name__} takes none, only a number of steps.")
+        scheduler.set_timesteps(num_inference_steps if own else None, device=device, **grid)
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(0)  # saves the scheduler a search that waits for the device
+        return scheduler.timesteps
+
+    def acts(
+        self,
+        callback: Callback | None,
+        tensor_names: Sequence[str],
+        predictor: Predictor,
+        fields: Mapping[str, tuple[str, str]],
+        fast: Acceleration,
+    ) -> list[AfterStep]:
+        """What a user's callback adds to the end of a step; see `StepCallback` for the arguments."""
+        if callback is None:
+            return []
+        act = StepCallback(callback, self, tensor_names, predictor, fields)
+
+        def guarded(step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+            conditions = predictor.conditions
+            with fast.user_code():
+                latents = act(step, timestep, latents)
+            if predictor.conditions is not conditions:
+                fast.forget_tables()
+            return latents
+
+        return [guarded]
+
+    def maybe_free_model_hooks(self) -> None:
+        """As diffusers', which leaves a registry of hooks on every model, also on one without hooks."""
+        for component in self.components.values():
+            if has_step_hooks(component) and hasattr(component, "_reset_stateful_cache"):
+                component._reset_stateful_cache()
+        if getattr(self, "_all_hooks", None):
+            super().maybe_free_model_hooks()
+
+    def denoise(
         self,
         predict: Predict,
         latents: torch.Tensor,
         timesteps: torch.Tensor,
-        guidance: ClassifierFreeGuidance,
+        guidance: Guidance,
         generator: Generator = None,
-        callback: Callback | None = None,
-        callback_tensors: Sequence[str] = ("latents",),
-        conditions: dict[str, Any] | None = None,
-        renew: Callable[[], None] = lambda: None,
-        blend: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
+        after_step: Sequence[AfterStep] = (),
         **options: Any,
     ) -> torch.Tensor:
-        """The loop of `hubgen.pipelines.denoising` with this scheduler, a progress bar, and a callback after each step.
+        """The loop of `hubgen.pipelines.denoising` with this scheduler, a progress bar, and a stop by `_interrupt`.
 
-        Args:
-            predict: See `denoise`.
-            latents: Likewise, (B, ...).
-            timesteps: Likewise, (n,).
-            guidance: Likewise.
-            generator: Likewise.
-            callback: `(pipeline, step, timestep, tensors) -> tensors`; those returned replace the old ones.
-            callback_tensors: Names of the tensors that it is shown.
-            conditions: What it may see and change beside the latents, by name; changes are written there.
-            renew: Called after it has changed conditions.
-            blend: `(step, latents) -> latents`, before the callback.
-            options: Further ones of `denoise`.
+        Arguments are those of `hubgen.pipelines.denoising.denoise`.
         """
-        conditions = {} if conditions is None else conditions
-        callback_tensors = getattr(callback, "tensor_inputs", callback_tensors)  # diffusers' callback objects
-
-        def on_step(step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-            progress_bar.update()
-            if blend is not None:
-                latents = blend(step, latents)
-            if callback is None:
-                return latents
-            shown = {"latents": latents, **conditions}
-            changed = dict(callback(self, step, timestep, {name: shown.get(name) for name in callback_tensors}) or {})
-            check_tensor_names("callback_on_step_end", changed, self._callback_tensor_inputs)
-            latents = changed.pop("latents", latents)
-            if changed:
-                conditions.update(changed)
-                renew()
-            return latents
-
         with self.progress_bar(total=len(timesteps)) as progress_bar:
+
+            def advance(step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+                progress_bar.update()
+                return latents
+
             return denoise(
                 predict,
                 self.scheduler,
@@ -114,7 +148,7 @@ class DenoisingPipeline(NativePipeline):
                 timesteps,
                 guidance,
                 generator,
-                on_step=on_step,
+                after_step=(advance, *after_step),
                 interrupted=lambda: self._interrupt,
                 **options,
             )

@@ -1,8 +1,8 @@
 """Text to image: prompt -> embeddings -> denoising loop -> decode; from noise, from an image, or inside a mask.
 
-One pipeline for every family: what differs between them are objects chosen from the components (how text encoders are
-joined, `hubgen.conditioning.prompts`; how the backbone is called, `hubgen.conditioning.inputs`; the shape of its
-latents, `LatentSpace`; defaults, `Family`).
+One pipeline for every family: what differs between them are objects chosen from the components (how the backbone is
+called and which text encoders belong to it, `hubgen.conditioning.families`; the shape of its latents, `LatentSpace`;
+defaults of diffusers' pipelines, `hubgen.pipelines.defaults`).
 
 Shapes: B pictures (prompts times pictures of each), H and W pixels, (B, C, h, w) latents, L text tokens of D features,
 P features of pooled text.
@@ -21,41 +21,38 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
-from hubgen.acceleration.optimize import optimize_unless_chosen, prepared
+from hubgen.acceleration.optimize import accelerated
 from hubgen.autoencoders.autoencoder_kl import AutoencoderKL
+from hubgen.autoencoders.latents import LatentSpace, decode
 from hubgen.backbones.flux import FluxTransformer2DModel
 from hubgen.backbones.sd3 import SD3Transformer2DModel
 from hubgen.backbones.unet_condition import UNet2DConditionModel
+from hubgen.conditioning.condition import Condition
+from hubgen.conditioning.families import BackboneFamily, family_of
 from hubgen.conditioning.guidance import ClassifierFreeGuidance
-from hubgen.conditioning.inputs import (
-    BackboneCall,
-    takes_guidance,
-    takes_pooled,
-)
-from hubgen.conditioning.prompts import PromptCondition, prompt_condition
-from hubgen.conditioning.text import TextEmbeddings
+from hubgen.conditioning.micro import MicroArguments
+from hubgen.conditioning.predict import Predictor
+from hubgen.conditioning.prompts import PromptCondition
+from hubgen.controls.control import Target, open_doors, opened
+from hubgen.controls.inpaint import is_shown_masks
+from hubgen.data.images import Images
 from hubgen.hub.registration import loadable
 from hubgen.hub.single_file import SingleFilePipelineMixin
-from hubgen.pipelines.calls import (
-    attention_options,
+from hubgen.pipelines.callbacks import Callback
+from hubgen.pipelines.checks import (
+    arguments_of,
     check_eta,
     check_generator,
     check_latents,
     check_output,
-    check_size,
-    decode_pixels,
     require_whole,
-    set_grid,
 )
-from hubgen.pipelines.denoising import Generator
-from hubgen.pipelines.denoising_pipeline import Callback, DenoisingPipeline
-from hubgen.pipelines.families import READS, Defaults, Family, family_of
-from hubgen.pipelines.image_arguments import Images
-from hubgen.pipelines.image_inputs import Begin, image_start, takes_mask, until
-from hubgen.pipelines.latent_space import LatentSpace
-from hubgen.pipelines.picture_inputs import PictureInputs
-from hubgen.pipelines.prompt_inputs import EMBEDDINGS, NEGATIVES, PROMPTS, Prompt, PromptInputs
+from hubgen.pipelines.defaults import READS, Defaults, FamilyDefaults, defaults_of
+from hubgen.pipelines.denoising import AfterStep, Generator
+from hubgen.pipelines.denoising_pipeline import DenoisingPipeline
+from hubgen.pipelines.prompt_to_embeddings import EMBEDDINGS, Prompt, PromptArguments, embed
 from hubgen.pipelines.safety import blacken
+from hubgen.pipelines.starts import ImageArguments, start_of, until
 
 logger = logging.getLogger(__name__)
 
@@ -86,18 +83,18 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
         unet: ... or if it is a U-Net: exactly one of the two.
         default_num_inference_steps: What a call does that names no number of steps; saved with the pipeline. `None`
             for what diffusers' pipeline of the family does.
-        default_guidance_scale: Likewise.
+        default_guidance_scale: Of a call that names none; `None` as above.
         text_encoder_2: The second text encoder of SDXL (CLIP), SD3 (CLIP) or FLUX (T5).
         tokenizer_2: Its tokenizer.
         text_encoder_3: SD3's T5, which may be missing.
         tokenizer_3: Its tokenizer.
         safety_checker: Looks at each picture with `feature_extractor`, and blackens what it objects to.
         feature_extractor: What the safety checker sees pictures through.
-        image_encoder: Kept and saved with the rest; no use is made of it.
+        image_encoder: Kept and saved with the rest, and not used.
         requires_safety_checker: Kept for diffusers' pipeline, which warns where it is true and there is none; `None`
             for whether there is one.
         force_zeros_for_empty_prompt: Whether, for SDXL, guidance without a negative prompt leads away from zeros.
-        requires_aesthetics_score: Whether the backbone is told a score in place of the target size (SDXL's refiner).
+        requires_aesthetics_score: Whether the backbone takes a score in place of the target size (SDXL's refiner).
 
     Raises:
         ValueError: Both or neither of `transformer` and `unet` were given.
@@ -175,12 +172,12 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
 
     def native_class(self) -> str | None:
         """The pipeline of diffusers that can be made of these components; `None` where there is none."""
-        family = self.family
+        family = self.family_defaults
         # diffusers' pipelines for U-Nets scale noise and inputs by the scheduler.
         fits = family.backbone != "UNet2DConditionModel" or hasattr(self.scheduler, "init_noise_sigma")
         if type(self.backbone).__name__ != family.backbone or not fits:
             return None
-        return family.inpainting if takes_mask(self.backbone, self.vae) else family.pipeline
+        return family.inpainting if is_shown_masks(self.family, self.vae.config.latent_channels) else family.pipeline
 
     @torch.no_grad()
     def __call__(
@@ -237,7 +234,7 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
         Args:
             prompt: One or several.
             height: Pixels; `None` for what the model was trained for, or what suits `image`.
-            width: Likewise.
+            width: Pixels; see `height`.
             num_inference_steps: `None` for the model's default, or for as many as `timesteps` or `sigmas` has.
             timesteps: The scheduler's grid, instead of its own; or
             sigmas: the same in terms of noise; not every scheduler takes them.
@@ -250,9 +247,9 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
             latents: The noise to start from, (B, C, h, w), standard normal, instead of drawing it. With `image` and no
                 mask, x_t.
             prompt_embeds: (prompts, L, D), instead of the prompts.
-            negative_prompt_embeds: Likewise, instead of `negative_prompt`.
+            negative_prompt_embeds: (prompts, L, D), instead of `negative_prompt`.
             pooled_prompt_embeds: (prompts, P), beside `prompt_embeds` where the backbone takes pooled text.
-            negative_pooled_prompt_embeds: Likewise.
+            negative_pooled_prompt_embeds: (prompts, P), beside `negative_prompt_embeds` in the same case.
             output_type: "pil"; "np", (B, H, W, 3) in [0, 1]; "pt", (B, 3, H, W) in [0, 1]; or "latent", (B, C, h, w).
             return_dict: Whether to return `TextToImageOutput` or a tuple of its values that are not `None`.
             callback_on_step_end: `(pipeline, step, timestep, tensors) -> tensors`; those returned replace the old ones.
@@ -260,116 +257,146 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
             guidance_rescale: See `ClassifierFreeGuidance`.
             guidance_interval: See `ClassifierFreeGuidance`.
             prompt_2: For the second text encoder; `None` for `prompt`.
-            prompt_3: For the third.
-            negative_prompt_2: Likewise, in the place of `negative_prompt`.
-            negative_prompt_3: Likewise.
+            prompt_3: For the third text encoder; `None` for `prompt`.
+            negative_prompt_2: For the second text encoder; `None` for `negative_prompt`.
+            negative_prompt_3: For the third text encoder; `None` for `negative_prompt`.
             clip_skip: Layers of CLIP left out at the end, for the prompts (not the negative ones, as in diffusers).
             max_sequence_length: Tokens that T5 reads: 256 for SD3, 512 for FLUX, if `None`.
             true_cfg_scale: Strength of classifier-free guidance for models that take `guidance_scale` as an input, if
                 there is a negative prompt; it doubles the work.
-            image: To start from: see `ImageStart` for it and for
-            mask_image: where it is to be made anew,
-            strength: how far back towards noise,
-            masked_image_latents: what inpainting models are shown,
-            padding_mask_crop: the part of the image to make, and
-            denoising_start: from which share of the way another model's latents are walked on.
+            image: One or n images to begin from, n a divisor of the number of pictures: PIL (RGB), arrays (n, H, W, 3)
+                or tensors (n, 3, H, W) in [0, 1], or latents (n, C, h, w).
+            mask_image: White (from 0.5 on) where the image is made anew; of the image's size.
+            strength: In [0, 1], the share of the grid that is done: how far back towards noise an image goes. `None`
+                for the default of diffusers' pipeline.
+            masked_image_latents: (n, C, h, w), in the place of the encoded masked image, for inpainting models.
+            padding_mask_crop: Pixels around the mask's bounding box: only this part of the one image is made, at full
+                size, and put back into it.
+            denoising_start: In (0, 1), instead of `strength`: `image` holds latents that another model has brought to
+                this share of the way (its `denoising_end`).
             denoising_end: In (0, 1): the share of the way from noise to data after which to stop, and leave the rest
                 to another model (SDXL's refiner); with `output_type="latent"`.
-            original_size: (height, width) that SDXL is told the picture had before it was cropped; `None`: its own.
-            crops_coords_top_left: Where SDXL is told the picture was cropped; `None`: (0, 0).
-            target_size: (height, width) that SDXL is told the picture has; `None`: its own.
-            negative_original_size: The same for the unconditional half; `None` for what the conditional one is told.
-            negative_crops_coords_top_left: Likewise.
-            negative_target_size: Likewise.
-            aesthetic_score: What SDXL's refiner is told in the place of the target size; `None`: 6.
-            negative_aesthetic_score: Likewise for the unconditional half; `None`: 2.5.
+            original_size: (height, width) of the picture before it was cropped, for SDXL; `None`: its own.
+            crops_coords_top_left: Where the picture was cropped, for SDXL; `None`: (0, 0).
+            target_size: (height, width) of the picture, for SDXL; `None`: its own.
+            negative_original_size: `original_size` of the negative branch; `None` for that of the positive one.
+            negative_crops_coords_top_left: `crops_coords_top_left` of the negative branch; `None` for the positive's.
+            negative_target_size: `target_size` of the negative branch; `None` for that of the positive one.
+            aesthetic_score: In the place of the target size, for SDXL's refiner; `None`: 6.
+            negative_aesthetic_score: `aesthetic_score` of the negative branch; `None`: 2.5.
             eta: Noise added in each step, for schedulers that take it (DDIM).
-            cross_attention_kwargs: Options for a U-Net's attention processors.
-            joint_attention_kwargs: Likewise for a transformer's.
+            cross_attention_kwargs: Keywords for a U-Net's attention processors.
+            joint_attention_kwargs: Keywords for a transformer's attention processors.
 
         Raises:
             ValueError: An argument is not one that the model can work with; before anything is computed.
         """
-        prompts = PromptInputs(
-            *(prompt, prompt_2, prompt_3, negative_prompt, negative_prompt_2, negative_prompt_3),
-            *(prompt_embeds, pooled_prompt_embeds, negative_prompt_embeds, negative_pooled_prompt_embeds),
-            *(num_images_per_prompt, clip_skip, max_sequence_length),
+        arguments = locals()
+        prompts, images, micro = (
+            arguments_of(PromptArguments, arguments),
+            arguments_of(ImageArguments, arguments),
+            arguments_of(MicroArguments, arguments),
         )
-        attention_kwargs = attention_options(self.backbone, cross_attention_kwargs, joint_attention_kwargs)
+        family, condition, space = self.family, self.condition, self.latent_space
         defaults = self.defaults(image is not None, mask_image is not None)
-        guidance_scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
-        guidance, told_scale = self.prepare_guidance(
-            guidance_scale, true_cfg_scale, guidance_rescale, guidance_interval, prompts.has_negative
+        self._guidance_scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
+        attention = self.attention_options(family, cross_attention_kwargs, joint_attention_kwargs)
+        guidance = self.prepare_guidance(
+            family, true_cfg_scale, guidance_rescale, guidance_interval, prompts.has_negative
         )
-        prompts.check(self.condition, self.backbone, guidance.enabled)
-        start = image_start(
-            *(self, image, mask_image, strength, height, width),
-            *(masked_image_latents, padding_mask_crop, denoising_start, output_type),
-        )
-        size = self.check_size(height, width) if start is None else start.size
-        numbers = PictureInputs(
-            *(original_size, crops_coords_top_left, target_size),
-            *(negative_original_size, negative_crops_coords_top_left, negative_target_size),
-            *(aesthetic_score, negative_aesthetic_score),
-        ).numbers(self.backbone, size, self.config.requires_aesthetics_score)
+        prompts.check(condition, family, guidance.enabled)
+        start = start_of(images, family, space, defaults.strength)
+        micro.check("micro" in family.takes, self.config.requires_aesthetics_score)
         check_generator(generator, prompts.batch)
-        check_latents(latents, self.latents_shape(prompts.batch, size))
+        check_latents(latents, space.shape(prompts.batch, start.size))
         check_output(
             output_type, callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
         )
         step_options = check_eta(self.scheduler, eta)
-        if start is not None:
-            start.check_batch(prompts.batch)
         device = self._execution_device
-        grid = self.prepare_timesteps(num_inference_steps, timesteps, sigmas, size, device, defaults.steps)
-        grid = until(self.scheduler, grid if start is None else start.rest(grid), denoising_end)
-        self.begin_call(grid)
+        grid = self.prepare_timesteps(num_inference_steps, timesteps, sigmas, start.size, device, defaults.steps)
+        target = Target(
+            backbone=self.backbone,
+            family=family,
+            vae=self.vae,
+            scheduler=self.scheduler,
+            latents=space,
+            size=start.size,
+            batch=prompts.batch,
+            per_prompt=num_images_per_prompt,
+            timesteps=until(self.scheduler, start.remaining(self.scheduler, grid), denoising_end),
+            generator=list(generator) if isinstance(generator, tuple) else generator,
+        )
+        controls = start.controls()
+        start.check(target)
+        for control in controls:
+            control.check(target)
+        self.begin_call(target.timesteps)
 
-        positive, negative = self.encode_prompt(prompts, guidance.enabled, device)
-        if start is None:
-            begin = Begin(self.starting_noise(self.latents_shape(prompts.batch, size), generator, latents, device))
-        else:
-            begin = start.begin(grid, prompts.batch, generator, latents, prompts.num_images_per_prompt)
-        predict = BackboneCall(
-            *(self.backbone, positive, negative, numbers, told_scale, attention_kwargs, begin.extra_channels)
-        )
-        optimize_unless_chosen(self)
-        latents = self.denoise(
-            *(predict, begin, grid, guidance, generator, step_options),
-            *(callback_on_step_end, callback_on_step_end_tensor_inputs),
-        )
-        images, flagged = self.decode_checked(latents, output_type)
-        if start is not None:
-            images = start.finish(images)
+        conditions = self.encode_prompt(prompts, condition, micro, guidance.enabled, target)
+        begin = start.begin(target, latents)
+        prepared = [control.prepare(target, begin) for control in controls]
+        predict = Predictor(self.backbone, conditions, family, open_doors(prepared, attention))
+        after_step: list[AfterStep] = [control.after_step for control in prepared]
+        with accelerated(self) as fast, opened(self.backbone, prepared):
+            predict.tabulate(fast, target.timesteps, guidance.all_branches)
+            after_step += self.acts(callback_on_step_end, callback_on_step_end_tensor_inputs, predict, EMBEDDINGS, fast)
+            latents = self.denoise(
+                fast.around(predict),
+                begin.x_t,
+                target.timesteps,
+                guidance,
+                target.generator,
+                after_step,
+                step_options=step_options,
+            )
+            with fast.network():
+                pictures, flagged = self.decode_checked(latents, output_type)
         self.maybe_free_model_hooks()
-        output = TextToImageOutput(images=images, nsfw_content_detected=flagged)
+        output = TextToImageOutput(images=start.finished(pictures), nsfw_content_detected=flagged)
         return output if return_dict else output.to_tuple()
 
     # ---- the arrows ----
 
     def prepare_guidance(
         self,
-        scale: float,
+        family: BackboneFamily,
         true_cfg_scale: float | None,
         rescale: float,
         interval: tuple[float, float],
         has_negative: bool,
-    ) -> tuple[ClassifierFreeGuidance, float | None]:
-        """How two predictions become one, and the scale that is an input of the backbone, if it takes one."""
-        guidance = ClassifierFreeGuidance(scale, rescale, interval)
-        self._guidance_scale = scale
-        if not takes_guidance(self.backbone):
+    ) -> ClassifierFreeGuidance:
+        """How the predictions of a step become one; with distilled weights, `guidance_scale` is an input of theirs."""
+        guidance = ClassifierFreeGuidance(self.guidance_scale, rescale, interval)
+        if not family.distilled:
             if true_cfg_scale is not None:
                 raise ValueError(
                     f"`true_cfg_scale`: got {true_cfg_scale!r}, expected none: `guidance_scale` is this model's "
                     "classifier-free guidance."
                 )
-            return guidance, None
+            return guidance
         guidance = ClassifierFreeGuidance(1.0 if true_cfg_scale is None else true_cfg_scale, rescale, interval)
         if guidance.enabled and not has_negative:
             logger.warning("`true_cfg_scale` has no effect without a negative prompt.")
             guidance = ClassifierFreeGuidance(1.0)
-        return guidance, scale
+        return guidance
+
+    @staticmethod
+    def attention_options(
+        family: BackboneFamily, cross: Mapping[str, Any] | None, joint: Mapping[str, Any] | None
+    ) -> Mapping[str, Any] | None:
+        """Keywords for the attention processors: a U-Net's `cross` or a transformer's `joint`.
+
+        Raises:
+            ValueError: The other one of the two was given.
+        """
+        for name, value in (("cross_attention_kwargs", cross), ("joint_attention_kwargs", joint)):
+            if value is not None and name != family.attention_argument:
+                raise ValueError(
+                    f"`{name}`: got {value!r}, expected none: this model's backbone takes "
+                    f"`{family.attention_argument}`."
+                )
+        return cross if joint is None else joint
 
     def prepare_timesteps(
         self,
@@ -386,7 +413,7 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
         if timesteps is None and sigmas is None:
             require_whole("num_inference_steps", steps)
             sigmas = self.family.sigmas(steps, self.scheduler)
-        return set_grid(self.scheduler, num_inference_steps, timesteps, sigmas, steps, device, mu)
+        return self.set_grid(num_inference_steps, timesteps, sigmas, steps, device, mu)
 
     def dynamic_shift(self, size: tuple[int, int]) -> float:
         """mu of the timesteps' shift, on a line by the number of image tokens (SD3, 2403.03206, section 5.3.2)."""
@@ -396,70 +423,33 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
         return base + (top - base) / (high - low) * (self.latent_space.tokens(size) - low)
 
     def encode_prompt(
-        self, prompts: PromptInputs, guided: bool, device: torch.device
-    ) -> tuple[TextEmbeddings, TextEmbeddings | None]:
-        """Embeddings of B prompts and of what guidance leads away from (`None` if nothing is guided).
+        self,
+        prompts: PromptArguments,
+        condition: PromptCondition,
+        micro: MicroArguments,
+        guided: bool,
+        target: Target,
+    ) -> dict[str, Condition]:
+        """What the backbone is given beside x_t and the time, for B pictures in each branch.
 
         Args:
             prompts: Checked.
-            guided: Whether the second embeddings are needed.
-            device: Where the text encoders run and the embeddings go.
+            condition: The text encoders.
+            micro: Checked.
+            guided: Whether there is a negative branch.
+            target: Of the call.
         """
-        condition, count = self.condition, prompts.num_images_per_prompt
-        if prompts.prompt_embeds is None:
-            made = prompts.encode(condition, PROMPTS, device, prompts.clip_skip)
-            positive = self.for_backbone(made.tokens, made.pooled, device)
-        else:
-            positive = self.for_backbone(prompts.prompt_embeds, prompts.pooled_prompt_embeds, device)
-        if not guided:
-            if prompts.has_negative:
-                logger.warning("The negative prompt has no effect without guidance.")
-            return positive.repeat_interleave(count), None
-
-        if prompts.negative_prompt_embeds is not None:
-            pooled = prompts.negative_pooled_prompt_embeds
-            negative = self.for_backbone(prompts.negative_prompt_embeds, pooled, device)
-        elif condition.zero_without_prompt and not prompts.has_negative:
-            negative = TextEmbeddings(torch.zeros_like(positive.tokens), torch.zeros_like(positive.pooled))
-        else:
-            made = prompts.encode(condition, NEGATIVES, device)
-            negative = self.for_backbone(made.tokens, made.pooled, device)
-        if negative.tokens.shape != positive.tokens.shape:
-            raise ValueError(
-                f"`negative_prompt_embeds`: got {tuple(negative.tokens.shape)}, expected the shape of the prompts' "
-                f"embeddings, {tuple(positive.tokens.shape)}."
-            )
-        return positive.repeat_interleave(count), negative.repeat_interleave(count)
-
-    def for_backbone(self, tokens: torch.Tensor, pooled: torch.Tensor | None, device: torch.device) -> TextEmbeddings:
-        """Embeddings as the backbone takes them: in its dtype, and without pooled text where it takes none."""
-        if pooled is None or not takes_pooled(self.backbone):
-            pooled = tokens.new_zeros(len(tokens), 0)
-        return TextEmbeddings(tokens, pooled).to(device, self.backbone.dtype)
-
-    def denoise(
-        self,
-        predict: BackboneCall,
-        begin: Begin,
-        timesteps: torch.Tensor,
-        guidance: ClassifierFreeGuidance,
-        generator: Generator = None,
-        step_options: Mapping[str, Any] | None = None,
-        callback: Callback | None = None,
-        callback_tensors: Sequence[str] = ("latents",),
-    ) -> torch.Tensor:
-        """From noise to latents, (B, C, h, w): the loop of `hubgen.pipelines.denoising` with this backbone."""
-        embeddings: dict[str, Any] = dict(zip(EMBEDDINGS, predict.embeddings, strict=True))
-
-        def tell() -> None:
-            predict.embeddings = tuple(embeddings[name] for name in EMBEDDINGS)
-
-        with prepared(self.backbone, timesteps, predict.conditions):
-            return self.walk(
-                *(predict, begin.latents, timesteps, guidance, generator),
-                *(callback, callback_tensors, embeddings, tell, begin.blend),
-                step_options=step_options,
-            )
+        takes = target.family.takes
+        changes: dict[str, Any] = {}
+        branches = embed(prompts, condition, takes, guided, target.device, self.backbone.dtype)
+        numbers = micro.branches(target.size, self.config.requires_aesthetics_score)
+        for branch, one in branches.items():
+            if "micro" in takes:
+                changes["micro"] = numbers[branch].rows(target.batch, target.device)
+            if "guidance_scale" in takes:
+                changes["guidance_scale"] = self.guidance_scale
+            branches[branch] = replace(one, **changes)
+        return branches
 
     def decode_latents(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
         """Pictures of latents, (B, C, h, w) as the backbone has them; see the call for `output_type`."""
@@ -469,7 +459,7 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
         """Pictures, and which of them the safety checker has blackened (`None` without one, and for latents)."""
         if output_type == "latent":
             return latents, None
-        pixels, flagged = decode_pixels(self.vae, latents), None
+        pixels, flagged = decode(self.vae, latents), None
         if self.safety_checker is not None:
             flagged = blacken(pixels, self.safety_checker, self.feature_extractor, self.image_processor)
         return self.image_processor.postprocess(pixels, output_type=output_type), flagged
@@ -484,26 +474,30 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
     @property
     def condition(self) -> PromptCondition:
         """Prompts to embeddings."""
-        return prompt_condition(
-            self.backbone,
+        return self.family.prompt_condition(
             (self.text_encoder, self.text_encoder_2, self.text_encoder_3),
             (self.tokenizer, self.tokenizer_2, self.tokenizer_3),
             self.config.force_zeros_for_empty_prompt,
         )
 
     @property
-    def family(self) -> Family:
-        """Defaults, and the pipelines of diffusers that these components make."""
-        return family_of(self.condition, self.backbone, self.config.requires_aesthetics_score)
+    def family(self) -> BackboneFamily:
+        """How the backbone is called and sampled."""
+        return family_of(self.backbone)
 
     @property
     def latent_space(self) -> LatentSpace:
         """Shapes of latents and sizes of pictures."""
-        return LatentSpace(self.vae, self.backbone)
+        return LatentSpace(self.vae, self.backbone.config, self.family.patch)
+
+    @property
+    def family_defaults(self) -> FamilyDefaults:
+        """Defaults, and the pipelines of diffusers that these components make."""
+        return defaults_of(self.condition, self.family, self.config.requires_aesthetics_score)
 
     def defaults(self, image: bool = False, mask: bool = False) -> Defaults:
-        """What a call does that is not told, without or with an image and a mask."""
-        family, config = self.family, self.config
+        """Defaults of a call without or with an image and a mask."""
+        family, config = self.family_defaults, self.config
         task = family.inpaint if mask else family.image_to_image if image else family.text_to_image
         steps, scale = config.default_num_inference_steps, config.default_guidance_scale
         return replace(
@@ -532,10 +526,6 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
         """That of the last call."""
         return self._guidance_scale
 
-    def latents_shape(self, batch: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
-        """(B, C, h, w) for `size` in pixels."""
-        return self.latent_space.shape(batch, size)
-
     def enable_vae_slicing(self) -> None:
         """Decodes the pictures of a batch one by one: less memory."""
         self.vae.enable_slicing()
@@ -551,20 +541,3 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
     def disable_vae_tiling(self) -> None:
         """Decodes and encodes pictures as a whole."""
         self.vae.disable_tiling()
-
-    # ---- checks ----
-
-    def check_size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """(height, width) in pixels, defaults filled in; raises ValueError for what the model cannot make."""
-        space = self.latent_space
-        size = (
-            space.default_size[0] if height is None else height,
-            space.default_size[1] if width is None else width,
-        )
-        for name, side in zip(("height", "width"), size, strict=True):
-            if isinstance(side, int) and side > space.largest:
-                raise ValueError(
-                    f"`{name}`: got {side}, expected at most {space.largest}, the largest that this model makes."
-                )
-            check_size(name, side, space.multiple)
-        return size

@@ -12,19 +12,17 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from hubgen.acceleration.optimize import optimize_unless_chosen
+from hubgen.acceleration.optimize import accelerated
 from hubgen.backbones.unet import UNet2DModel
-from hubgen.conditioning.guidance import ClassifierFreeGuidance
+from hubgen.conditioning.condition import Condition
+from hubgen.conditioning.guidance import POSITIVE, ClassifierFreeGuidance
+from hubgen.conditioning.predict import Predictor
 from hubgen.hub.registration import loadable
-from hubgen.pipelines.calls import (
-    check_generator,
-    check_latents,
-    check_output,
-    require_whole,
-    set_grid,
-)
+from hubgen.pipelines.callbacks import Callback
+from hubgen.pipelines.checks import check_generator, check_latents, check_output, require_whole
 from hubgen.pipelines.denoising import Generator, supported
-from hubgen.pipelines.denoising_pipeline import Callback, DenoisingPipeline
+from hubgen.pipelines.denoising_pipeline import DenoisingPipeline
+from hubgen.pipelines.starts import starting_noise
 from hubgen.schedulers.score_sde_ve import ScoreSdeVeScheduler
 
 DEFAULT_STEPS = {"DDIMPipeline": 50, "DDPMPipeline": 1000, "ScoreSdeVePipeline": 2000}
@@ -136,52 +134,40 @@ class UnconditionalPipeline(DenoisingPipeline):
         step_options = self.check_step_options(eta, use_clipped_model_output)
         self.check_channels()
         device = self._execution_device
-        steps = set_grid(self.scheduler, num_inference_steps, timesteps, sigmas, self.default_steps, device)
-        self.begin_call(steps)
+        grid = self.set_grid(num_inference_steps, timesteps, sigmas, self.default_steps, device)
+        self.begin_call(grid)
 
-        latents = self.starting_noise(shape, generator, latents, device)
-        optimize_unless_chosen(self)
-        latents = self.denoise(
-            latents, steps, generator, step_options, callback_on_step_end, callback_on_step_end_tensor_inputs
-        )
-        images = self.to_pictures(latents, output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        scheduler = self.scheduler
+        predictor = Predictor(self.unet, {POSITIVE: Condition()})
+        channels = shape[1] * (2 if self.scheduler_wants_variance else 1)
 
-    def denoise(
-        self,
-        latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        generator: Generator = None,
-        step_options: Mapping[str, Any] | None = None,
-        callback: Callback | None = None,
-        callback_tensors: Sequence[str] = ("latents",),
-    ) -> torch.Tensor:
-        """From noise to data, (B, C, H, W): the loop of `hubgen.pipelines.denoising` with this U-Net."""
-        unet, scheduler, dtype = self.unet, self.scheduler, self.unet.dtype
-        channels = latents.shape[1] * (2 if self.scheduler_wants_variance else 1)
-
-        def predict(x_t: torch.Tensor, t: torch.Tensor, guided: bool) -> torch.Tensor:
-            told = scheduler.sigma(t) if self.is_score_sde else t
-            return unet(x_t.to(dtype), told, return_dict=False)[0][:, :channels]
+        def predict(x_t: torch.Tensor, t: torch.Tensor, branches: tuple[str, ...], step: int) -> torch.Tensor:
+            time = scheduler.sigma(t) if self.is_score_sde else t
+            return predictor(x_t, time, branches, step)[:, :channels]
 
         def correct(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             for _ in range(scheduler.config.correct_steps):
-                score = predict(x_t, t.expand(len(x_t)), False).to(x_t.dtype)
+                with fast.network():
+                    score = predict(x_t, t.expand(len(x_t)), (POSITIVE,), 0).to(x_t.dtype)
                 x_t = scheduler.step_correct(score, x_t, generator=generator, return_dict=False)[0]
             return x_t
 
-        return self.walk(
-            predict,
-            latents,
-            timesteps,
-            ClassifierFreeGuidance(1.0),
-            generator,
-            callback,
-            callback_tensors,
-            step_options=step_options,
-            correct=correct if self.is_score_sde else None,
-        )
+        latents = starting_noise(self.scheduler, shape, generator, latents, device)
+        with accelerated(self) as fast:
+            after_step = self.acts(callback_on_step_end, callback_on_step_end_tensor_inputs, predictor, {}, fast)
+            latents = self.denoise(
+                fast.around(predict),
+                latents,
+                grid,
+                ClassifierFreeGuidance(1.0),
+                generator,
+                after_step,
+                step_options=step_options,
+                correct=correct if self.is_score_sde else None,
+            )
+        images = self.to_pictures(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def to_pictures(self, latents: torch.Tensor, output_type: str) -> Any:
         """Pictures of what the loop ends with, (B, C, H, W); see the call for `output_type`."""
@@ -193,7 +179,7 @@ class UnconditionalPipeline(DenoisingPipeline):
 
     @property
     def is_score_sde(self) -> bool:
-        """Whether the network is told noise levels and returns scores."""
+        """Whether the network takes noise levels in the place of timesteps, and returns scores."""
         return isinstance(self.scheduler, ScoreSdeVeScheduler)
 
     @property

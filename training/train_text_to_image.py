@@ -34,9 +34,11 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer, CLIPTextModelWithProjection
 
 from hubgen.autoencoders.autoencoder_kl import AutoencoderKL
+from hubgen.autoencoders.latents import normalised
 from hubgen.backbones.sd3 import SD3Transformer2DModel
 from hubgen.backbones.unet_condition import UNet2DConditionModel
-from hubgen.conditioning.inputs import condition_inputs
+from hubgen.conditioning.condition import Condition
+from hubgen.conditioning.predict import predict
 from hubgen.conditioning.text import TextCondition
 from hubgen.data.cache import LatentCache, TextCache, cache_latents, cache_text_embeddings, module_digest
 from hubgen.data.image_folder import ImageTextFolder
@@ -330,15 +332,13 @@ def main(settings: Settings) -> None:
                 group["lr"] = settings.learning_rate * factor
 
             with accelerator.accumulate(backbone):
-                latents = scale_latents(latent_cache.sample(indices, random), vae).to(device)  # (B, C, h, w)
+                latents = normalised(latent_cache.sample(indices, random), vae).to(device)  # (B, C, h, w)
                 captions = [dataset.captions[index] for index in indices]
                 embeddings = text_cache(choose_captions(captions, settings, random)).to(device)
                 t = density.sample(len(latents), generator=random, device=device)  # (B,)
                 noise = torch.randn(latents.shape, generator=random).to(device)
                 sample = path.sample(latents, noise, t)  # x_t and target
-                prediction = backbone(
-                    sample.x_t, timestep=path.timestep(sample.t), **condition_inputs(modules["backbone"], embeddings)
-                ).sample
+                prediction = predict(backbone, sample.x_t, path.timestep(sample.t), Condition.of_text(embeddings))
                 error = (prediction.float() - sample.target).square().mean(dim=(1, 2, 3))  # (B,)
                 loss = (weighting(path, sample.t) * error).mean()
                 accelerator.backward(loss)
@@ -518,11 +518,6 @@ def build_pipeline(settings: Settings, backbone: nn.Module, vae: AutoencoderKL, 
     )
 
 
-def scale_latents(latents: torch.Tensor, vae: AutoencoderKL) -> torch.Tensor:
-    """The autoencoder's latents as the backbone sees them: about mean 0 and standard deviation 1."""
-    return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
-
-
 def choose_captions(wordings: Sequence[Sequence[str]], settings: Settings, generator: torch.Generator) -> list[str]:
     """One caption a picture: its first wording, another one, or the empty prompt."""
     other, which, dropped = torch.rand(3, len(wordings), generator=generator).tolist()
@@ -580,7 +575,7 @@ class HeldOut:
         captions = [wordings[0] for wordings in dataset.captions]
         latents = cache_latents(vae, dataset, cache_dir)
         self.path, self.batch_size = path, settings.batch_size
-        self.latents = scale_latents(latents.sample(range(count), step_generator(0, 0, stream="held-out")), vae)
+        self.latents = normalised(latents.sample(range(count), step_generator(0, 0, stream="held-out")), vae)
         self.embeddings = cache_text_embeddings(text, captions, cache_dir)(captions[:count])
 
     @torch.no_grad()
@@ -595,9 +590,9 @@ class HeldOut:
                 noise = torch.randn(latents.shape, generator=generator).to(device)
                 t = torch.full((len(latents),), time_, device=device)
                 sample = self.path.sample(latents, noise, t)
-                condition = condition_inputs(backbone, self.embeddings[rows].to(device))
+                condition = Condition.of_text(self.embeddings[rows].to(device))
                 with accelerator.autocast():
-                    prediction = backbone(sample.x_t, timestep=self.path.timestep(sample.t), **condition).sample
+                    prediction = predict(backbone, sample.x_t, self.path.timestep(sample.t), condition)
                 errors.append((prediction.float() - sample.target).square().mean(dim=(1, 2, 3)))
             losses[f"held_out_loss_t{time_:g}"] = torch.cat(errors).mean().item()
         return {"held_out_loss": sum(losses.values()) / len(losses), **losses}

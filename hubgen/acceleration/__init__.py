@@ -1,1 +1,1 @@
-"""The same results in less time: what inference computes once, and kernels that fit the machine."""
+"""The same results in less time: `optimize` chooses, `walk` acts while a pipeline's call lasts, `cpu` computes."""

@@ -1,57 +1,48 @@
 """`hubgen.optimize`: the same pictures in less time.
 
-    pipe = hubgen.optimize(TextToImagePipeline.from_pretrained(...))
+    pipe = hubgen.optimize(TextToImagePipeline.from_pretrained(...), packing=0.3)
 
 On a CPU the weights of linear layers and convolutions are brought once into the order that the kernels want, large 3x3
-convolutions of float32 are computed by Winograd's method, those of doubled pictures from the small ones, feature maps
-lie channels-last, keys and values of the text are computed once a prompt, and what depends on the time alone once a
-grid. Results differ from the plain ones by the rounding of the sums only: about 3e-6 of the output's norm in float32
-for Stable Diffusion's U-Net.
+convolutions of float32 are computed by Winograd's method, those of doubled pictures from the small ones, and feature
+maps lie channels-last. On every device keys and values of the text are computed once a prompt, and what depends on the
+time alone once a grid. Results differ from the plain ones by the rounding of the sums only: about 3e-6 of the output's
+norm in float32 for Stable Diffusion's U-Net.
 
-Nothing of a model changes but the classes of its linear layers, convolutions and activations, and `restore` undoes it:
-parameters, state dict, saving, `to` and copies are those of before. The plain path is taken whenever something else is
-wanted of a layer: gradients, autocast, `torch.compile`, another device, offloading or casting hooks. Weights that are
-edited, loaded, or have an adapter fused into them are seen before the next use, and are packed again. Only an edit of
-single values behind a tensor's back (`weight.data[0, 0] = 1`) can pass unseen; call `optimize` again after one.
+hubgen's pipelines do all this by themselves while they are called; `optimize` chooses otherwise, and `restore` turns it
+off. A model of its own is accelerated by `optimize`, too: then each call of it is. Between calls models are plain:
+modules, hooks, state dict, saving, copies and adapters are those of before, and whatever is done to a model, an edit of
+a single value of a weight included, counts at the next call.
 
-hubgen's pipelines do this by themselves at their first call; `hubgen.optimize(pipe, packing=False)` beforehand chooses
-otherwise, and `hubgen.restore(pipe)` turns it off.
+    hubgen.optimize(model)
+    with accelerated(model) as fast:       # a loop of your own: weights are looked at once, and not at each step
+        for step in range(20):
+            with fast.network():
+                model(...)
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from hubgen.acceleration.layers import (
-    FAST_CONVOLUTIONS,
-    FAST_OTHERS,
-    WORTHWHILE,
-    WORTHWHILE_BFLOAT16,
-    FastConv2d,
-    FastLinear,
-    Plan,
-    Record,
-    Swapped,
-)
-from hubgen.conditioning.inputs import takes_tokens
+from hubgen.acceleration.cpu import packing as cpu_packing
+from hubgen.acceleration.cpu.packing import Packing
+from hubgen.acceleration.walk import Acceleration, accelerate, current
 
 # Packed weights take at most this share of the memory of all weights: the peak stays below 1.6 times the plain one.
 PACKED_SHARE = 0.68
 # What a pipeline spends its time in; text encoders run once a prompt.
 WORKING_PARTS = ("transformer", "unet", "vae", "vqvae")
-# Layers that see the text, which is the same tensor at every step.
-TEXT_LAYERS = ("attn2.to_k", "attn2.to_v", "context_embedder", "encoder_hid_proj")
-# Layers that see the embedded timestep, after SiLU, and nothing else.
-MODULATIONS = ("norm1.linear", "norm1_context.linear", "norm.linear", "norm_out.linear", "time_emb_proj")
-# Models that `optimize` or `restore` has been called on.
-CHOSEN: "WeakSet[nn.Module]" = WeakSet()
-# A table of modulations may take so many values.
-LARGEST_TABLE = 2**26
+# Methods by which a model is called.
+CALLS = ("forward", "encode", "decode")
+
+# Packed weights of models that were called or chosen; `None`: restored.
+_packings: "WeakKeyDictionary[nn.Module, Packing | None]" = WeakKeyDictionary()
 
 
 def optimize(
@@ -63,10 +54,11 @@ def optimize(
     dtype: torch.dtype | None = None,
     step_cache: Any = None,
 ) -> Any:
-    """Makes inference faster, in place, and returns `model`.
+    """Makes inference faster, and returns `model`.
 
     Args:
-        model: A model, or a pipeline, of which backbone and autoencoder are optimized.
+        model: A model, every call of which is accelerated from now on; or a pipeline, for whose calls the options of
+            its backbone and autoencoder are chosen.
         packing: Whether weights are kept in a second order besides, or the share of their memory that this may take;
             `True` is 0.68. `False` keeps nothing at all between steps, keys of the text and modulations neither.
         compile: Whether the repeated blocks of backbones on a GPU are compiled, without graph breaks. The first call
@@ -96,24 +88,25 @@ def optimize(
         on_cuda = any(parameter.is_cuda for parameter in module.parameters())
         if compile and on_cuda and getattr(module, "_repeated_blocks", None):
             module.compile_repeated_blocks(fullgraph=True, mode=compile_mode)
-        speed_up(module, share)
+        _packings[module] = new_packing(module, share)
+        if module is model:
+            accelerate_calls(module)
     return model
 
 
 def restore(model: Any) -> Any:
     """Undoes `optimize` (but for its approximate options), frees what was packed, and returns `model`."""
     for module in parts(model):
-        CHOSEN.add(module)
-        for layer in module.modules():
-            if isinstance(layer, Swapped):
-                layer.__class__ = layer.plain_class  # type: ignore[assignment]
-                layer.__dict__.pop("_fast", None)
+        _packings[module] = None
+        for name in CALLS:
+            if isinstance(module.__dict__.get(name), AcceleratedCall):
+                del module.__dict__[name]
     return model
 
 
 def optimized(model: Any) -> bool:
-    """Whether any layer of a model or of a pipeline's backbone and autoencoder is a fast one."""
-    return any(isinstance(layer, Swapped) for module in parts(model) for layer in module.modules())
+    """Whether calls of a model, or of a pipeline's backbone and autoencoder, have been or will be accelerated."""
+    return any(_packings.get(module) is not None for module in parts(model))
 
 
 def parts(model: Any) -> list[nn.Module]:
@@ -126,126 +119,65 @@ def parts(model: Any) -> list[nn.Module]:
     return [module for module in found if isinstance(module, nn.Module)]
 
 
-def optimize_unless_chosen(pipeline: Any) -> None:
-    """What pipelines do when they are called: `optimize`, unless the user chose otherwise or is training a part."""
-    for module in parts(pipeline):
-        if module not in CHOSEN and not module.training:
-            speed_up(module, PACKED_SHARE)
-
-
-def speed_up(module: nn.Module, share: float) -> None:
-    """Gives every convolution its fast class and, where anything may be kept, every linear layer."""
-    restore(module)
-    budget = share * sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
-    half = next((parameter.dtype for parameter in module.parameters()), None) == torch.bfloat16
-    plan = Plan(budget, WORTHWHILE_BFLOAT16 if half else WORTHWHILE)
-    classes = FAST_CONVOLUTIONS | (FAST_OTHERS if share > 0 else {})
-    for name, layer in module.named_modules():
-        if type(layer) in classes:
-            layer.__class__ = classes[type(layer)]
-        if isinstance(layer, FastLinear | FastConv2d):
-            layer._fast = Record(plan, lasting=name.endswith(TEXT_LAYERS))
-
-
 @contextmanager
-def prepared(backbone: Any, timesteps: torch.Tensor, conditions: Mapping[str, Any]) -> Iterator[None]:
-    """Computes the modulations of a whole grid of timesteps in one product a layer, for the walk inside.
-
-    Every layer that sees the timestep only (and pooled text or class) has its answers at hand then. Layers look
-    whether an input is, bit by bit, one of those that were announced, so that another one is simply computed. On a CPU
-    alone: elsewhere that look would wait for the device.
+def accelerated(*models: Any) -> Iterator[Acceleration]:
+    """Accelerates the calls of networks inside, in `Acceleration.network`; see `hubgen.acceleration.walk`.
 
     Args:
-        backbone: SD3's, FLUX's or DiT's transformer, or hubgen's text-conditional U-Net; for others nothing is done.
-        timesteps: (n,), as the scheduler has them.
-        conditions: Arguments of the backbone's calls, of B pictures, or of 2 B with the unconditional ones first.
+        models: Models, or pipelines, of which backbone and autoencoder count. One that `restore` was called on, or that
+            is in training mode, is left alone.
     """
-    embed = next((embed for part, embed in EMBED.items() if hasattr(backbone, part)), None)
-    filled: list[FastLinear] = []
-    try:
-        if embed is not None and backbone.device.type == "cpu" and not torch.is_grad_enabled():
-            filled = fill_tables(backbone, timesteps, conditions, embed)
-        yield
-    finally:
-        for layer in filled:
-            layer._fast.table = None
+    packings = {}
+    for module in (module for model in models for module in parts(model)):
+        if module not in _packings and not module.training:
+            _packings[module] = new_packing(module, PACKED_SHARE)
+        packing = _packings.get(module)
+        if packing is not None:
+            packings[module] = packing
+    with accelerate(packings) as fast:
+        yield fast
 
 
-def fill_tables(
-    backbone: Any, timesteps: torch.Tensor, conditions: Mapping[str, Any], embed: Callable[..., None]
-) -> list[FastLinear]:
-    """Gives every layer that `embed` calls its table; returns these layers."""
-    batch = len(next(value for value in conditions.values() if torch.is_tensor(value)))
-    layers = {name: layer for name, layer in backbone.named_modules() if isinstance(layer, FastLinear)}
-    features = sum(layer.out_features for name, layer in layers.items() if name.endswith(MODULATIONS))
-    if not layers or len(timesteps) * batch * features > LARGEST_TABLE:
-        return []
-    taken: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def take(layer: nn.Module, given: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor:
-        if torch.equal(given[0], given[0][:batch].repeat(len(timesteps), 1)):  # the same at every step, to the last bit
-            out = out[:batch].repeat(len(timesteps), 1)
-        taken[layer] = given[0], out
-        return out
-
-    hooks = [layer.register_forward_hook(take) for layer in layers.values()]
-    for layer in layers.values():  # these rows are not those that memory is planned for
-        layer._fast.enabled = False
-    try:
-        embed(backbone, timesteps.repeat_interleave(batch), conditions, len(timesteps))
-    finally:
-        for layer in layers.values():
-            layer._fast.enabled = True
-        for hook in hooks:
-            hook.remove()
-    for layer, table in taken.items():
-        layer._fast.refresh(layer.weight, layer.bias)
-        layer._fast.table, layer._fast.row = table, 0
-    return list(taken)
+def new_packing(module: nn.Module, share: float) -> Packing:
+    """Nothing packed yet, and memory for this share of a model's weights."""
+    parameters = list(module.parameters())
+    half = next((parameter.dtype for parameter in parameters), None) == torch.bfloat16
+    return Packing(
+        budget=share * sum(parameter.numel() * parameter.element_size() for parameter in parameters),
+        worthwhile=cpu_packing.WORTHWHILE_BFLOAT16 if half else cpu_packing.WORTHWHILE,
+    )
 
 
-def embed_pooled(backbone: Any, timesteps: torch.Tensor, conditions: Mapping[str, Any], count: int) -> None:
-    """Calls all layers of an MM-DiT or of FLUX that see the time and pooled text alone, for (n * B,) timesteps."""
-    scales, guidance = [timesteps], conditions.get("guidance")
-    if takes_tokens(backbone):  # as the backbone has them: in [0, 1] and rounded before they grow again
-        scales = [timesteps / 1000, *([guidance.repeat(count)] if guidance is not None else [])]
-        scales = [1000 * scale.to(backbone.dtype) for scale in scales]
-    call_modulations(backbone, backbone.time_text_embed(*scales, conditions["pooled_projections"].repeat(count, 1)))
+def accelerate_calls(module: nn.Module) -> None:
+    """Has every call of a model accelerate itself."""
+    for name in CALLS:
+        if hasattr(type(module), name) and name not in module.__dict__:
+            module.__dict__[name] = AcceleratedCall(module, name)
 
 
-def embed_sum(backbone: Any, timesteps: torch.Tensor, conditions: Mapping[str, Any], count: int) -> None:
-    """The same of a U-Net, which adds what it is told to the embedded time."""
+class AcceleratedCall:
+    """A method of a bare model that accelerates its own calls; it looks like the method of its class.
 
-    def repeated(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: repeated(part) for name, part in value.items()}
-        return None if value is None else value.repeat(count, *[1] * (value.ndim - 1))
+    Copies of the model have one of their own, which is the plain method until `optimize` is called on them.
+    """
 
-    told = [repeated(conditions.get(name)) for name in ("class_labels", "timestep_cond", "added_cond_kwargs")]
-    like = torch.empty(len(timesteps), dtype=backbone.dtype)
-    call_modulations(backbone, backbone.embed_conditions(like, timesteps, *told))
+    is_ours = True
 
+    def __init__(self, module: nn.Module, name: str):
+        functools.update_wrapper(self, getattr(type(module), name))
+        self.module, self.name = module, name
+        self.__wrapped__ = MethodType(getattr(type(module), name), module)
 
-def call_modulations(backbone: Any, temb: torch.Tensor) -> None:
-    """Calls all layers that take the embedded conditions, (n * B, D), after SiLU."""
-    inputs = F.silu(temb)
-    for name, layer in backbone.named_modules():
-        if isinstance(layer, FastLinear) and name.endswith(MODULATIONS) and layer.in_features == inputs.shape[1]:
-            layer(inputs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call, outer = self.__wrapped__, current()
+        chosen = _packings.get(self.module) is not None
+        if torch.compiler.is_compiling() or not chosen or (outer is not None and outer.covers(self.module)):
+            return call(*args, **kwargs)
+        with accelerated(self.module) as fast, fast.network():
+            return call(*args, **kwargs)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "AcceleratedCall":
+        return AcceleratedCall(memo.get(id(self.module), self.module), self.name)
 
-def embed_classes(backbone: Any, timesteps: torch.Tensor, conditions: Mapping[str, Any], count: int) -> None:
-    """The same of a DiT, each of whose blocks has embedders of its own."""
-    labels = conditions["class_labels"].repeat(count)
-    for block in backbone.transformer_blocks:
-        block.norm1.linear(F.silu(block.norm1.emb(timesteps, labels, backbone.dtype)))
-    first = backbone.transformer_blocks[0].norm1.emb(timesteps, labels, backbone.dtype)
-    backbone.proj_out_1(F.silu(first))
-
-
-# By a part that such backbones have, how the layers that see conditions alone are called.
-EMBED: dict[str, Callable[..., None]] = {
-    "time_text_embed": embed_pooled,
-    "proj_out_1": embed_classes,
-    "embed_conditions": embed_sum,
-}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return AcceleratedCall, (self.module, self.name)

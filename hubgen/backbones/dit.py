@@ -17,6 +17,7 @@ Shapes: B batch, C channels, H and W height and width of the latents, h and w th
 D features of a token.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -325,6 +326,19 @@ class DiTTransformer2DModel(Backbone):
         x = self.proj_out_2(modulate(self.norm_out(x), scale, shift))  # (B, T, patch * patch * C)
         sample = self.unpatchify(x, height, width)  # (B, C, H, W)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def modulations(
+        self, timestep: torch.Tensor, class_labels: torch.Tensor
+    ) -> Iterator[tuple[nn.Module, torch.Tensor]]:
+        """What every layer answers that sees time and class alone; the arguments are those of `forward`."""
+        first = None
+        for block in self.transformer_blocks:
+            temb = block.norm1.emb(timestep, class_labels, self.dtype)  # (B, D)
+            first = temb if first is None else first
+            yield block.norm1.emb, temb
+            yield block.norm1.linear, block.norm1.linear(F.silu(temb))
+        assert first is not None
+        yield self.proj_out_1, self.proj_out_1(F.silu(first))
 
     def drop_labels(self, class_labels: torch.Tensor) -> torch.Tensor:
         """(B,) -> (B,), each label replaced by no class with a probability of 0.1."""

@@ -18,6 +18,7 @@ authors' code, black-forest-labs/flux; there is no paper. `dev` takes a guidance
 Shapes: B batch, T image tokens (2 x 2 latent pixels of 16 channels each), L text tokens, D features of a token.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from torch import nn
 from hubgen.backbones.base import Backbone
 from hubgen.formats.single_file import SingleFileMixin
 from hubgen.layers.checks import require_shape
+from hubgen.layers.conditioned import modulations
 from hubgen.layers.embeddings import (
     CombinedTimestepGuidanceTextProjEmbeddings,
     CombinedTimestepTextProjEmbeddings,
@@ -110,6 +112,16 @@ class FluxStem(SingleFileMixin, Backbone):
         dtype = self.dtype if dtype is None else dtype
         scales = [1000 * scale.to(dtype) for scale in (timestep, guidance) if scale is not None]
         return self.time_text_embed(*scales, pooled_projections)
+
+    def context_layers(self) -> list[nn.Module]:
+        """The layers that see the text as it comes in, and nothing else."""
+        return [self.context_embedder]
+
+    def modulations(
+        self, timestep: torch.Tensor, pooled_projections: torch.Tensor, guidance: torch.Tensor | None = None
+    ) -> Iterator[tuple[nn.Module, torch.Tensor]]:
+        """What every layer answers that sees time and pooled text alone; the arguments are those of `forward`."""
+        return modulations(self, self.embed_time(timestep, pooled_projections, guidance))
 
     def rotary_tables(self, txt_ids: torch.Tensor, img_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of all positions, text first, each (L + T, features of a head).

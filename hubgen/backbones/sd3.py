@@ -14,6 +14,7 @@ Shapes: B batch, C channels, H and W height and width of the latents, T image to
 D features of a token.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch import nn
 from hubgen.backbones.base import Backbone
 from hubgen.formats.single_file import SingleFileMixin
 from hubgen.layers.checks import require_shape
+from hubgen.layers.conditioned import modulations
 from hubgen.layers.embeddings import CombinedTimestepTextProjEmbeddings, PatchEmbed
 from hubgen.layers.mmdit_blocks import JointTransformerBlock, initialize_joint_
 from hubgen.layers.normalization import AdaLayerNormContinuous
@@ -99,6 +101,16 @@ class SD3Stem(SingleFileMixin, Backbone):
     def embed_time(self, timestep: torch.Tensor, pooled_projections: torch.Tensor) -> torch.Tensor:
         """What modulates every block, the embedded time and pooled text: (B,), (B, P) -> (B, D)."""
         return self.time_text_embed(timestep, pooled_projections)
+
+    def context_layers(self) -> list[nn.Module]:
+        """The layers that see the text as it comes in, and nothing else."""
+        return [self.context_embedder]
+
+    def modulations(
+        self, timestep: torch.Tensor, pooled_projections: torch.Tensor
+    ) -> Iterator[tuple[nn.Module, torch.Tensor]]:
+        """What every layer answers that sees time and pooled text alone; the arguments are those of `forward`."""
+        return modulations(self, self.embed_time(timestep, pooled_projections))
 
     def check_inputs(
         self,

@@ -4,7 +4,7 @@ Shapes: B batch, H and W height and width in latent pixels, C_i channels of leve
 of the time embedding, S text tokens, E features of a text token (`cross_attention_dim`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from hubgen.backbones.base import Backbone
 from hubgen.backbones.unet_condition_config import DOWN_BLOCKS, MID_BLOCKS
 from hubgen.formats.single_file import SingleFileMixin
 from hubgen.layers.checks import per_level
+from hubgen.layers.conditioned import modulations
 from hubgen.layers.embeddings import TimestepEmbedding, Timesteps
 from hubgen.layers.unet_blocks import LevelAttention
 
@@ -180,6 +181,21 @@ class UNetConditionEncoder(SingleFileMixin, Backbone):
             vector = torch.cat([added_cond_kwargs["text_embeds"].to(dtype), waves.to(dtype)], dim=-1)
             temb = temb + self.add_embedding(vector)
         return temb
+
+    def context_layers(self) -> list[nn.Module]:
+        """The layers that see the text as it comes in, and nothing else; the attentions name theirs themselves."""
+        return [] if self.encoder_hid_proj is None else [self.encoder_hid_proj]
+
+    def modulations(
+        self,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        timestep_cond: torch.Tensor | None = None,
+        added_cond_kwargs: dict[str, torch.Tensor] | None = None,
+    ) -> Iterator[tuple[nn.Module, torch.Tensor]]:
+        """What every layer answers that sees the time and such vectors alone; the arguments are those of `forward`."""
+        like = timestep.new_empty(len(timestep), dtype=self.dtype)
+        return modulations(self, self.embed_conditions(like, timestep, class_labels, timestep_cond, added_cond_kwargs))
 
     @staticmethod
     def score_bias(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:

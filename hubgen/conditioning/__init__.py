@@ -1,1 +1,1 @@
-"""What a backbone is told beside x_t: prompts as embeddings (`text`); how two predictions become one (`guidance`)."""
+"""Conditions: prompts, classes and sizes, how each backbone takes them (`families`, `predict`), and guidance."""

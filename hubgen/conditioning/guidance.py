@@ -1,14 +1,35 @@
-"""How two predictions become one.
+"""Which predictions a step needs, and how they become one.
 
 Classifier-free guidance (Ho and Salimans, 2207.12598), its rescaling (Lin et al., 2305.08891, section 3.4) and its
 interval (Kynkäänniemi et al., 2404.07724).
+
+A guidance names branches: "positive" is the condition that is wanted, "negative" the one to lead away from. The
+denoising loop has the backbone predict for all branches of a step in one call, whatever their number.
 """
 
 import math
 import numbers
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+
+POSITIVE, NEGATIVE = "positive", "negative"
+
+
+class Guidance(Protocol):
+    """Turns the predictions of a step's branches into one."""
+
+    @property
+    def all_branches(self) -> tuple[str, ...]:
+        """Every branch that some step needs, in the order of the rows of a step that needs them all."""
+
+    def branches(self, t: float) -> tuple[str, ...]:
+        """The branches that the step at time t in [0, 1] needs, in that order."""
+
+    def combine(self, predictions: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Of the branches of one step, each (B, ...), to what the scheduler is given, (B, ...)."""
 
 
 @dataclass(frozen=True)
@@ -32,32 +53,70 @@ class ClassifierFreeGuidance:
     def __post_init__(self) -> None:
         # Written so that NaN, which compares false, fails.
         if not _is_number(self.scale) or not (self.scale >= 0 and math.isfinite(self.scale)):
-            raise ValueError(f"`guidance_scale` must be a finite number, at least 0, got {self.scale!r}.")
+            raise ValueError(f"`guidance_scale`: got {self.scale!r}, expected a finite number, at least 0.")
         if not _is_number(self.rescale) or not (0 <= self.rescale <= 1):
-            raise ValueError(f"`guidance_rescale` must be a number in [0, 1], got {self.rescale!r}.")
+            raise ValueError(f"`guidance_rescale`: got {self.rescale!r}, expected a number in [0, 1].")
         interval = self.interval
         pair = isinstance(interval, tuple | list) and len(interval) == 2 and all(_is_number(end) for end in interval)
         if not pair or not (0 <= interval[0] <= interval[1] <= 1):
-            raise ValueError(f"`guidance_interval` must be (low, high) with 0 <= low <= high <= 1, got {interval!r}.")
+            raise ValueError(f"`guidance_interval`: got {interval!r}, expected (low, high) with 0 <= low <= high <= 1.")
 
     @property
     def enabled(self) -> bool:
-        """Whether there is a time that is guided, so that an unconditional prompt is needed."""
+        """Whether there is a time that is guided, so that there must be something to lead away from."""
         return self.scale > 1 and self.interval[0] < self.interval[1]
 
-    def active(self, t: float) -> bool:
-        """Whether time t in [0, 1] is guided; elsewhere only the conditional prediction is needed."""
-        return self.scale > 1 and self.interval[0] < t <= self.interval[1]
+    @property
+    def all_branches(self) -> tuple[str, ...]:
+        """The negative one comes first, as in diffusers' pipelines."""
+        return (NEGATIVE, POSITIVE) if self.enabled else (POSITIVE,)
 
-    def combine(self, uncond: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
-        """(B, ...), (B, ...) -> the guided prediction, (B, ...)."""
-        guided = torch.lerp(uncond, cond, self.scale)
+    def branches(self, t: float) -> tuple[str, ...]:
+        """Both inside the interval; elsewhere only the positive prediction is needed."""
+        guided = self.scale > 1 and self.interval[0] < t <= self.interval[1]
+        return (NEGATIVE, POSITIVE) if guided else (POSITIVE,)
+
+    def combine(self, predictions: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """(B, ...) each -> the guided prediction, (B, ...); the positive one where it is alone."""
+        cond = predictions[POSITIVE]
+        if NEGATIVE not in predictions:
+            return cond
+        guided = torch.lerp(predictions[NEGATIVE], cond, self.scale)
         if self.rescale == 0:
             return guided
         # 2305.08891, equations 15 and 16: phi = rescale
         dims = tuple(range(1, cond.ndim))
         ratio = cond.std(dims, keepdim=True) / guided.std(dims, keepdim=True)
         return torch.lerp(guided, guided * ratio, self.rescale)
+
+
+@dataclass(frozen=True)
+class GuidedNoise:
+    """Guides the predicted noise; what follows it, a learned variance, stays the positive branch's.
+
+    As diffusers' pipeline of DiT does it. The code of the paper guides only the first three channels.
+
+    Args:
+        guidance: Of the noise.
+        channels: Of the noise; the channels after these are the variance.
+    """
+
+    guidance: Guidance
+    channels: int
+
+    @property
+    def all_branches(self) -> tuple[str, ...]:
+        """Those of the noise's guidance."""
+        return self.guidance.all_branches
+
+    def branches(self, t: float) -> tuple[str, ...]:
+        """Those of the noise's guidance."""
+        return self.guidance.branches(t)
+
+    def combine(self, predictions: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """(B, C', h, w) each -> the same; C' is `channels` or more."""
+        noise = {branch: prediction[:, : self.channels] for branch, prediction in predictions.items()}
+        return torch.cat([self.guidance.combine(noise), predictions[POSITIVE][:, self.channels :]], dim=1)
 
 
 def _is_number(value: object) -> bool:

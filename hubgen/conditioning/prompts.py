@@ -1,4 +1,4 @@
-"""How many text encoders become one condition: an object for each way of joining them, chosen from the components.
+"""How many text encoders become one condition: an object for each way of joining them.
 
     OneEncoder        states and pooled vector of one: Stable Diffusion 1 and 2 (CLIP), hubgen's own (any)
     TwoClips          SDXL (2307.01952): both CLIPs' last states but one, side by side; the second one's pooled vector
@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from hubgen.conditioning.inputs import takes_sizes, takes_tokens
 from hubgen.conditioning.text import TextCondition, TextEmbeddings
 
 LONGEST_T5 = 512
@@ -174,31 +173,3 @@ class ClipAndT5(PromptCondition):
 
 def _missing_of_two(encoders: Sequence[nn.Module | None]) -> list[str]:
     return [f"text_encoder{suffix}" for suffix, one in zip(("", "_2"), encoders, strict=False) if one is None]
-
-
-def prompt_condition(
-    backbone: nn.Module,
-    encoders: Sequence[nn.Module | None],
-    tokenizers: Sequence[Any],
-    zero_without_prompt: bool = True,
-) -> PromptCondition:
-    """The way in which a backbone and up to three text encoders belong together.
-
-    Args:
-        backbone: By what it takes, where encoders are missing because embeddings will be given.
-        encoders: `text_encoder`, `text_encoder_2`, `text_encoder_3`.
-        tokenizers: Theirs.
-        zero_without_prompt: See `PromptCondition`; of SDXL alone.
-    """
-    config: Any = backbone.config
-    parts = (tuple(encoders), tuple(tokenizers))
-    alone = encoders[0] is not None and encoders[1] is None and encoders[2] is None
-    if takes_tokens(backbone):
-        return ClipAndT5(*parts)
-    if alone:
-        return OneEncoder(*parts)
-    if config.get("joint_attention_dim") is not None:
-        return TwoClipsAndT5(*parts, width=config.joint_attention_dim)
-    if takes_sizes(backbone):
-        return TwoClips(*parts, zero_without_prompt=zero_without_prompt)
-    return OneEncoder(*parts)

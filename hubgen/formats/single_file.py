@@ -16,9 +16,9 @@ from diffusers.utils import logging
 
 from hubgen.formats import clip_layout, ldm_vae
 from hubgen.formats.checkpoints import read_json
-from hubgen.formats.families import FAMILIES, SingleFile, open_single_file
 from hubgen.formats.headers import listing
 from hubgen.formats.key_maps import Rule, to_original, to_ours
+from hubgen.formats.layouts import LAYOUTS, SingleFile, open_single_file
 from hubgen.formats.loading import CONFIG, HUB_ARGUMENTS, describe_difference, fetch, on_meta
 
 logger = logging.get_logger(__name__)
@@ -89,9 +89,9 @@ def key_map_of(cls: type, config: Mapping[str, Any]) -> list[Rule]:
     names = {base.__name__ for base in cls.__mro__}
     if "AutoencoderKL" in names:
         return ldm_vae.key_map(config)
-    for family in FAMILIES.values():
-        if family.backbone_class in names:
-            return family.key_map(config)
+    for layout in LAYOUTS.values():
+        if layout.backbone_class in names:
+            return layout.key_map(config)
     raise ValueError(f"{cls.__name__} has no original layout that is known.")
 
 
@@ -129,7 +129,7 @@ def component_of(cls: type, file: SingleFile) -> str:
     Raises:
         ValueError: The file has no such part.
     """
-    backbone = None if file.family is None else FAMILIES[file.family]
+    backbone = None if file.layout is None else LAYOUTS[file.layout]
     names = {base.__name__ for base in cls.__mro__}
     if "AutoencoderKL" in names:
         component = "vae"
@@ -147,10 +147,10 @@ def inferred_config(file: SingleFile, component: str) -> dict[str, Any]:
     headers = file.parts[component]
     try:
         if component != "vae":
-            assert file.family is not None
-            return FAMILIES[file.family].infer_config(headers)
-        if file.family is not None:
-            return ldm_vae.infer_config(headers, FAMILIES[file.family].latents)
+            assert file.layout is not None
+            return LAYOUTS[file.layout].infer_config(headers)
+        if file.layout is not None:
+            return ldm_vae.infer_config(headers, LAYOUTS[file.layout].latents)
         config = ldm_vae.infer_config(headers, "sd")
         if config["latent_channels"] == 16:
             config = ldm_vae.infer_config(headers, "flux")

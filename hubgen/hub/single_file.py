@@ -17,8 +17,8 @@ from hubgen.formats.checkpoints import (
     index_names,
     weight_patterns,
 )
-from hubgen.formats.families import FAMILIES, SingleFile, open_single_file
 from hubgen.formats.folders import check_pipeline_folder, has_weights
+from hubgen.formats.layouts import LAYOUTS, SingleFile, open_single_file
 from hubgen.formats.loading import CONFIG, HUB_ARGUMENTS, fetch
 from hubgen.formats.single_file import (
     Loader,
@@ -73,7 +73,7 @@ class SingleFilePipelineMixin:
         """
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         file = open_single_file(find_file(pretrained_model_link_or_path, hub))
-        if file.family is None:
+        if file.layout is None:
             raise ValueError(
                 f"{file.path} holds {file.describe()}, no pipeline; `AutoencoderKL.from_single_file` reads it."
             )
@@ -140,8 +140,8 @@ def config_source(file: SingleFile, config: str | os.PathLike[str] | None, hub: 
     Raises:
         ValueError: The family has no official repository to fall back on.
     """
-    assert file.family is not None
-    named = config if config is not None else OFFICIAL.get(file.family)
+    assert file.layout is not None
+    named = config if config is not None else OFFICIAL.get(file.layout)
     if named is None:
         raise ValueError(
             f"{file.path} holds {file.describe()}, of which there are several kinds that a file does not tell apart; "
@@ -229,8 +229,8 @@ def has_any_weights(folder: Path) -> bool:
     return folder.is_dir() and any(has_weights(folder, stem) for stem in (DIFFUSERS_STEM, TRANSFORMERS_STEM))
 
 
-def family_of(pipe: Any) -> str:
-    """The family of a pipeline's components, a key of `FAMILIES`.
+def layout_of(pipe: Any) -> str:
+    """The layout of a pipeline's components, a key of `LAYOUTS`.
 
     Raises:
         ValueError: They are of none.
@@ -251,15 +251,15 @@ def family_of(pipe: Any) -> str:
 
 def original_tensors(pipe: Any) -> dict[str, torch.Tensor]:
     """All weights of a pipeline under the names of its family's single files."""
-    family = FAMILIES[family_of(pipe)]
-    backbone, vae = pipe.components[family.backbone], pipe.components["vae"]
+    layout = LAYOUTS[layout_of(pipe)]
+    backbone, vae = pipe.components[layout.backbone], pipe.components["vae"]
     tensors = {f"model.diffusion_model.{name}": value for name, value in backbone.to_original().items()}
-    tensors |= {f"{family.vae_prefix}{name}": value for name, value in vae.to_original().items()}
-    for component, prefix in family.text_encoders.items():
+    tensors |= {f"{layout.vae_prefix}{name}": value for name, value in vae.to_original().items()}
+    for component, prefix in layout.text_encoders.items():
         encoder = pipe.components.get(component)
         if encoder is not None:
             if not type(encoder).__name__.startswith(("CLIPText", "T5")):
-                raise ValueError(f"{family.title} has no place for a {type(encoder).__name__} as its {component}.")
+                raise ValueError(f"{layout.title} has no place for a {type(encoder).__name__} as its {component}.")
             named = original_text_encoder(encoder.state_dict(), encoder.config, prefix)
             tensors |= {prefix + name: value for name, value in named.items()}
     return tensors

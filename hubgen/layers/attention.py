@@ -349,6 +349,12 @@ class FluxAttnProcessor(JointAttnProcessor):
 class Projections(AttentionModuleMixin):
     """Attention layers whose projections can be fused into one (`fuse_projections`)."""
 
+    def context_layers(self) -> list[nn.Module]:
+        """The layers that see the context of a cross-attention, and nothing else."""
+        if not self.is_cross_attention:
+            return []
+        return [self.to_kv] if has_fused(self, "to_kv", "to_k", "to_v") else [self.to_k, self.to_v]
+
     def fuse_projections(self) -> None:
         """Puts queries, keys and values into one layer; of cross-attention keys and values.
 

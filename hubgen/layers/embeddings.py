@@ -242,6 +242,7 @@ class PatchEmbed(nn.Module):
         self.height, self.width = height // patch_size, width // patch_size
         self.interpolation_scale = interpolation_scale
         self.pos_embed_max_size = pos_embed_max_size
+        self.in_channels = in_channels  # not that of `proj`, which an adapter may wrap
         self.proj = nn.Conv2d(in_channels, embed_dim, kernel_size=patch_size, stride=patch_size)
         size = (self.height, self.width) if pos_embed_max_size is None else (pos_embed_max_size,) * 2
         self.register_buffer("pos_embed", self.positions(*size), persistent=pos_embed_max_size is not None)
@@ -268,9 +269,9 @@ class PatchEmbed(nn.Module):
             ValueError: The channels are not those of the weights, a side is no multiple of the patch, or the latents
                 are larger than the table of positions.
         """
-        if latent.ndim != 4 or latent.shape[1] != self.proj.in_channels:
+        if latent.ndim != 4 or latent.shape[1] != self.in_channels:
             raise ValueError(
-                f"The latents must have the shape (batch, {self.proj.in_channels}, height, width), "
+                f"The latents must have the shape (batch, {self.in_channels}, height, width), "
                 f"got {tuple(latent.shape)}."
             )
         height, width = latent.shape[-2:]

@@ -26,6 +26,8 @@ class RMSNorm(nn.RMSNorm):
 class AdaLayerNormZero(nn.Module):
     """adaLN-Zero: normalises and modulates for attention, and hands on what the rest of the block needs."""
 
+    time_layer = "linear"
+
     def __init__(self, embedding_dim: int):
         super().__init__()
         self.linear = nn.Linear(embedding_dim, 6 * embedding_dim)
@@ -39,6 +41,8 @@ class AdaLayerNormZero(nn.Module):
 
 class AdaLayerNormZeroSingle(nn.Module):
     """adaLN-Zero for a block whose attention and MLP stand side by side and share all (FLUX's single blocks)."""
+
+    time_layer = "linear"
 
     def __init__(self, embedding_dim: int):
         super().__init__()
@@ -54,6 +58,8 @@ class AdaLayerNormZeroSingle(nn.Module):
 class SD35AdaLayerNormZeroX(nn.Module):
     """adaLN-Zero for a block of two attentions (SD3.5 medium), each with a scale, shift and gate of its own."""
 
+    time_layer = "linear"
+
     def __init__(self, embedding_dim: int):
         super().__init__()
         self.linear = nn.Linear(embedding_dim, 9 * embedding_dim)
@@ -68,6 +74,8 @@ class SD35AdaLayerNormZeroX(nn.Module):
 
 class AdaLayerNormContinuous(nn.Module):
     """Layer norm with scale and shift from a condition; scale first, where SD3's own file format has shift first."""
+
+    time_layer = "linear"
 
     def __init__(
         self,

@@ -31,6 +31,8 @@ class ResnetBlock2D(nn.Module):
         conv_shortcut: Whether a 1x1 convolution joins the skip connection even where the channels do not differ.
     """
 
+    time_layer = "time_emb_proj"
+
     def __init__(
         self,
         in_channels: int,

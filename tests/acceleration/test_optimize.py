@@ -1,34 +1,31 @@
-"""An optimized model computes what it did, whatever happens to it in between."""
+"""An accelerated model computes what it did, whatever happens to it in between, and carries no trace of it."""
 
 import copy
 import pickle
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import hubgen
-from hubgen.acceleration import kernels, winograd
-from hubgen.acceleration import layers as fast_layers
 from hubgen.acceleration import optimize as optimizing
-from hubgen.acceleration.layers import FastConv2d, FastLinear, Swapped
-from hubgen.acceleration.optimize import optimized, prepared
-from hubgen.acceleration.upsampling import convolve_doubled, phase_kernels
-from hubgen.autoencoders.autoencoder_kl import AutoencoderKL
+from hubgen.acceleration.cpu import kernels
+from hubgen.acceleration.cpu import layers as fast_layers
+from hubgen.acceleration.cpu import packing as cpu_packing
+from hubgen.acceleration.optimize import accelerated, optimized
 from hubgen.backbones.dit import DiTTransformer2DModel
 from hubgen.backbones.flux import FluxTransformer2DModel
-from hubgen.backbones.sd3 import SD3Transformer2DModel
 from hubgen.backbones.unet import UNet2DModel
-from hubgen.backbones.unet_condition import UNet2DConditionModel
-from hubgen.conditioning.inputs import BackboneCall
-from hubgen.conditioning.text import TextEmbeddings
+from hubgen.conditioning.condition import Condition
+from hubgen.conditioning.predict import Predictor
 from hubgen.layers.resnet import Upsample2D
 from tests import tiny
 from tests.parity import first_output, randomize_
 
+BOTH = ("negative", "positive")
 packed_kernels = pytest.mark.skipif(not kernels.available(torch.float32), reason="this torch has no packed kernels")
 
 
@@ -39,7 +36,7 @@ def everything_is_worthwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in tiny_limits.items():
         monkeypatch.setattr(fast_layers, name, value)
     for name in ("WORTHWHILE", "WORTHWHILE_BFLOAT16"):
-        monkeypatch.setattr(optimizing, name, 0.0)
+        monkeypatch.setattr(cpu_packing, name, 0.0)
 
 
 def unet_inputs(size: tuple[int, int], batch: int) -> dict[str, Any]:
@@ -131,9 +128,20 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
+def apart(a: Any, b: Any) -> float:
+    """The same of pictures."""
+    return relative(torch.as_tensor(a), torch.as_tensor(b))
+
+
 @torch.no_grad()
 def run(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
     return first_output(model(**inputs))
+
+
+def packed(model: nn.Module) -> dict[nn.Module, Any]:
+    """The packed weights of a model's layers."""
+    records = optimizing._packings[model].records
+    return {layer: record.packed for layer, record in records.items() if record.packed is not None}
 
 
 def model_and_inputs(name: str = "unet-condition", batch: int = 2) -> tuple[Any, dict[str, Any]]:
@@ -159,36 +167,25 @@ def test_most_layers_of_a_unet_are_packed_within_the_budget() -> None:
     model, inputs = model_and_inputs()
     hubgen.optimize(model, packing=5.0)
     run(model, inputs)
-    records = [layer._fast for layer in model.modules() if isinstance(layer, FastLinear | FastConv2d)]
-    assert sum(record.packed is not None for record in records) > 0.5 * len(records)
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    assert len(packed(model)) > 0.5 * len(layers)
     hubgen.optimize(model, packing=0.3)
     run(model, inputs)
-    plan = next(layer._fast.plan for layer in model.modules() if isinstance(layer, FastLinear))
-    assert 0 < plan.spent <= 0.3 * sum(4 * parameter.numel() for parameter in model.parameters())
+    spent = optimizing._packings[model].spent
+    assert 0 < spent <= 0.3 * sum(4 * parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("size", [(4, 4), (3, 5), (1, 2)])
-def test_a_doubled_picture_is_convolved_from_the_small_one(size: tuple[int, int]) -> None:
-    weight, bias, x = torch.randn(5, 3, 3, 3).double(), torch.randn(5).double(), torch.randn(2, 3, *size).double()
-    exact = F.conv2d(F.interpolate(x, scale_factor=2.0), weight, bias, padding=1)
-    small = [kernel.double() for kernel in phase_kernels(weight)]
-    fast = convolve_doubled(
-        x.contiguous(memory_format=torch.channels_last), lambda window, phase: F.conv2d(window, small[phase], bias)
-    )
-    assert fast.shape == exact.shape
-    assert relative(fast, exact) < 1e-6  # kernels are summed in float32
-
-
-@packed_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_upsampling_takes_the_small_picture_and_sees_new_weights(dtype: torch.dtype) -> None:
+    if not kernels.available(dtype):
+        pytest.skip("this machine has no packed kernels of this type")
     layer = nn.Sequential(Upsample2D(16)).to(dtype).requires_grad_(False)
     x = torch.randn(2, 16, 4, 6).to(dtype)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     plain, odd = layer(x), layer[0](x, (7, 12))
     hubgen.optimize(layer, packing=5.0)
     assert relative(layer(x), plain) < tolerance
-    assert isinstance(layer[0].conv._fast.packed, tuple)
+    assert isinstance(packed(layer)[layer[0].conv], tuple)
     assert relative(layer[0](x, (7, 12)), odd) < tolerance
     assert relative(layer(x), plain) < tolerance
     layer[0].conv.weight.data.mul_(2)
@@ -197,30 +194,11 @@ def test_upsampling_takes_the_small_picture_and_sees_new_weights(dtype: torch.dt
     assert relative(hubgen.restore(layer)(x), 2 * plain) < tolerance
 
 
-@pytest.mark.parametrize("size", [(8, 8), (7, 9), (4, 5), (1, 3)])
-@pytest.mark.parametrize("bias", [True, False])
-def test_winograds_convolution_is_the_convolution(size: tuple[int, int], bias: bool) -> None:
-    conv = nn.Conv2d(24, 20, 3, padding=1, bias=bias)
-    x = torch.randn(3, 24, *size)
-    with torch.no_grad():
-        fast = winograd.convolve(x, winograd.transform_kernel(conv.weight), conv.bias)
-        exact = copy.deepcopy(conv).double()(x.double())
-    assert fast.shape == exact.shape
-    assert relative(fast.double(), exact) < 5e-6
-
-
-@pytest.mark.parametrize("stride, padding, dilation", [(1, 1, 1), (2, 1, 1), (1, 0, 2), (2, 0, 1)])
-def test_a_convolution_by_columns_is_the_convolution(stride: int, padding: int, dilation: int) -> None:
-    conv = nn.Conv2d(6, 8, 3, stride=stride, padding=padding, dilation=dilation)
-    x = torch.randn(2, 6, 9, 11)
-    geometry = kernels.Geometry((stride,) * 2, (padding,) * 2, (dilation,) * 2, 1)
-    with torch.no_grad():
-        assert relative(kernels.convolve_columns(x, conv.weight, conv.bias, geometry), conv(x)) < 1e-6
-
-
 EDITS: dict[str, Callable[[nn.Parameter], Any]] = {
     "in place": lambda weight: weight.mul_(0.9),
     "by data, which leaves the version as it is": lambda weight: weight.data.add_(0.1 * torch.randn_like(weight)),
+    "a single value by data": lambda weight: weight.data.view(-1)[:1].add_(1.0),
+    "rows that change places": lambda weight: weight.data.copy_(weight.data.flip(0).clone()),
     "by data, assigned": lambda weight: setattr(weight, "data", weight.data * 0.9),
 }
 
@@ -273,16 +251,6 @@ def test_gradients_are_those_of_the_plain_model() -> None:
         assert ours.grad is None or torch.equal(ours.grad, theirs.grad)
 
 
-def test_state_dict_and_parameters_stay_the_same_objects() -> None:
-    model, inputs = model_and_inputs()
-    before, names = dict(model.named_parameters()), list(model.state_dict())
-    text = repr(model)
-    run(hubgen.optimize(model), inputs)
-    assert list(model.state_dict()) == names
-    assert all(parameter is before[name] for name, parameter in model.named_parameters())
-    assert repr(model) == text
-
-
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_are_plain_and_independent(duplicate: Callable[[nn.Module], nn.Module]) -> None:
     layer = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1))
@@ -292,7 +260,6 @@ def test_copies_are_plain_and_independent(duplicate: Callable[[nn.Module], nn.Mo
         twin = duplicate(layer)
         assert not optimized(twin) and all(type(part) is nn.Conv2d for part in twin)
         assert relative(twin(x), expected) < 1e-5
-    assert all("_fast" not in part.__dict__ for part in twin)
 
 
 def test_another_dtype_is_computed_in_that_dtype() -> None:
@@ -340,96 +307,330 @@ def test_an_optimized_model_compiles_without_graph_breaks(name: str) -> None:
     assert relative(run(model, inputs), plain) < 1e-5
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-def test_modulations_of_a_grid_are_those_of_its_steps(batch: int) -> None:
-    """And they are looked up, not computed: the projections are not called inside the walk."""
-    model, inputs = model_and_inputs("mmdit", batch)
+# ---- what is computed once ----
+
+
+def conditions(batch: int, **more: Any) -> dict[str, Condition]:
     width = tiny.TEXT_WIDTH
-    negative, positive = (TextEmbeddings(torch.randn(batch, 5, width), torch.randn(batch, width)) for _ in range(2))
-    call, grid = BackboneCall(model, positive, negative), torch.tensor([900.0, 500.0, 250.0, 10.0])
-    x = inputs["hidden_states"]
 
-    def walk() -> list[torch.Tensor]:
-        steps = [(t, guided) for t, guided in zip(grid, (False, True, True, False), strict=True)]
-        return [call(torch.cat([x, x]) if g else x, t.expand((1 + g) * batch), g) for t, g in steps]
+    def one() -> Condition:
+        return Condition(tokens=torch.randn(batch, 5, width), pooled=torch.randn(batch, width), **more)
 
-    with torch.no_grad():
-        plain = walk()
-        hubgen.optimize(model, packing=False)
-        with prepared(model, grid, call.conditions):  # without memory to spend nothing is kept
-            assert type(model.transformer_blocks[0].norm1.linear) is nn.Linear
-        hubgen.optimize(model)
-        with prepared(model, grid, call.conditions):
-            norm = model.transformer_blocks[0].norm1.linear
-            assert norm._fast.table is not None
-            found = [norm._fast.recall(torch.nn.functional.silu(embedded(model, call, t, True))) for t in grid]
-            assert all(row is not None for row in found)
-            fast = walk()
-    assert all(relative(f, p) < 1e-5 for f, p in zip(fast, plain, strict=True))
-    assert norm._fast.table is None
+    return {branch: one() for branch in BOTH}
 
 
-def embedded(model: SD3Transformer2DModel, call: BackboneCall, t: torch.Tensor, guided: bool) -> torch.Tensor:
-    pooled = call.told[guided]["pooled_projections"]
-    return model.time_text_embed(t.expand(len(pooled)), pooled)
+TABLED: dict[str, tuple[Callable[[], nn.Module], Callable[[int], dict[str, Condition]]]] = {
+    "mmdit": (tiny.transformer, conditions),
+    "mmdit with two attentions": (lambda: tiny.transformer(dual_attention_layers=(0,)), conditions),
+    "flux": (flux, lambda batch: conditions(batch, guidance_scale=3.5)),
+    "unet": (tiny.unet, conditions),
+    "sdxl": (
+        lambda: tiny.unet(
+            addition_embed_type="text_time",
+            addition_time_embed_dim=4,
+            projection_class_embeddings_input_dim=16 + 6 * 4,
+        ),
+        lambda batch: conditions(batch, micro=torch.tensor([[64.0, 64, 0, 0, 64, 64]]).repeat(batch, 1)),
+    ),
+    "dit": (
+        dit,
+        lambda batch: {
+            branch: Condition(labels=torch.arange(batch) + 3 * number) for number, branch in enumerate(BOTH)
+        },
+    ),
+}
 
 
-def test_modulations_of_a_dit_are_looked_up_too() -> None:
-    """Those of all its blocks and of the output, whose embedders are the first block's."""
-    model, inputs = model_and_inputs("dit")
-    grid, x, labels = torch.tensor([999, 500, 0]), inputs["hidden_states"], torch.tensor([4, 1])
-    with torch.no_grad():
-        plain = [model(x, t.expand(2), labels)[0] for t in grid]
-        hubgen.optimize(model)
-        with prepared(model, grid, {"class_labels": labels}):
-            tables = [layer for layer in model.modules() if isinstance(layer, FastLinear) and layer._fast.table]
-            assert len(tables) == 3 * len(model.transformer_blocks) + 1
-            fast = [model(x, t.expand(2), labels)[0] for t in grid]
-            assert [layer._fast.row for layer in tables] == [4] * len(tables)
-            other = model(x, grid[:1].expand(2), labels.flip(0))[0]
-        assert relative(other, model(x, grid[:1].expand(2), labels.flip(0))[0]) < 1e-5
-    assert all(relative(f, p) < 1e-5 for f, p in zip(fast, plain, strict=True))
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("name", TABLED)
+@torch.no_grad()
+def test_what_depends_on_the_time_alone_is_looked_up_by_the_number_of_the_step(name: str, batch: int) -> None:
+    """In steps with and without guidance: the layers' own weights are not used there, and may be anything."""
+    build, make = TABLED[name]
+    model = randomize_(build()).eval()
+    grid, x = torch.tensor([900, 500, 250, 10]), torch.randn(batch, 4, 8, 8)
+    predictor = Predictor(model, make(batch))
+    steps = [(step, t, BOTH if step in (1, 2) else BOTH[1:]) for step, t in enumerate(grid)]
+
+    def predict(step: int, t: torch.Tensor, branches: tuple[str, ...]) -> torch.Tensor:
+        rows = len(branches) * batch
+        return predictor(torch.cat([x] * len(branches)), t.expand(rows), branches, step)
+
+    plain = [predict(*step) for step in steps]
+    with accelerated(model) as fast:
+        predictor.tabulate(fast, grid, BOTH)
+        layers = list(fast._tables.rows)
+        assert layers and all(isinstance(layer, nn.Linear) or name == "dit" for layer in layers)
+        kept = [layer.weight.data.clone() for layer in layers if isinstance(layer, nn.Linear)]
+        for layer in layers:
+            if isinstance(layer, nn.Linear):
+                layer.weight.data.fill_(torch.nan)
+        accelerated_predict = fast.around(predictor)
+        for (step, t, branches), expected in zip(steps, plain, strict=True):
+            rows = len(branches) * batch
+            found = accelerated_predict(torch.cat([x] * len(branches)), t.expand(rows), branches, step)
+            assert relative(found, expected) < 1e-5
+        for layer, weight in zip((layer for layer in layers if isinstance(layer, nn.Linear)), kept, strict=True):
+            layer.weight.data.copy_(weight)
+    assert relative(predict(*steps[1]), plain[1]) == 0
 
 
-@pytest.mark.parametrize("pooled", [False, True])
-def test_time_projections_of_a_unet_are_looked_up_too(pooled: bool) -> None:
-    config = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4} if pooled else {}
-    size = {"projection_class_embeddings_input_dim": 16 + 6 * 4} if pooled else {}
-    model, inputs = randomize_(tiny.unet(**config, **size)).eval(), unet_inputs((8, 8), 2)
-    if pooled:
-        numbers = torch.tensor([[64.0, 64, 0, 0, 64, 64], [32, 64, 0, 0, 64, 64]])
-        inputs["added_cond_kwargs"] = {"text_embeds": torch.randn(2, 16), "time_ids": numbers}
-    grid = torch.tensor([999, 500, 0])
-    conditions = {name: inputs[name] for name in inputs if name not in ("sample", "timestep")}
-
-    def walk() -> list[torch.Tensor]:
-        return [model(**{**inputs, "timestep": t})[0] for t in grid]
-
-    with torch.no_grad():
-        plain = walk()
-        hubgen.optimize(model)
-        with prepared(model, grid, conditions):
-            records = [layer._fast for layer in model.modules() if isinstance(layer, FastLinear)]
-            assert records[0].plan.least is None and all(record.granted is None for record in records)
-            projections = [layer for name, layer in model.named_modules() if name.endswith("time_emb_proj")]
-            assert projections and all(layer._fast.table is not None for layer in projections)
-            fast = walk()
-            assert [layer._fast.row for layer in projections] == [4] * len(projections)
-    assert all(relative(f, p) < 1e-5 for f, p in zip(fast, plain, strict=True))
-
-
-def test_text_keys_are_computed_once_a_prompt_and_anew_for_another() -> None:
-    model, inputs = model_and_inputs()
+@torch.no_grad()
+def test_without_memory_to_spend_or_with_listeners_nothing_is_tabulated() -> None:
+    model = randomize_(tiny.transformer()).eval()
+    predictor = Predictor(model, conditions(1))
+    with accelerated(hubgen.optimize(model, packing=False)) as fast:
+        predictor.tabulate(fast, torch.tensor([900, 500]), BOTH)
+        assert fast._tables is None
     hubgen.optimize(model)
-    first = run(model, inputs)
-    layer = next(part for name, part in model.named_modules() if name.endswith("attn2.to_k"))
-    kept = next(iter(layer._fast.answers.values()))[2]
-    assert torch.equal(run(model, inputs), first)
-    assert next(iter(layer._fast.answers.values()))[2] is kept
-    inputs["encoder_hidden_states"].mul_(2)
-    changed = run(model, inputs)
-    assert not torch.allclose(changed, first)
-    assert relative(changed, run(hubgen.restore(model), inputs)) < 1e-5
+    handle = model.time_text_embed.register_forward_hook(lambda *_: None)
+    with accelerated(model) as fast:
+        predictor.tabulate(fast, torch.tensor([900, 500]), BOTH)
+        assert fast._tables is None
+        handle.remove()
+
+
+@torch.no_grad()
+def test_the_image_attention_of_sd35_medium_is_packed_and_no_text_layer() -> None:
+    model = randomize_(tiny.transformer(dual_attention_layers=(0,))).eval()
+    run(hubgen.optimize(model, packing=5.0), mmdit_inputs((8, 8), 2))
+    attention = model.transformer_blocks[0].attn2
+    assert attention.context_layers() == []
+    assert {attention.to_q, attention.to_k, attention.to_v} <= set(packed(model)) or not kernels.available(
+        torch.float32
+    )
+
+
+@torch.no_grad()
+def test_text_keys_are_computed_once_a_call_and_anew_for_another_text() -> None:
+    model, inputs = model_and_inputs()
+    attention = next(part for name, part in model.named_modules() if name.endswith("attn2"))
+    layer, text = attention.to_k, inputs["encoder_hidden_states"]
+    plain = run(model, inputs)
+    with accelerated(model) as fast:
+        with fast.network():
+            first = layer(text)
+            assert layer(text) is first and relative(run(model, inputs), plain) < 1e-5
+            assert layer(text.clone()) is not first
+            text.mul_(2)
+            assert not torch.allclose(layer(text), first)
+        changed = layer(text)
+    assert torch.equal(changed, layer(text))
+
+
+# ---- no trace ----
+
+
+def state(module: Any) -> list[Any]:
+    """Everything of all modules of a pipeline's networks that a user can see."""
+    networks = [module] if isinstance(module, nn.Module) else [module.backbone, module.vae]
+    seen: list[Any] = []
+    for network in networks:
+        for name, part in network.named_modules():
+            hooks = (len(part._forward_hooks), len(part._forward_pre_hooks))
+            seen.append((name, id(part), type(part), sorted(part.__dict__), hooks, repr(part)))
+        seen += [(name, value.data_ptr(), value._version) for name, value in network.state_dict().items()]
+        seen += [(name, id(value)) for name, value in network.named_parameters()]
+    return seen
+
+
+SHORT: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 2.0, "output_type": "np"}
+
+
+class Stop(BaseException):
+    """As KeyboardInterrupt, which no `except Exception` sees."""
+
+
+@pytest.mark.parametrize("backbone", ["unet", "transformer"])
+def test_models_are_what_they_were_after_a_call_an_error_and_an_interruption(backbone: str) -> None:
+    pipe = tiny.pipeline(backbone)
+    before = state(pipe)
+    pipe("a red cat", **SHORT)
+    assert state(pipe) == before
+    layer = next(part for part in pipe.backbone.modules() if isinstance(part, nn.Linear))
+    for error in (RuntimeError, Stop):
+
+        def fail(*_: Any, error: type[BaseException] = error) -> None:
+            raise error
+
+        handle = layer.register_forward_hook(fail)
+        with pytest.raises(error):
+            pipe("a red cat", **SHORT)
+        handle.remove()
+        assert state(pipe) == before
+
+
+@pytest.mark.parametrize("backbone", ["unet", "transformer"])
+def test_models_are_plain_in_a_callback_and_a_call_inside_one_is_a_call(backbone: str) -> None:
+    pipe = tiny.pipeline(backbone)
+    alone = pipe("a blue dog", generator=tiny.seeded(1)[0], **SHORT).images
+    outer = pipe("a red cat", generator=tiny.seeded(0)[0], **SHORT).images
+    before, inner = state(pipe), tiny.pipeline(backbone, **{backbone: pipe.backbone, "vae": pipe.vae})
+    seen: list[Any] = []
+
+    def callback(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        assert state(pipe) == before
+        seen.append(inner("a blue dog", generator=tiny.seeded(1)[0], **SHORT).images)
+        assert state(pipe) == before
+        return tensors
+
+    images = pipe("a red cat", generator=tiny.seeded(0)[0], callback_on_step_end=callback, **SHORT).images
+    assert apart(images, outer) < 1e-5
+    assert len(seen) == 3 and all(apart(one, alone) < 1e-5 for one in seen)
+
+
+@torch.no_grad()
+def test_two_calls_that_interleave_do_not_disturb_each_other() -> None:
+    model, inputs = model_and_inputs()
+    plain, before = run(model, inputs), state(model)
+    with accelerated(model) as first:
+        with first.network():
+            one = run(model, inputs)
+            with accelerated(model) as second, second.network():
+                two = run(model, inputs)
+            three = run(model, inputs)
+        assert state(model) == before
+    assert all(relative(found, plain) < 1e-5 for found in (one, two, three))
+
+
+@pytest.mark.parametrize("backbone", ["unet", "transformer"])
+@pytest.mark.slow
+def test_threads_that_share_models_draw_what_each_draws_alone(backbone: str) -> None:
+    shared = tiny.pipeline(backbone)
+    pipes = [tiny.pipeline(backbone, **{backbone: shared.backbone, "vae": shared.vae}) for _ in range(4)]
+    prompts = ["a red cat", "a blue dog", "a heart", "the small apple"]
+    before, faults = state(shared), []
+
+    def draw(number: int) -> Any:
+        generator = torch.Generator().manual_seed(number)
+        return pipes[number](prompts[number], generator=generator, num_inference_steps=2, output_type="np").images
+
+    expected = [draw(number) for number in range(4)]
+
+    def work(number: int) -> None:
+        try:
+            for _ in range(50):
+                difference = apart(draw(number), expected[number])
+                if difference > 1e-5:
+                    faults.append(difference)
+        except Exception as error:
+            faults.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert faults == []
+    assert state(shared) == before
+
+
+@torch.no_grad()
+def test_copies_that_are_made_while_a_network_runs_are_plain() -> None:
+    model, inputs = model_and_inputs("mmdit")
+    plain = run(model, inputs)
+    with accelerated(model) as fast, fast.network():
+        twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    for twin in twins:
+        assert torch.equal(run(twin, inputs), plain)
+
+
+# ---- adapters and hooks, whenever they come ----
+
+
+def adapter(kind: str, targets: list[str]) -> Any:
+    peft = pytest.importorskip("peft")
+    if kind == "LoHa":
+        return peft.LoHaConfig(r=2, alpha=1, target_modules=targets, init_weights=False)
+    return peft.LoraConfig(r=2, lora_alpha=1, target_modules=targets, init_lora_weights=False, use_dora=kind == "DoRA")
+
+
+TARGETS = {
+    "unet": ["to_q", "to_k", "conv1", "conv2", "conv", "proj", "time_emb_proj", "linear_1"],
+    "transformer": ["to_q", "to_k", "add_k_proj", "linear", "linear_1", "proj", "context_embedder"],
+}
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "LoHa", "DoRA"])
+@pytest.mark.parametrize("backbone", TARGETS)
+def test_adapters_count_from_the_moment_they_are_there(backbone: str, kind: str) -> None:
+    """Before a call, after one, and from a callback in the middle of one; and are gone when they are taken off."""
+    pipe, plain = tiny.pipeline(backbone), hubgen.restore(tiny.pipeline(backbone))
+
+    def draw(pipe: Any, callback: Any = None) -> Any:
+        generator = tiny.seeded(0)[0]
+        return pipe("a red cat", generator=generator, callback_on_step_end=callback, **SHORT).images
+
+    def attach(pipe: Any, step: int = 0, *_: Any) -> dict[str, Any]:
+        if step == 0:
+            torch.manual_seed(3)
+            pipe.backbone.add_adapter(adapter(kind, TARGETS[backbone]))
+        return {}
+
+    def detach(pipe: Any, step: int = 0, *_: Any) -> dict[str, Any]:
+        if step == 0:
+            pipe.backbone.delete_adapters("default")
+            pipe.backbone.disable_adapters()
+        return {}
+
+    assert apart(draw(pipe), draw(plain)) < 1e-5
+    base = draw(plain)
+    assert apart(draw(pipe, attach), draw(plain, attach)) < 1e-5
+    assert apart(draw(pipe), draw(plain)) < 1e-5
+    assert apart(draw(plain), base) > 1e-3
+    for one in (pipe, plain):
+        one.backbone.delete_adapters("default")
+    for callback in (None, attach, None):
+        assert apart(draw(pipe, callback), draw(plain, callback)) < 1e-5
+
+
+def test_an_adapter_on_an_embedding_counts() -> None:
+    pipe, plain = (tiny.pipeline("unet", unet=tiny.unet(num_class_embeds=4)) for _ in range(2))
+    inputs = {**unet_inputs((8, 8), 2), "class_labels": torch.tensor([1, 3])}
+    hubgen.optimize(pipe.unet, packing=5.0)
+    run(pipe.unet, inputs)
+    for one in (pipe, plain):
+        torch.manual_seed(3)
+        one.unet.add_adapter(adapter("LoRA", ["class_embedding", "conv_in"]))
+    assert relative(run(pipe.unet, inputs), run(plain.unet, inputs)) < 1e-5
+
+
+@pytest.mark.parametrize("backbone", ["unet", "transformer"])
+def test_weights_that_are_merged_in_a_callback_count_in_the_next_step(backbone: str) -> None:
+    def merge(pipe: Any, step: int, *_: Any) -> dict[str, Any]:
+        if step == 0:
+            generator = torch.Generator().manual_seed(0)
+            for weight in pipe.backbone.parameters():
+                weight.data += 0.05 * torch.randn(weight.shape, generator=generator)
+        return {}
+
+    images = [
+        pipe("a red cat", generator=tiny.seeded(0)[0], callback_on_step_end=merge, **SHORT).images
+        for pipe in (tiny.pipeline(backbone), hubgen.restore(tiny.pipeline(backbone)))
+    ]
+    assert apart(images[0], images[1]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["unet-condition", "mmdit", "autoencoder"])
+@torch.no_grad()
+def test_a_hook_on_any_layer_is_called_as_often_as_without_acceleration_and_with_the_same(name: str) -> None:
+    model, inputs = model_and_inputs(name)
+    seen: list[tuple[str, torch.Tensor]] = []
+    for path, layer in model.named_modules():
+        if not list(layer.children()):
+            layer.register_forward_hook(
+                lambda _, args, out, path=path: seen.append((path, out)) if torch.is_tensor(out) else None
+            )
+    plain = run(model, inputs)
+    expected, seen[:] = list(seen), []
+    hubgen.optimize(model, packing=5.0)
+    assert relative(run(model, inputs), plain) < 1e-5
+    assert [path for path, _ in seen] == [path for path, _ in expected]
+    for (_, found), (_, right) in zip(seen, expected, strict=True):
+        assert torch.allclose(found, right, atol=1e-4, rtol=1e-4)
+
+
+# ---- pipelines ----
 
 
 @pytest.mark.parametrize("backbone", ["unet", "transformer"])
@@ -456,10 +657,3 @@ def test_approximations_are_refused_where_there_are_none() -> None:
         hubgen.optimize(tiny.vae(), packing=-1.0)
     with pytest.raises(TypeError, match="model"):
         hubgen.optimize("model")
-
-
-def test_the_classes_of_the_cases_are_all_there_is() -> None:
-    known = (UNet2DConditionModel, UNet2DModel, SD3Transformer2DModel, FluxTransformer2DModel, DiTTransformer2DModel,
-             AutoencoderKL)  # fmt: skip
-    assert {type(build()) for build, _, _ in CASES.values()} == set(known)
-    assert issubclass(FastLinear, Swapped)

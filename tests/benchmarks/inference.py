@@ -27,16 +27,17 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import hubgen
-from hubgen.acceleration.optimize import prepared
+from hubgen.acceleration.optimize import accelerated
 from hubgen.backbones.unet_condition_config import stable_diffusion_1, stable_diffusion_xl
-from hubgen.conditioning.inputs import BackboneCall
-from hubgen.conditioning.text import TextEmbeddings
+from hubgen.conditioning.condition import Condition
+from hubgen.conditioning.predict import Predictor
 from tests.benchmarks import report
 
 RESULTS = Path(__file__).parent / "results" / "inference"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SIDES = ("diffusers", "hubgen")
 STEPS = 20
+BRANCHES = ("negative", "positive")
 # Largest norm of the difference over the norm, by type: in bfloat16 two orders of summation differ by a percent a step.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.1}
 ATTENTION_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -229,32 +230,37 @@ def vae_config(row: Row) -> dict[str, Any]:
 
 def call(row: Row, side: str, model: Any, device: str) -> Callable[[], torch.Tensor]:
     inputs = moved(row.inputs(), device)
-    if row.model == "AutoencoderKL":
-        return lambda: model.decode(**inputs, return_dict=False)[0]
-    if side == "hubgen" and row.model == "SD3Transformer2DModel":
-        return Prepared(model, inputs)
-    return lambda: model(**inputs, return_dict=False)[0]
+    method = model.decode if row.model == "AutoencoderKL" else model
+    if side == "hubgen":
+        return Step(row, model, method, inputs)
+    return lambda: method(**inputs, return_dict=False)[0]
 
 
-class Prepared:
-    """A step of a walk of `STEPS`, whose modulations are computed beforehand by `once`."""
+class Step:
+    """A step of a call of `STEPS`: what a pipeline does once a call is done by `once`."""
 
-    def __init__(self, model: Any, inputs: dict[str, torch.Tensor]):
-        halves = [
-            TextEmbeddings(inputs["encoder_hidden_states"][i : i + 1], inputs["pooled_projections"][i : i + 1])
-            for i in (0, 1)
-        ]
-        self.model, self.inputs, self.predict = model, inputs, BackboneCall(model, halves[1], halves[0])
-        last = inputs["timestep"][0].item()
-        self.grid = torch.linspace(1000, last, STEPS, device=inputs["timestep"].device)
+    def __init__(self, row: Row, model: Any, method: Callable[..., Any], inputs: dict[str, Any]):
+        self.row, self.model, self.method, self.inputs = row, model, method, inputs
         self.stack = ExitStack()
+        self.once()
 
     def once(self) -> None:
         self.stack.close()
-        self.stack.enter_context(prepared(self.model, self.grid, self.predict.conditions))
+        self.fast = self.stack.enter_context(accelerated(self.model))
+        if self.row.model == "SD3Transformer2DModel":
+            names = ("encoder_hidden_states", "pooled_projections")
+            tokens, pooled = (self.inputs[name] for name in names)
+            conditions = {
+                branch: Condition(tokens=tokens[i : i + 1], pooled=pooled[i : i + 1])
+                for i, branch in enumerate(BRANCHES)
+            }
+            time = self.inputs["timestep"]
+            grid = torch.linspace(1000, time[0].item(), STEPS, device=time.device)
+            Predictor(self.model, conditions).tabulate(self.fast, grid, BRANCHES)
 
     def __call__(self) -> torch.Tensor:
-        return self.model(**self.inputs, return_dict=False)[0]
+        with self.fast.network(STEPS - 1, BRANCHES):
+            return self.method(**self.inputs, return_dict=False)[0]
 
 
 def moved(inputs: Any, device: str) -> Any:

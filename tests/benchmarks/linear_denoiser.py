@@ -28,7 +28,8 @@ from typing import Any
 import torch
 import yaml
 
-from hubgen.conditioning.inputs import condition_inputs
+from hubgen.conditioning.condition import Condition
+from hubgen.conditioning.predict import predict
 from hubgen.conditioning.text import TextCondition, TextEmbeddings
 from hubgen.data.image_folder import ImageTextFolder
 from hubgen.data.sampler import step_generator
@@ -211,9 +212,9 @@ def network_loss(
     """Loss of the network at each time, (T,); it sees the held-out captions, (N, ...)."""
     predictions = []
     for rows in torch.arange(len(trial.t)).split(batch_size):
-        condition = condition_inputs(backbone, embeddings[trial.picture[rows]])
+        condition = Condition.of_text(embeddings[trial.picture[rows]])
         timestep = path.timestep(trial.t[rows].float())
-        predictions.append(backbone(trial.x_t[rows].float(), timestep=timestep, **condition).sample)
+        predictions.append(predict(backbone, trial.x_t[rows].float(), timestep, condition))
     return trial.loss(torch.cat(predictions))
 
 
@@ -252,10 +253,11 @@ def train(settings: dict[str, Any], folder: Path) -> None:
 
 def measure(folder: Path, recipe: Path, data: Path) -> dict[str, Any]:
     """The losses of the trained network in `folder` and of the linear denoisers, at each time."""
+    from hubgen.autoencoders.latents import normalised
     from hubgen.data.cache import cache_latents
     from hubgen.pipelines.text_to_image import TextToImagePipeline
     from hubgen.training.settings import parse_settings
-    from hubgen.training.train_text_to_image import Settings, build_path, scale_latents
+    from hubgen.training.train_text_to_image import Settings, build_path
 
     settings = parse_settings(Settings, ["--config", str(recipe)])
     path = build_path(settings)
@@ -264,9 +266,9 @@ def measure(folder: Path, recipe: Path, data: Path) -> dict[str, Any]:
     cache = settings.cache_dir or folder / "cache"
     training, held_out = (ImageTextFolder(data, split=split, size=settings.size) for split in ("train", "held_out"))
     posteriors = cache_latents(vae, training, cache, show_progress=False)
-    moments = Moments.of_posteriors(scale_latents(posteriors.mean, vae), posteriors.std * vae.config.scaling_factor)
+    moments = Moments.of_posteriors(normalised(posteriors.mean, vae), posteriors.std * vae.config.scaling_factor)
     latents = cache_latents(vae, held_out, cache, show_progress=False)
-    latents = scale_latents(latents.sample(range(len(held_out)), step_generator(0, 0, stream="held-out")), vae)
+    latents = normalised(latents.sample(range(len(held_out)), step_generator(0, 0, stream="held-out")), vae)
     embeddings = TextCondition(pipeline.text_encoder, pipeline.tokenizer).encode(held_out.texts)
 
     trial = Trial.draw(latents, path)

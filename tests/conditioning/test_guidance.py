@@ -5,60 +5,79 @@ import math
 import pytest
 import torch
 
-from hubgen.conditioning.guidance import ClassifierFreeGuidance
+from hubgen.conditioning.guidance import ClassifierFreeGuidance, GuidedNoise
 
 
 def two_predictions() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
 
 
+def both(uncond: torch.Tensor, cond: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"negative": uncond, "positive": cond}
+
+
 def test_scale_one_is_the_conditional_prediction_and_zero_the_unconditional_one() -> None:
     uncond, cond = two_predictions()
-    torch.testing.assert_close(ClassifierFreeGuidance(1.0).combine(uncond, cond), cond)
-    torch.testing.assert_close(ClassifierFreeGuidance(0.0).combine(uncond, cond), uncond)
+    torch.testing.assert_close(ClassifierFreeGuidance(1.0).combine(both(uncond, cond)), cond)
+    torch.testing.assert_close(ClassifierFreeGuidance(0.0).combine(both(uncond, cond)), uncond)
 
 
 def test_guidance_extrapolates_from_the_unconditional_through_the_conditional_prediction() -> None:
     uncond, cond = two_predictions()
-    guided = ClassifierFreeGuidance(7.5).combine(uncond, cond)
+    guided = ClassifierFreeGuidance(7.5).combine(both(uncond, cond))
     torch.testing.assert_close(guided, uncond + 7.5 * (cond - uncond))
 
 
 def test_full_rescale_gives_back_the_conditional_standard_deviation() -> None:
     uncond, cond = two_predictions()
-    guided = ClassifierFreeGuidance(7.5, rescale=1.0).combine(uncond, cond)
+    guided = ClassifierFreeGuidance(7.5, rescale=1.0).combine(both(uncond, cond))
     torch.testing.assert_close(guided.std((1, 2, 3)), cond.std((1, 2, 3)))
 
 
 def test_rescale_interpolates_between_guided_and_fully_rescaled() -> None:
     uncond, cond = two_predictions()
-    none, half, full = (ClassifierFreeGuidance(5.0, rescale).combine(uncond, cond) for rescale in (0.0, 0.5, 1.0))
+    none, half, full = (ClassifierFreeGuidance(5.0, rescale).combine(both(uncond, cond)) for rescale in (0.0, 0.5, 1.0))
     torch.testing.assert_close(half, (none + full) / 2)
 
 
 def test_equal_predictions_need_no_guidance() -> None:
     same, _ = two_predictions()
     for rescale in (0.0, 0.7):
-        torch.testing.assert_close(ClassifierFreeGuidance(9.0, rescale).combine(same, same), same)
+        torch.testing.assert_close(ClassifierFreeGuidance(9.0, rescale).combine(both(same, same)), same)
 
 
 def test_each_picture_of_a_batch_is_guided_by_itself() -> None:
     uncond, cond = two_predictions()
     guidance = ClassifierFreeGuidance(4.0, rescale=0.7)
-    alone = torch.cat([guidance.combine(uncond[i : i + 1], cond[i : i + 1]) for i in range(2)])
-    torch.testing.assert_close(guidance.combine(uncond, cond), alone)
+    alone = torch.cat([guidance.combine(both(uncond[i : i + 1], cond[i : i + 1])) for i in range(2)])
+    torch.testing.assert_close(guidance.combine(both(uncond, cond)), alone)
 
 
 def test_the_interval_is_open_towards_data_and_closed_towards_noise() -> None:
     guidance = ClassifierFreeGuidance(4.0, interval=(0.2, 0.8))
-    assert [guidance.active(t) for t in (0.1, 0.2, 0.21, 0.8, 0.81)] == [False, False, True, True, False]
-    assert ClassifierFreeGuidance(4.0).active(1.0) and ClassifierFreeGuidance(4.0).active(1e-6)
+    guided = ["negative" in guidance.branches(t) for t in (0.1, 0.2, 0.21, 0.8, 0.81)]
+    assert guided == [False, False, True, True, False]
+    assert ClassifierFreeGuidance(4.0).branches(1.0) == ClassifierFreeGuidance(4.0).branches(1e-6)
+    assert ClassifierFreeGuidance(4.0).branches(1.0) == ("negative", "positive") == guidance.all_branches
+
+
+def test_outside_the_interval_the_positive_prediction_is_left_as_it_is() -> None:
+    _, cond = two_predictions()
+    assert ClassifierFreeGuidance(7.5, rescale=0.7).combine({"positive": cond}) is cond
+
+
+def test_a_learned_variance_stays_the_positive_branchs() -> None:
+    uncond, cond = torch.randn(2, 8, 4, 4), torch.randn(2, 8, 4, 4)
+    plain = ClassifierFreeGuidance(4.0)
+    guided = GuidedNoise(plain, channels=4).combine(both(uncond, cond))
+    assert torch.equal(guided[:, :4], plain.combine(both(uncond[:, :4], cond[:, :4])))
+    assert torch.equal(guided[:, 4:], cond[:, 4:])
 
 
 @pytest.mark.parametrize("guidance", [ClassifierFreeGuidance(1.0), ClassifierFreeGuidance(4.0, interval=(0.0, 0.0))])
 def test_at_scale_one_and_in_an_empty_interval_no_time_is_guided(guidance: ClassifierFreeGuidance) -> None:
-    assert not guidance.enabled
-    assert not any(guidance.active(i / 100) for i in range(101))
+    assert not guidance.enabled and guidance.all_branches == ("positive",)
+    assert {guidance.branches(i / 100) for i in range(101)} == {("positive",)}
 
 
 @pytest.mark.parametrize(

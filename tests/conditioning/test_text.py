@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import T5Config, T5EncoderModel
 
-from hubgen.conditioning.inputs import condition_inputs, takes_pooled
 from hubgen.conditioning.text import TextCondition, TextEmbeddings
 from tests import tiny
 
@@ -106,47 +105,3 @@ def test_embeddings_can_be_chosen_repeated_and_joined() -> None:
     assert len(repeated) == 6
     torch.testing.assert_close(repeated[torch.tensor([0, 3])].pooled, two.pooled)
     assert two.to(dtype=torch.float16).tokens.dtype == torch.float16
-
-
-@pytest.mark.parametrize(
-    ("backbone", "pooled"),
-    [
-        (tiny.transformer, True),
-        (tiny.unet, False),
-        (lambda: tiny.unet(class_embed_type="projection", projection_class_embeddings_input_dim=16), True),
-        (
-            lambda: tiny.unet(
-                addition_embed_type="text_time",
-                addition_time_embed_dim=4,
-                projection_class_embeddings_input_dim=16 + 6 * 4,
-            ),
-            True,
-        ),
-    ],
-    ids=["mmdit", "unet", "unet with projected pooled text", "unet with pooled text and sizes"],
-)
-@torch.no_grad()
-def test_every_backbone_takes_its_inputs_and_looks_at_what_it_takes(backbone, pooled: bool) -> None:
-    model, text, x_t, t = backbone(), embeddings(), torch.randn(2, 4, 8, 8), torch.tensor([10.0, 500.0])
-
-    def predict(text: TextEmbeddings, size: tuple[int, int] = (16, 16)) -> torch.Tensor:
-        return model(x_t, timestep=t, **condition_inputs(model, text, size)).sample
-
-    assert takes_pooled(model) == pooled
-    assert not torch.equal(predict(text), predict(TextEmbeddings(text.tokens + 1, text.pooled)))
-    assert torch.equal(predict(text), predict(TextEmbeddings(text.tokens, text.pooled + 1))) != pooled
-    told_size = model.config.get("addition_embed_type") == "text_time"
-    assert torch.equal(predict(text), predict(text, (8, 16))) != told_size
-
-
-def test_a_backbone_that_wants_sizes_is_not_run_without() -> None:
-    model = tiny.unet(
-        addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=40
-    )
-    with pytest.raises(ValueError, match="`size`"):
-        condition_inputs(model, embeddings())
-
-
-def test_a_backbone_that_wants_classes_is_refused() -> None:
-    with pytest.raises(ValueError, match="class labels"):
-        condition_inputs(tiny.unet(num_class_embeds=10), embeddings())

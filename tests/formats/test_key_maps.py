@@ -11,9 +11,9 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from hubgen.formats import flux_layout, ldm_unet, ldm_vae, sd3_layout
-from hubgen.formats.families import FAMILIES, detect
 from hubgen.formats.headers import TensorHeader
 from hubgen.formats.key_maps import to_original, to_ours
+from hubgen.formats.layouts import LAYOUTS, detect
 from hubgen.formats.single_file import original_text_encoder, text_encoder_tensors
 from tests import official
 from tests.parity import randomize_
@@ -248,7 +248,7 @@ def test_a_full_size_backbone_is_recognised_and_mapped_key_by_key(name: str) -> 
     with torch.device("meta"):
         model = cls(**config)
     state = model.state_dict()
-    original = to_original(state, FAMILIES[family].key_map(model.config))
+    original = to_original(state, LAYOUTS[family].key_map(model.config))
     assert len(original) == count
     file = prefixed(original, UNET_PREFIX)
     marks = {  # what diffusers tells these families by
@@ -258,8 +258,8 @@ def test_a_full_size_backbone_is_recognised_and_mapped_key_by_key(name: str) -> 
     marked = file | ({marks[family]: torch.empty(0, device="meta")} if family in marks else {})
     assert theirs.infer_diffusers_model_type(marked) == kind
     assert detect(headers(marked)) == detect(headers(file)) == (family, UNET_PREFIX)
-    inferred = FAMILIES[family].infer_config(headers(original))
-    back = to_ours(original, FAMILIES[family].key_map(inferred))
+    inferred = LAYOUTS[family].infer_config(headers(original))
+    back = to_ours(original, LAYOUTS[family].key_map(inferred))
     assert {key: tensor.shape for key, tensor in back.items()} == {key: tensor.shape for key, tensor in state.items()}
     with torch.device("meta"):
         again = cls(**inferred)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import hubgen
-from hubgen.formats.families import open_single_file
+from hubgen.formats.layouts import open_single_file
 
 MODELS = {
     "sd1": ("unet", "UNet2DConditionModel"),

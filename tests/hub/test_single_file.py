@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import nn
 
 import hubgen
-from hubgen.formats.families import open_single_file
+from hubgen.formats.layouts import open_single_file
 from tests.hub.loopback import loopback_hub
 from tests.hub.test_hub import run
 

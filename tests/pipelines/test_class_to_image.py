@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import hubgen
-from hubgen.pipelines.class_to_image import ClassToImagePipeline, NoiseGuidance
+from hubgen.pipelines.class_to_image import ClassToImagePipeline
 from tests.official import CLASSES, dit
 from tests.parity import randomize_
 from tests.tiny import seeded
@@ -186,14 +186,6 @@ def test_interrupting_ends_the_call_with_what_it_has(pipe):
     kept = []
     latents(pipe, callback_on_step_end=lambda p, s, t, tensors: kept.append(tensors["latents"]) or {})
     assert torch.equal(latents(pipe, callback_on_step_end=stop), kept[0])
-
-
-@torch.no_grad()
-def test_noise_is_guided_and_a_learned_variance_stays_the_conditional_one():
-    uncond, cond = torch.randn(2, 8, 3, 3), torch.randn(2, 8, 3, 3)
-    guided = NoiseGuidance(4.0, channels=4).combine(uncond, cond)
-    torch.testing.assert_close(guided[:, :4], uncond[:, :4] + 4.0 * (cond - uncond)[:, :4])
-    assert torch.equal(guided[:, 4:], cond[:, 4:])
 
 
 @pytest.mark.parametrize("library", [diffusers, hubgen])

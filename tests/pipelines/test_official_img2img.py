@@ -73,6 +73,19 @@ def test_the_default_strength_is_that_of_diffusers(pair: Callable[[str], Pair], 
     assert_same(*pair(name).latents(image=picture(), **sized(name)))
 
 
+def test_a_vae_with_means_and_deviations_encodes_as_in_diffusers(pair: Callable[[str], Pair]) -> None:
+    values = {"latents_mean": [-1.6, 1.9, -1.4, 2.5], "latents_std": [8.5, 5.9, 6.5, 5.2], "scaling_factor": 0.5}
+    both = pair("sdxl")
+    kept = {name: both.ours.vae.config[name] for name in values}
+    try:
+        for pipe in (both.ours, both.theirs):
+            pipe.vae.register_to_config(**values)
+        assert_same(*both.latents(image=picture(), strength=0.5))
+    finally:
+        for pipe in (both.ours, both.theirs):
+            pipe.vae.register_to_config(**kept)
+
+
 @pytest.mark.parametrize("name", ["sd1", "sd3", "flux-dev"])
 def test_latents_as_the_image_are_not_encoded_again(pair: Callable[[str], Pair], name: str) -> None:
     channels = 16 if is_flow(name) else 4

@@ -161,9 +161,10 @@ def test_an_empty_interval_is_guidance_of_one_and_the_full_one_is_guidance(pipe:
 
 def test_batched_guidance_equals_two_calls(pipe: TextToImagePipeline) -> None:
     """A loop written out here, with one call for each half."""
-    from hubgen.conditioning.inputs import condition_inputs
+    from hubgen.conditioning.condition import Condition
+    from hubgen.conditioning.predict import predict
 
-    scale, size = 4.0, (16, 16)
+    scale = 4.0
     with torch.no_grad():
         cond, uncond = pipe.condition.encode(PROMPTS), pipe.condition.encode(["", ""])
         generators = tiny.seeded(1, 2)
@@ -171,8 +172,7 @@ def test_batched_guidance_equals_two_calls(pipe: TextToImagePipeline) -> None:
         pipe.scheduler.set_timesteps(STEPS)
         for t in pipe.scheduler.timesteps:
             one, other = (
-                pipe.backbone(latents, timestep=t.expand(2), **condition_inputs(pipe.backbone, text, size)).sample
-                for text in (uncond, cond)
+                predict(pipe.backbone, latents, t.expand(2), Condition.of_text(text)) for text in (uncond, cond)
             )
             guided = one + scale * (other - one)
             latents = pipe.scheduler.step(guided, t, latents, generator=generators).prev_sample

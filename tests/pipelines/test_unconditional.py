@@ -112,7 +112,9 @@ def test_the_corrector_runs_as_often_as_the_config_says(correct_steps: int) -> N
 def test_ncsnpp_starts_from_noise_of_the_largest_standard_deviation() -> None:
     pipe = ours_of(ncsnpp(), scheduler=ScoreSdeVeScheduler(sigma_max=50.0, correct_steps=0))
     seen = []
-    pipe.unet.register_forward_pre_hook(lambda _, args: seen.append(args[:2]))
+    pipe.unet.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append((args[0], kwargs["timestep"])), with_kwargs=True
+    )
     pictures(pipe, steps=2, batch_size=8)
     sample, sigma = seen[0]
     assert abs(sample.std().item() - 50.0) < 2.0

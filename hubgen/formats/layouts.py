@@ -1,4 +1,4 @@
-"""Which family a single file belongs to, told from its keys, and which tensors are whose."""
+"""Which layout a single file has, told from its keys, and which tensors are whose."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -12,8 +12,8 @@ from hubgen.formats.key_maps import Rule
 
 
 @dataclass(frozen=True)
-class Family:
-    """Models whose single files look alike."""
+class Layout:
+    """The original layout of the single files of some models."""
 
     title: str
     backbone: str
@@ -50,24 +50,24 @@ FLUX: dict[str, Any] = {
 }
 CLIP_L, CLIP_G, T5 = (f"text_encoders.{name}.transformer." for name in ("clip_l", "clip_g", "t5xxl"))
 
-FAMILIES: dict[str, Family] = {
-    "sd1": Family("Stable Diffusion 1.x", **UNET, latents="sd", text_encoders={
+LAYOUTS: dict[str, Layout] = {
+    "sd1": Layout("Stable Diffusion 1.x", **UNET, latents="sd", text_encoders={
         "text_encoder": "cond_stage_model.transformer.",
     }),
-    "sd2": Family("Stable Diffusion 2.x", **UNET, latents="sd", text_encoders={
+    "sd2": Layout("Stable Diffusion 2.x", **UNET, latents="sd", text_encoders={
         "text_encoder": "cond_stage_model.model.",
     }),
-    "sdxl": Family("Stable Diffusion XL", **UNET, latents="sdxl", text_encoders={
+    "sdxl": Layout("Stable Diffusion XL", **UNET, latents="sdxl", text_encoders={
         "text_encoder": "conditioner.embedders.0.transformer.",
         "text_encoder_2": "conditioner.embedders.1.model.",
     }),
-    "sdxl-refiner": Family("Stable Diffusion XL's refiner", **UNET, latents="sdxl", text_encoders={
+    "sdxl-refiner": Layout("Stable Diffusion XL's refiner", **UNET, latents="sdxl", text_encoders={
         "text_encoder_2": "conditioner.embedders.0.model.",
     }),
-    "sd3": Family("Stable Diffusion 3 and 3.5", **SD3, latents="sd3", text_encoders={
+    "sd3": Layout("Stable Diffusion 3 and 3.5", **SD3, latents="sd3", text_encoders={
         "text_encoder": CLIP_L, "text_encoder_2": CLIP_G, "text_encoder_3": T5,
     }),
-    "flux": Family("FLUX.1", **FLUX, latents="flux", vae_prefix="vae.", text_encoders={
+    "flux": Layout("FLUX.1", **FLUX, latents="flux", vae_prefix="vae.", text_encoders={
         "text_encoder": CLIP_L, "text_encoder_2": T5,
     }),
 }  # fmt: skip
@@ -103,8 +103,8 @@ class SingleFile:
     """What lies in a single file, read from its header."""
 
     path: Path
-    family: str | None
-    """A key of `FAMILIES`; None for an autoencoder alone"""
+    layout: str | None
+    """A key of `LAYOUTS`; None for an autoencoder alone"""
     parts: dict[str, dict[str, TensorHeader]]
     """Component -> its tensors, without prefix"""
     prefixes: dict[str, str]
@@ -114,7 +114,7 @@ class SingleFile:
 
     def describe(self) -> str:
         """For messages."""
-        title = "an autoencoder" if self.family is None else FAMILIES[self.family].title
+        title = "an autoencoder" if self.layout is None else LAYOUTS[self.layout].title
         return f"{title} ({', '.join(sorted(self.parts))})"
 
 
@@ -126,16 +126,16 @@ def open_single_file(path: Path) -> SingleFile:
         ValueError: It is pickled, damaged, or in no layout that is known; says what was found.
     """
     tensors = read_header(path)
-    family, backbone_prefix = detect(tensors)
+    layout, backbone_prefix = detect(tensors)
     vae_prefix = next((prefix for prefix in VAE_PREFIXES if prefix + VAE_KEY in tensors), None)
-    if family is None and vae_prefix is None:
+    if layout is None and vae_prefix is None:
         raise unknown(path, tensors)
     prefixes: dict[str, str] = {}
     if vae_prefix is not None:
         prefixes["vae"] = vae_prefix
-    if family is not None:
-        prefixes[FAMILIES[family].backbone] = backbone_prefix
-        prefixes |= FAMILIES[family].text_encoders
+    if layout is not None:
+        prefixes[LAYOUTS[layout].backbone] = backbone_prefix
+        prefixes |= LAYOUTS[layout].text_encoders
     parts: dict[str, dict[str, TensorHeader]] = {}
     others = []
     longest_first = sorted(prefixes.items(), key=lambda item: -len(item[1]))
@@ -147,11 +147,11 @@ def open_single_file(path: Path) -> SingleFile:
             others.append(key)
         else:
             parts.setdefault(owner, {})[key.removeprefix(prefixes[owner])] = header
-    return SingleFile(path, family, parts, {name: prefixes[name] for name in parts}, others)
+    return SingleFile(path, layout, parts, {name: prefixes[name] for name in parts}, others)
 
 
 def detect(tensors: Mapping[str, TensorHeader]) -> tuple[str | None, str]:
-    """The family of a file, and the prefix of its backbone; (None, "") where it has no backbone."""
+    """The layout of a file, and the prefix of its backbone; (None, "") where it has no backbone."""
     for prefix in BACKBONE_PREFIXES:
         if prefix + SD3_KEY in tensors:
             return "sd3", prefix
@@ -168,7 +168,7 @@ def detect_unet(tensors: Mapping[str, TensorHeader], prefix: str) -> str:
         (
             (text, name)
             for name in ("sd1", "sd2", "sdxl", "sdxl-refiner")
-            for text in FAMILIES[name].text_encoders.values()
+            for text in LAYOUTS[name].text_encoders.values()
         ),
         key=lambda item: ("embedders.1" not in item[0], item[0]),
     )
@@ -187,7 +187,7 @@ def unknown(path: Path, tensors: Mapping[str, TensorHeader]) -> ValueError:
     """The error for a file in no layout that is known."""
     hint = next((what for pattern, what in HINTS if any(re.search(pattern, key) for key in tensors)), None)
     looks = f" It looks like {hint}." if hint else ""
-    known = "; ".join(family.title for family in FAMILIES.values())
+    known = "; ".join(layout.title for layout in LAYOUTS.values())
     return ValueError(
         f"{path}: in no layout that is known.{looks} Known are the original layouts of {known}, "
         f"and of their autoencoders alone. Found {len(tensors)} tensors:{listing(sorted(tensors))}"

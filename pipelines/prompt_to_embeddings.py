@@ -1,18 +1,27 @@
-"""The prompts of a call, or embeddings in their place: checked, and brought to lists."""
+"""The prompts of a call, or embeddings in their place: checked, and made into the conditions of its branches."""
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 
-from hubgen.conditioning.inputs import takes_pooled
+from hubgen.conditioning.condition import Condition
+from hubgen.conditioning.families import BackboneFamily
+from hubgen.conditioning.guidance import NEGATIVE, POSITIVE
 from hubgen.conditioning.prompts import PromptCondition
-from hubgen.conditioning.text import TextEmbeddings
-from hubgen.pipelines.calls import require_whole
+from hubgen.pipelines.checks import require_whole
 
-EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
+logger = logging.getLogger(__name__)
+
+# Arguments that stand for prompts: whose branch's condition they are, and which field of it.
+EMBEDDINGS = {
+    "prompt_embeds": (POSITIVE, "tokens"),
+    "pooled_prompt_embeds": (POSITIVE, "pooled"),
+    "negative_prompt_embeds": (NEGATIVE, "tokens"),
+    "negative_pooled_prompt_embeds": (NEGATIVE, "pooled"),
+}
 PROMPTS = ("prompt", "prompt_2", "prompt_3")
 NEGATIVES = ("negative_prompt", "negative_prompt_2", "negative_prompt_3")
 
@@ -20,8 +29,8 @@ Prompt = str | list[str] | None
 
 
 @dataclass(frozen=True)
-class PromptInputs:
-    """See the arguments of the same names of `TextToImagePipeline.__call__`."""
+class PromptArguments:
+    """The arguments of the same names of `TextToImagePipeline.__call__`."""
 
     prompt: Prompt = None
     prompt_2: Prompt = None
@@ -60,21 +69,7 @@ class PromptInputs:
         values = [getattr(self, name) or first or "" for name in names]
         return [[value] * self.count if isinstance(value, str) else list(value) for value in values]
 
-    def encode(
-        self, condition: PromptCondition, names: Sequence[str], device: torch.device, clip_skip: int | None = None
-    ) -> TextEmbeddings:
-        """The embeddings of the prompts or negative prompts `names`, each once."""
-        first, second, third = self.texts(names)
-        return condition.encode(
-            first,
-            device,
-            prompts_2=second,
-            prompts_3=third,
-            clip_skip=clip_skip,
-            max_sequence_length=self.max_sequence_length,
-        )
-
-    def check(self, condition: PromptCondition, backbone: nn.Module, guided: bool) -> None:
+    def check(self, condition: PromptCondition, family: BackboneFamily, guided: bool) -> None:
         """Raises ValueError where prompts, embeddings and their options are wrong or do not fit each other."""
         require_whole("num_images_per_prompt", self.num_images_per_prompt)
         given: dict[str, Any] = {name: getattr(self, name) for name in EMBEDDINGS}
@@ -86,7 +81,7 @@ class PromptInputs:
         if self.prompt is None and not torch.is_tensor(self.prompt_embeds):
             raise ValueError(f"`prompt_embeds`: got {self.prompt_embeds!r}, expected a tensor.")
         self._check_texts(condition.prompts)
-        self._check_embeddings(given, takes_pooled(backbone))
+        self._check_embeddings(given, "pooled" in family.takes)
         condition.check_options(self.clip_skip, self.max_sequence_length)
         if condition.missing and self.prompt is not None:
             names = ", ".join(f"`{name}`" for name in condition.missing)
@@ -123,7 +118,8 @@ class PromptInputs:
                 raise ValueError(f"`{name}`: got one beside `negative_prompt_embeds`, expected at most one of them.")
 
     def _check_embeddings(self, given: dict[str, Any], pools: bool) -> None:
-        for tokens, pooled in (EMBEDDINGS[:2], EMBEDDINGS[2:]):
+        names = list(EMBEDDINGS)
+        for tokens, pooled in (names[:2], names[2:]):
             if given[pooled] is not None and given[tokens] is None:
                 raise ValueError(f"`{pooled}`: got a tensor without `{tokens}`, expected both or none.")
             if given[tokens] is not None and given[pooled] is None and pools:
@@ -142,3 +138,69 @@ class PromptInputs:
                 f"`negative_prompt_embeds`: got {tuple(negative.shape)}, expected the shape of `prompt_embeds`, "
                 f"{tuple(positive.shape)}."
             )
+
+
+def embed(
+    arguments: PromptArguments,
+    condition: PromptCondition,
+    takes: frozenset[str],
+    guided: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, Condition]:
+    """The conditions of B pictures by branch: what is wanted and, if a step is guided, what to lead away from.
+
+    Args:
+        arguments: Checked.
+        condition: The text encoders.
+        takes: What the backbone reads of a condition.
+        guided: Whether there is a negative branch.
+        device: Where the text encoders run and the embeddings go.
+        dtype: Of the embeddings.
+
+    Raises:
+        ValueError: Prompts and negative prompts became embeddings of different shapes.
+    """
+
+    def encoded(names: Sequence[str], clip_skip: int | None = None) -> Condition:
+        first, second, third = arguments.texts(names)
+        made = condition.encode(
+            first,
+            device,
+            prompts_2=second,
+            prompts_3=third,
+            clip_skip=clip_skip,
+            max_sequence_length=arguments.max_sequence_length,
+        )
+        return Condition.of_text(made)
+
+    if arguments.prompt_embeds is None:
+        positive = encoded(PROMPTS, arguments.clip_skip)
+    else:
+        positive = Condition(tokens=arguments.prompt_embeds, pooled=arguments.pooled_prompt_embeds)
+    branches = {POSITIVE: positive}
+    if not guided:
+        if arguments.has_negative:
+            logger.warning("The negative prompt has no effect without guidance.")
+    elif arguments.negative_prompt_embeds is not None:
+        branches[NEGATIVE] = Condition(
+            tokens=arguments.negative_prompt_embeds, pooled=arguments.negative_pooled_prompt_embeds
+        )
+    elif condition.zero_without_prompt and not arguments.has_negative:
+        branches[NEGATIVE] = positive.map(torch.zeros_like)
+    else:
+        branches[NEGATIVE] = encoded(NEGATIVES)
+
+    tokens = {branch: one.tokens for branch, one in branches.items() if one.tokens is not None}
+    if guided and tokens[NEGATIVE].shape != tokens[POSITIVE].shape:
+        raise ValueError(
+            f"`negative_prompt_embeds`: got {tuple(tokens[NEGATIVE].shape)}, expected the shape of the prompts' "
+            f"embeddings, {tuple(tokens[POSITIVE].shape)}."
+        )
+    if "pooled" not in takes:
+        branches = {branch: replace(one, pooled=None) for branch, one in branches.items()}
+    count = arguments.num_images_per_prompt
+    return {
+        branch: one.map(lambda value: value.to(device, dtype).repeat_interleave(count, 0))
+        for branch, one in branches.items()
+    }

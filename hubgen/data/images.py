@@ -1,37 +1,21 @@
-"""Images and masks as callers hand them over, brought to one form; every check of them that needs no network.
+"""Images and masks as callers hand them over: read, checked, and brought to the size of a result.
 
 Shapes: n images of H and W pixels, or n latents (n, C, h, w).
 """
 
-import math
-import numbers
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 Images: TypeAlias = Image.Image | np.ndarray | torch.Tensor | list[Image.Image] | list[np.ndarray] | list[torch.Tensor]
 
 EXPECTED = "a PIL image, an array (H, W, 3), a tensor (3, H, W), a batch or a list of these"
 EXPECTED_MASK = "a PIL image, an array or a tensor (H, W), a batch or a list of these"
-
-
-def check_strength(strength: float) -> float:
-    """Raises ValueError unless it is a number in [0, 1]."""
-    if not _is_number(strength) or not 0 <= strength <= 1:  # false for NaN
-        raise ValueError(f"`strength`: got {strength!r}, expected a number in [0, 1].")
-    return float(strength)
-
-
-def check_share(name: str, share: float | None) -> float | None:
-    """Raises ValueError unless it is `None` or a number in (0, 1)."""
-    if share is not None and (not _is_number(share) or not 0 < share < 1):
-        raise ValueError(
-            f"`{name}`: got {share!r}, expected a number in (0, 1), a share of the time from noise to data."
-        )
-    return None if share is None else float(share)
 
 
 def read_images(image: Any, latent_channels: int) -> list[Image.Image] | torch.Tensor:
@@ -115,5 +99,55 @@ def one_size(name: str, images: Sequence[Image.Image] | torch.Tensor) -> tuple[i
     return sizes.pop()
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+@dataclass(frozen=True)
+class Canvas:
+    """How images and masks are brought to the size of the result."""
+
+    size: tuple[int, int]
+    """(H, W) of the result"""
+    multiple: int
+    """what height and width are multiples of"""
+    latent_channels: int
+    crop: tuple[int, int, int, int] | None = None
+    """(left, top, right, bottom) of the part that is made; `None`: all of the image"""
+
+    @staticmethod
+    def is_latent(image: Any) -> bool:
+        """Whether what `read_images` gave are latents."""
+        return torch.is_tensor(image) and image.shape[1] != 3
+
+    def pixels(self, image: Any, device: torch.device) -> torch.Tensor:
+        """(n, 3, H, W) in [-1, 1] of images, float32; latents as they are, (n, C, h, w)."""
+        if self.is_latent(image):
+            return image.to(device, torch.float32)
+        return self._fitted(self._image_processor, image, device)
+
+    def mask(self, mask: Any, device: torch.device) -> torch.Tensor:
+        """(n, 1, H, W) of 0 and 1, float32."""
+        return self._fitted(mask_processor(self.multiple), mask, device)
+
+    def pasted(self, pictures: Any, image: Any, mask: Any) -> Any:
+        """The pictures; of a crop, the one image with each of them in its place, under the one mask."""
+        if self.crop is None:
+            return pictures
+        overlay = self._image_processor.apply_overlay
+        return [overlay(mask[0], image[0], picture, self.crop) for picture in pictures]
+
+    @property
+    def _image_processor(self) -> VaeImageProcessor:
+        return VaeImageProcessor(vae_scale_factor=self.multiple, vae_latent_channels=self.latent_channels)
+
+    def _fitted(self, processor: VaeImageProcessor, images: Any, device: torch.device) -> torch.Tensor:
+        mode = "default" if self.crop is None else "fill"
+        pixels = processor.preprocess(images, *self.size, resize_mode=mode, crops_coords=self.crop)
+        return pixels.to(device, torch.float32)
+
+
+def mask_processor(multiple: int) -> VaeImageProcessor:
+    """Masks to 0 and 1 in one channel, at sizes that are multiples of `multiple`."""
+    return VaeImageProcessor(vae_scale_factor=multiple, do_normalize=False, do_binarize=True, do_convert_grayscale=True)
+
+
+def crop_region(mask: Image.Image, size: tuple[int, int], multiple: int, padding: int) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) around the white of a mask, with so many pixels around it, in the form of `size`."""
+    return mask_processor(multiple).get_crop_region(mask, size[1], size[0], pad=padding)

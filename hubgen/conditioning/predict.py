@@ -1,0 +1,141 @@
+"""The one call of a backbone: sampling, training and measuring ask it alike.
+
+    prediction = predict(backbone, x_t, timestep, condition)
+
+Shapes: B pictures, x_t and predictions (B, C, h, w), timesteps (B,) as schedulers and paths have them.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from hubgen.conditioning.condition import Condition
+from hubgen.conditioning.families import SHUT, BackboneFamily, Doors, family_of, plain_backbone
+from hubgen.formats.diffusers_contract import has_step_hooks
+
+
+class Tables(Protocol):
+    """Where answers of a backbone to a known grid of times are kept."""
+
+    def tabulate(
+        self,
+        backbone: Any,
+        timesteps: torch.Tensor,
+        keywords: Mapping[str, Any],
+        rows: int,
+        branches: Sequence[str],
+    ) -> None:
+        """For timesteps (n,) as the backbone takes them, and keywords of one call of it, of so many rows."""
+
+
+OpenDoors = Callable[[torch.Tensor, torch.Tensor, Sequence[str]], Doors]
+
+
+def predict(
+    backbone: nn.Module,
+    x_t: torch.Tensor,
+    timestep: torch.Tensor,
+    condition: Condition,
+    doors: Doors = SHUT,
+    family: BackboneFamily | None = None,
+) -> torch.Tensor:
+    """What a backbone predicts of x_t.
+
+    Args:
+        backbone: Of any family, of hubgen or of diffusers; a trainer may have wrapped it.
+        x_t: (B, C, h, w), of any floating-point type.
+        timestep: (B,), 0 ... 1000 as the path or the scheduler has it.
+        condition: Of the same B.
+        doors: What controls add.
+        family: The backbone's, where it is at hand.
+
+    Returns:
+        (B, C', h, w): noise, velocity or whatever the backbone predicts; C' is larger than C with a learned variance.
+
+    Raises:
+        ValueError: The backbone is of no known family, or the condition lacks something that it takes.
+    """
+    family = family_of(backbone) if family is None else family
+    return call(backbone, family, x_t, timestep, family.keywords(condition), doors)
+
+
+def call(
+    backbone: nn.Module,
+    family: BackboneFamily,
+    x_t: torch.Tensor,
+    timestep: torch.Tensor,
+    keywords: Mapping[str, Any],
+    doors: Doors = SHUT,
+) -> torch.Tensor:
+    """`predict` with the family's keywords of a condition."""
+    x, more = family.enter(x_t.to(plain_backbone(backbone).dtype), doors)
+    out = backbone(x, timestep=family.timestep(timestep), **keywords, **more, return_dict=False)[0]
+    return family.leave(out, x_t)
+
+
+class Predictor:
+    """A backbone with the conditions of a call, as the denoising loop asks it.
+
+    Args:
+        backbone: See `predict`.
+        conditions: By branch, each of B pictures.
+        family: The backbone's.
+        doors: `(x_t, timestep, branches) -> Doors`, what controls add to a call; `None`: nothing.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        conditions: Mapping[str, Condition],
+        family: BackboneFamily | None = None,
+        doors: OpenDoors | None = None,
+    ):
+        self.backbone = backbone
+        self.family = family_of(backbone) if family is None else family
+        self.doors = doors
+        self.conditions = conditions
+        # Step caches are hooks of diffusers. They tell apart, by the branches' names, what they keep of other batches.
+        self._cached = hasattr(backbone, "cache_context") and has_step_hooks(backbone)
+
+    @property
+    def conditions(self) -> Mapping[str, Condition]:
+        """By branch. They may be replaced between two steps."""
+        return self._conditions
+
+    @conditions.setter
+    def conditions(self, conditions: Mapping[str, Condition]) -> None:
+        self._conditions = dict(conditions)
+        self._keywords: dict[tuple[str, ...], dict[str, Any]] = {}  # made once, so that tensors are known again
+
+    def keywords(self, branches: Sequence[str]) -> dict[str, Any]:
+        """Keywords of the backbone's forward for the rows of all branches, the first branch's first."""
+        key = tuple(branches)
+        if key not in self._keywords:
+            self._keywords[key] = self.family.keywords(self.condition(key))
+        return self._keywords[key]
+
+    def condition(self, branches: Sequence[str]) -> Condition:
+        """The conditions of several branches in one batch."""
+        return Condition.cat([self._conditions[branch] for branch in branches])
+
+    def tabulate(self, tables: Tables, timesteps: torch.Tensor, branches: Sequence[str]) -> None:
+        """Has `tables` compute what the backbone answers to the times of a grid, (n,), in all of these branches."""
+        rows = len(self._conditions[branches[0]]) * len(branches)
+        tables.tabulate(self.backbone, self.family.timestep(timesteps), self.keywords(branches), rows, branches)
+
+    def __call__(self, x_t: torch.Tensor, timestep: torch.Tensor, branches: Sequence[str], step: int) -> torch.Tensor:
+        """The predictions of all branches in one call.
+
+        Args:
+            x_t: (b * B, C, h, w), for each of b branches the rows of all pictures.
+            timestep: (b * B,), as the scheduler has it.
+            branches: Names, in the order of the rows.
+            step: Number of the step; the prediction does not depend on it.
+        """
+        backbone: Any = self.backbone
+        doors = SHUT if self.doors is None else self.doors(x_t, timestep, branches)
+        with backbone.cache_context("+".join(branches)) if self._cached else nullcontext():
+            return call(backbone, self.family, x_t, timestep, self.keywords(branches), doors)

@@ -1,0 +1,96 @@
+"""Per-family defaults of diffusers' pipelines, and the names of these pipelines."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hubgen.conditioning.families import BackboneFamily
+from hubgen.conditioning.prompts import ClipAndT5, OneEncoder, PromptCondition, TwoClips, TwoClipsAndT5
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Defaults of a call."""
+
+    steps: int
+    guidance_scale: float
+    strength: float = 1.0
+    """Of a call with an image"""
+
+
+@dataclass(frozen=True)
+class FamilyDefaults:
+    """Defaults of a call for each task, and the pipelines of diffusers that the components make."""
+
+    text_to_image: Defaults
+    image_to_image: Defaults
+    inpaint: Defaults
+    backbone: str = ""
+    """Class of the backbone in diffusers' pipeline"""
+    pipeline: str | None = None
+    """diffusers' pipeline that makes pictures of prompts; `None`: none"""
+    inpainting: str | None = None
+    """diffusers' pipeline for a backbone that is shown mask and masked picture"""
+
+
+OWN = FamilyDefaults(
+    text_to_image=Defaults(28, 4.0), image_to_image=Defaults(28, 4.0, 0.6), inpaint=Defaults(28, 4.0, 0.6)
+)
+STABLE_DIFFUSION = FamilyDefaults(
+    text_to_image=Defaults(50, 7.5),
+    image_to_image=Defaults(50, 7.5, 0.8),
+    inpaint=Defaults(50, 7.5, 1.0),
+    backbone="UNet2DConditionModel",
+    pipeline="StableDiffusionPipeline",
+    inpainting="StableDiffusionInpaintPipeline",
+)
+SDXL = FamilyDefaults(
+    text_to_image=Defaults(50, 5.0),
+    image_to_image=Defaults(50, 5.0, 0.3),
+    inpaint=Defaults(50, 7.5, 0.9999),
+    backbone="UNet2DConditionModel",
+    pipeline="StableDiffusionXLPipeline",
+    inpainting="StableDiffusionXLInpaintPipeline",
+)
+SDXL_REFINER = replace(SDXL, pipeline="StableDiffusionXLImg2ImgPipeline")
+SD3 = FamilyDefaults(
+    text_to_image=Defaults(28, 7.0),
+    image_to_image=Defaults(50, 7.0, 0.6),
+    inpaint=Defaults(50, 7.0, 0.6),
+    backbone="SD3Transformer2DModel",
+    pipeline="StableDiffusion3Pipeline",
+    inpainting="StableDiffusion3InpaintPipeline",
+)
+FLUX = FamilyDefaults(
+    text_to_image=Defaults(28, 3.5),
+    image_to_image=Defaults(28, 7.0, 0.6),
+    inpaint=Defaults(28, 7.0, 0.6),
+    backbone="FluxTransformer2DModel",
+    pipeline="FluxPipeline",
+)
+
+READS = (
+    *("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
+    *("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"),
+    *("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
+    *("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline"),
+)
+
+
+def defaults_of(condition: PromptCondition, family: BackboneFamily, refines: bool) -> FamilyDefaults:
+    """The defaults of a pipeline, by its text encoders and its backbone.
+
+    Args:
+        condition: How the text encoders are joined.
+        family: Of the backbone.
+        refines: Whether the backbone is given an aesthetic score.
+    """
+    if isinstance(condition, ClipAndT5):
+        return FLUX
+    if isinstance(condition, TwoClipsAndT5):
+        return SD3
+    if isinstance(condition, TwoClips):
+        return SDXL_REFINER if refines else SDXL
+    encoder: Any = condition.encoders[0]
+    clip = encoder is None or encoder.config.model_type in ("clip_text_model", "clip")
+    is_sd = isinstance(condition, OneEncoder) and clip and family.takes <= {"tokens", "guidance_scale"}
+    return STABLE_DIFFUSION if is_sd else OWN
