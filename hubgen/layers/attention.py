@@ -363,7 +363,10 @@ class Projections(AttentionModuleMixin):
         """
         found = adapted(self, "to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
         if found:
-            raise ValueError(f"{found} carry an adapter, expected plain layers: fuse or unload the adapter first.")
+            raise ValueError(
+                f"`fuse_projections`: got adapters on {found}, expected plain layers: fuse or unload the adapters "
+                "first."
+            )
         super().fuse_projections()
 
 
@@ -414,7 +417,7 @@ class Attention(nn.Module, Projections):
     ):
         super().__init__()
         if qk_norm not in (None, "rms_norm"):
-            raise ValueError(f"`qk_norm` must be 'rms_norm' or None, got {qk_norm!r}.")
+            raise ValueError(f"`qk_norm`: got {qk_norm!r}, expected 'rms_norm' or None.")
         inner_dim = heads * dim_head
         context_dim = query_dim if cross_attention_dim is None else cross_attention_dim
         self.heads = heads
