@@ -213,18 +213,18 @@ class DiTTransformer2DModel(Backbone):
     ):
         super().__init__()
         if norm_type != "ada_norm_zero":
-            raise ValueError(f"`norm_type` must be 'ada_norm_zero', got {norm_type!r}.")
+            raise ValueError(f"`norm_type`: got {norm_type!r}, expected 'ada_norm_zero'.")
         if num_embeds_ada_norm is None or num_embeds_ada_norm < 1:
-            raise ValueError(f"`num_embeds_ada_norm` must be the number of classes, got {num_embeds_ada_norm!r}.")
+            raise ValueError(f"`num_embeds_ada_norm`: got {num_embeds_ada_norm!r}, expected the number of classes.")
         if num_layers < 1:
-            raise ValueError(f"`num_layers` must be at least 1, got {num_layers!r}.")
+            raise ValueError(f"`num_layers`: got {num_layers!r}, expected at least 1.")
         if sample_size % patch_size:
-            raise ValueError(f"`sample_size` must be a multiple of `patch_size` = {patch_size}, got {sample_size}.")
+            raise ValueError(f"`sample_size`: got {sample_size}, expected a multiple of `patch_size` = {patch_size}.")
         self.inner_dim = num_attention_heads * attention_head_dim
         if self.inner_dim % 4:
             raise ValueError(
-                "`num_attention_heads` * `attention_head_dim` must be a multiple of 4 for the positions' sines and "
-                f"cosines, got {num_attention_heads} * {attention_head_dim}."
+                f"`num_attention_heads` * `attention_head_dim`: got {num_attention_heads} * {attention_head_dim}, "
+                "expected a multiple of 4 for the sines and cosines of positions."
             )
         self.out_channels = in_channels if out_channels is None else out_channels
 
@@ -364,13 +364,13 @@ class DiTTransformer2DModel(Backbone):
         require_shape("class_labels", class_labels, one_for_all)
         assert timestep is not None and class_labels is not None
         if class_labels.is_floating_point():
-            raise ValueError(f"`class_labels` must be whole numbers, got {class_labels.dtype}.")
+            raise ValueError(f"`class_labels`: got {class_labels.dtype}, expected whole numbers.")
         # On an accelerator a look at the values would make the host wait.
         if class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
             wrong = class_labels[(class_labels < 0) | (class_labels > classes)]
             if len(wrong):
                 raise ValueError(
-                    f"`class_labels` must be in 0 ... {classes - 1}, or {classes} for no class, got {wrong.tolist()}."
+                    f"`class_labels`: got {wrong.tolist()}, expected 0 to {classes - 1}, or {classes} for no class."
                 )
         return timestep.expand(batch), class_labels.expand(batch)
 
@@ -398,7 +398,7 @@ def dit_xl_2(size: int = 256, **changes: Any) -> DiTTransformer2DModel:
 def _dit(layers: int, heads: int, head_dim: int, size: int, changes: dict[str, Any]) -> DiTTransformer2DModel:
     """On latents of an eighth of `size`, with learned variance, with the `DiTTransformer2DModel` defaults besides."""
     if size % 16:
-        raise ValueError(f"`size` must be a multiple of 16 pixels, got {size}.")
+        raise ValueError(f"`size`: got {size}, expected a multiple of 16 pixels.")
     config = {
         "num_layers": layers,
         "num_attention_heads": heads,

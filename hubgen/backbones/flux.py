@@ -155,7 +155,7 @@ class FluxStem(SingleFileMixin, Backbone):
         require_shape("img_ids", img_ids, (hidden_states.shape[1], axes))
         require_shape("txt_ids", txt_ids, (encoder_hidden_states.shape[1], axes))
         if guidance is not None and not config.guidance_embeds:
-            raise ValueError("`guidance` must be None for a model without `guidance_embeds`, got a tensor.")
+            raise ValueError("`guidance`: got a tensor, expected None for a model without `guidance_embeds`.")
         scales = {"timestep": timestep} | ({"guidance": guidance} if config.guidance_embeds else {})
         for name, value in scales.items():
             require_shape(name, value, (1 if value is not None and value.shape == (1,) else batch,))
@@ -204,8 +204,8 @@ class FluxTransformer2DModel(FluxTransformer2DLoadersMixin, FluxStem):
         super().__init__()
         if sum(axes_dims_rope) != attention_head_dim or any(dim % 2 for dim in axes_dims_rope):
             raise ValueError(
-                f"`axes_dims_rope` must be even numbers that add up to `attention_head_dim` = {attention_head_dim}, "
-                f"got {tuple(axes_dims_rope)}."
+                f"`axes_dims_rope`: got {tuple(axes_dims_rope)}, expected even numbers that add up to "
+                f"`attention_head_dim` = {attention_head_dim}."
             )
         self.inner_dim = num_attention_heads * attention_head_dim
         self.out_channels = in_channels if out_channels is None else out_channels
@@ -300,7 +300,7 @@ def without_batch(name: str, ids: torch.Tensor | None) -> torch.Tensor | None:
     """(T, axes), or one of (B, T, axes), which older code passes; every picture of a batch has the same positions."""
     if ids is not None and ids.ndim == 3:
         logger.warning(
-            f"`{name}` of the shape {tuple(ids.shape)} is deprecated, expected no batch: the first is taken."
+            f"`{name}`: got {tuple(ids.shape)}, which is deprecated, expected (tokens, axes): the first is taken."
         )
         return ids[0]
     return ids

@@ -177,12 +177,12 @@ class SD3Transformer2DModel(SD3Stem):
         self.out_channels = in_channels if out_channels is None else out_channels
         if caption_projection_dim != self.inner_dim:
             raise ValueError(
-                f"`caption_projection_dim` must be `num_attention_heads` * `attention_head_dim` = {self.inner_dim}, "
-                f"got {caption_projection_dim}."
+                f"`caption_projection_dim`: got {caption_projection_dim}, expected `num_attention_heads` * "
+                f"`attention_head_dim` = {self.inner_dim}."
             )
         if not set(dual_attention_layers) <= set(range(num_layers)):
             raise ValueError(
-                f"`dual_attention_layers` must be among the layers 0 to {num_layers - 1}, got {dual_attention_layers}."
+                f"`dual_attention_layers`: got {dual_attention_layers}, expected layers from 0 to {num_layers - 1}."
             )
 
         self.build_stem()

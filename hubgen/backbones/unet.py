@@ -306,25 +306,25 @@ class UNet2DModel(Backbone):
         config = self.config
         if sample.ndim != 4 or sample.shape[1] != config.in_channels:
             raise ValueError(
-                f"`sample` must have the shape (batch, {config.in_channels}, height, width), got {tuple(sample.shape)}."
+                f"`sample`: got {tuple(sample.shape)}, expected (batch, {config.in_channels}, height, width)."
             )
         multiple = 2 ** (len(config.block_out_channels) - 1)
         if any(side % multiple or side == 0 for side in sample.shape[-2:]):
             height, width = sample.shape[-2:]
-            raise ValueError(f"`sample` must have a height and width that {multiple} divides, got {height} x {width}.")
+            raise ValueError(f"`sample`: got {height} x {width}, expected a height and width that {multiple} divides.")
         batch = len(sample)
         if torch.is_tensor(timestep) and (timestep.ndim > 1 or timestep.numel() not in (1, batch)):
             raise ValueError(
-                f"`timestep` must be one number or have the shape ({batch},) as the batch of `sample`, "
-                f"got {tuple(timestep.shape)}."
+                f"`timestep`: got {tuple(timestep.shape)}, expected one number or ({batch},) as the batch of `sample`."
             )
         if (class_labels is None) != (self.class_embedding is None):
             raise ValueError(
-                f"`class_labels` is {'missing' if class_labels is None else 'given'}, but the model was made with "
-                f"`class_embed_type`={config.class_embed_type!r} and `num_class_embeds`={config.num_class_embeds!r}."
+                f"`class_labels`: got {'None' if class_labels is None else 'a tensor'}, expected "
+                f"{'None' if self.class_embedding is None else 'a tensor'} with `class_embed_type` = "
+                f"{config.class_embed_type!r} and `num_class_embeds` = {config.num_class_embeds!r}."
             )
         if class_labels is not None:
             features = self.time_embedding.linear_2.out_features
             shape = (batch, features) if config.class_embed_type == "identity" else (batch,)
             if tuple(class_labels.shape) != shape:
-                raise ValueError(f"`class_labels` must have the shape {shape}, got {tuple(class_labels.shape)}.")
+                raise ValueError(f"`class_labels`: got {tuple(class_labels.shape)}, expected {shape}.")

@@ -277,14 +277,15 @@ class UNet2DConditionModel(UNetConditionEncoder):
         if down is not None:
             if mid is None:
                 raise ValueError(
-                    "`down_block_additional_residuals` of a ControlNet come with `mid_block_additional_residual`, "
-                    "which is missing; those of a T2I-adapter are `down_intrablock_additional_residuals`."
+                    "`mid_block_additional_residual`: got None, expected a tensor with "
+                    "`down_block_additional_residuals` of a ControlNet; those of a T2I-adapter are "
+                    "`down_intrablock_additional_residuals`."
                 )
             count = sum(self.up_layers)
             if len(down) != count:
-                raise ValueError(f"`down_block_additional_residuals` must be {count} tensors, got {len(down)}.")
+                raise ValueError(f"`down_block_additional_residuals`: got {len(down)} tensors, expected {count}.")
         if intra is not None and len(intra) > len(self.down_blocks) + 1:
             raise ValueError(
-                f"`down_intrablock_additional_residuals` must be at most {len(self.down_blocks) + 1} tensors, one a "
-                f"down level and one for the middle, got {len(intra)}."
+                f"`down_intrablock_additional_residuals`: got {len(intra)} tensors, expected at most "
+                f"{len(self.down_blocks) + 1}, one a down level and one for the middle."
             )

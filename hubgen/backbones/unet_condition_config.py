@@ -109,15 +109,15 @@ def check_config(config: Any) -> None:
     require_supported(config, SUPPORTED)
     levels = len(config.block_out_channels)
     if any(per_level("only_cross_attention", config.only_cross_attention, levels)):
-        raise ValueError(f"`only_cross_attention` must be False, got {config.only_cross_attention!r}.")
+        raise ValueError(f"`only_cross_attention`: got {config.only_cross_attention!r}, expected False.")
     for name, known in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
         if len(config[name]) != levels:
             raise ValueError(
-                f"`{name}` must have one entry a level, {levels} as `block_out_channels`, got {config[name]!r}."
+                f"`{name}`: got {config[name]!r}, expected one entry a level, {levels} as `block_out_channels`."
             )
         for block_type in config[name]:
             if block_type not in known:
-                raise ValueError(f"`{name}` must be made of {list(known)}, got {block_type!r}.")
+                raise ValueError(f"`{name}`: got {block_type!r}, expected one of {list(known)} for each level.")
     for name in (
         "in_channels",
         "out_channels",
@@ -133,21 +133,21 @@ def check_config(config: Any) -> None:
         require_all_positive(name, config[name])
     for name in ("conv_in_kernel", "conv_out_kernel"):
         if config[name] % 2 == 0:
-            raise ValueError(f"`{name}` must be odd, got {config[name]}.")
+            raise ValueError(f"`{name}`: got {config[name]}, expected an odd number.")
     if config.downsample_padding not in (0, 1):
-        raise ValueError(f"`downsample_padding` must be 0 or 1, got {config.downsample_padding!r}.")
+        raise ValueError(f"`downsample_padding`: got {config.downsample_padding!r}, expected 0 or 1.")
 
     heads = per_level("attention_head_dim", config.attention_head_dim, levels)
     for channels, count in zip(config.block_out_channels, heads, strict=True):
         if channels % config.norm_num_groups:
             raise ValueError(
-                f"`norm_num_groups` = {config.norm_num_groups} must divide all `block_out_channels`, "
-                f"got {tuple(config.block_out_channels)}."
+                f"`norm_num_groups`: got {config.norm_num_groups}, expected a divisor of all `block_out_channels` = "
+                f"{tuple(config.block_out_channels)}."
             )
         if channels % count:
             raise ValueError(
-                f"`attention_head_dim` is a number of heads (a name kept for old configs) and must divide the "
-                f"level's channels, got {count} heads for {channels} channels."
+                f"`attention_head_dim`: got {count} heads (the name is kept for old configs), expected a divisor of "
+                f"the level's {channels} channels."
             )
     check_transformer_layers(config)
     check_embeddings(config)
@@ -161,8 +161,8 @@ def check_transformer_layers(config: Any) -> None:
     reverse = config.reverse_transformer_layers_per_block
     if reverse is None and any(isinstance(entry, Sequence) for entry in down):
         raise ValueError(
-            "`transformer_layers_per_block` has a list a level, which needs `reverse_transformer_layers_per_block` "
-            "for the way up, where every level has one residual block more."
+            "`reverse_transformer_layers_per_block`: got None, expected a list a level as in "
+            "`transformer_layers_per_block`, for on the way up every level has one residual block more."
         )
     up = () if reverse is None else per_level("reverse_transformer_layers_per_block", reverse, levels)
     require_all_positive("reverse_transformer_layers_per_block", up)
@@ -173,7 +173,7 @@ def check_transformer_layers(config: Any) -> None:
         for depth, count in zip(depths, counts, strict=False):
             if isinstance(depth, Sequence) and len(depth) != count:
                 raise ValueError(
-                    f"`{name}` must have a number for each of the level's {count} residual blocks, got {depth!r}."
+                    f"`{name}`: got {depth!r}, expected a number for each of the level's {count} residual blocks."
                 )
 
 
@@ -190,9 +190,9 @@ def check_embeddings(config: Any) -> None:
     for (name, value), sizes in needs.items():
         for size in sizes if config[name] == value else ():
             if not isinstance(config[size], int) or config[size] < 1:
-                raise ValueError(f"`{name}`={value!r} needs a whole number as `{size}`, got {config[size]!r}.")
+                raise ValueError(f"`{size}`: got {config[size]!r}, expected a whole number with `{name}` = {value!r}.")
     if config.class_embed_type is not None and config.num_class_embeds is not None:
         raise ValueError(
-            f"`num_class_embeds` = {config.num_class_embeds} needs `class_embed_type`=None, "
-            f"got {config.class_embed_type!r}."
+            f"`num_class_embeds`: got {config.num_class_embeds}, expected None with `class_embed_type` = "
+            f"{config.class_embed_type!r}."
         )

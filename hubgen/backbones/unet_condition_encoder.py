@@ -214,32 +214,27 @@ class UNetConditionEncoder(SingleFileMixin, Backbone):
         config = self.config
         if sample.ndim != 4 or sample.shape[1] != config.in_channels:
             raise ValueError(
-                f"`sample` must have the shape (batch, {config.in_channels}, height, width), got {tuple(sample.shape)}."
+                f"`sample`: got {tuple(sample.shape)}, expected (batch, {config.in_channels}, height, width)."
             )
         batch = sample.shape[0]
         if torch.is_tensor(timestep) and (timestep.ndim > 1 or timestep.numel() not in (1, batch)):
             raise ValueError(
-                f"`timestep` must be one number or have the shape ({batch},) as the batch of `sample`, "
-                f"got {tuple(timestep.shape)}."
+                f"`timestep`: got {tuple(timestep.shape)}, expected one number or ({batch},) as the batch of `sample`."
             )
         if any(block.has_cross_attention for block in self.levels()):
             width = config.cross_attention_dim if config.encoder_hid_dim is None else config.encoder_hid_dim
             width = width[0] if isinstance(width, Sequence) else width
             shape = None if encoder_hidden_states is None else tuple(encoder_hidden_states.shape)
             if shape is None or len(shape) != 3 or shape[0] != batch or shape[2] != width:
-                raise ValueError(
-                    f"`encoder_hidden_states` must have the shape ({batch}, tokens, {width}), got {shape}."
-                )
+                raise ValueError(f"`encoder_hidden_states`: got {shape}, expected ({batch}, tokens, {width}).")
         if attention_mask is not None and (attention_mask.ndim != 2 or attention_mask.shape[0] != batch):
-            raise ValueError(
-                f"`attention_mask` must have the shape ({batch}, pixels), got {tuple(attention_mask.shape)}."
-            )
+            raise ValueError(f"`attention_mask`: got {tuple(attention_mask.shape)}, expected ({batch}, pixels).")
         if encoder_attention_mask is not None:
             expected = None if encoder_hidden_states is None else tuple(encoder_hidden_states.shape[:2])
             if tuple(encoder_attention_mask.shape) != expected:
                 raise ValueError(
-                    f"`encoder_attention_mask` must have the shape {expected} as `encoder_hidden_states`, "
-                    f"got {tuple(encoder_attention_mask.shape)}."
+                    f"`encoder_attention_mask`: got {tuple(encoder_attention_mask.shape)}, expected {expected} as "
+                    "`encoder_hidden_states`."
                 )
 
     def check_embeddings(
@@ -253,40 +248,38 @@ class UNetConditionEncoder(SingleFileMixin, Backbone):
         config, batch = self.config, sample.shape[0]
         if (class_labels is None) != (self.class_embedding is None):
             raise ValueError(
-                f"`class_labels` is {'missing' if class_labels is None else 'given'}, but the model was made with "
-                f"`class_embed_type`={config.class_embed_type!r} and `num_class_embeds`={config.num_class_embeds!r}."
+                f"`class_labels`: got {'None' if class_labels is None else 'a tensor'}, expected "
+                f"{'None' if self.class_embedding is None else 'a tensor'} with `class_embed_type` = "
+                f"{config.class_embed_type!r} and `num_class_embeds` = {config.num_class_embeds!r}."
             )
         if class_labels is not None:
             vector = (config.projection_class_embeddings_input_dim,) if config.class_embed_type == "projection" else ()
             if tuple(class_labels.shape) != (batch, *vector):
-                raise ValueError(
-                    f"`class_labels` must have the shape {(batch, *vector)}, got {tuple(class_labels.shape)}."
-                )
+                raise ValueError(f"`class_labels`: got {tuple(class_labels.shape)}, expected {(batch, *vector)}.")
         if timestep_cond is not None and timestep_cond.shape[-1] != config.time_cond_proj_dim:
             raise ValueError(
-                f"`timestep_cond` must have `time_cond_proj_dim` = {config.time_cond_proj_dim} features, "
-                f"got {tuple(timestep_cond.shape)}."
+                f"`timestep_cond`: got {tuple(timestep_cond.shape)}, expected `time_cond_proj_dim` = "
+                f"{config.time_cond_proj_dim} features."
             )
 
         keys = {"text_embeds", "time_ids"} if config.addition_embed_type == "text_time" else set()
         given = set(added_cond_kwargs or ())
         if given != keys:
             raise ValueError(
-                f"`added_cond_kwargs` must have the keys {sorted(keys)} for `addition_embed_type`="
-                f"{config.addition_embed_type!r}, got {sorted(given)}."
+                f"`added_cond_kwargs`: got the keys {sorted(given)}, expected {sorted(keys)} with "
+                f"`addition_embed_type` = {config.addition_embed_type!r}."
             )
         if added_cond_kwargs:
             text, numbers = added_cond_kwargs["text_embeds"], added_cond_kwargs["time_ids"]
             for name, value in (("text_embeds", text), ("time_ids", numbers)):
                 if value.ndim != 2 or value.shape[0] != batch:
                     raise ValueError(
-                        f"`added_cond_kwargs['{name}']` must have the shape ({batch}, features), "
-                        f"got {tuple(value.shape)}."
+                        f"`added_cond_kwargs['{name}']`: got {tuple(value.shape)}, expected ({batch}, features)."
                     )
             features = text.shape[1] + numbers.shape[1] * config.addition_time_embed_dim
             if features != config.projection_class_embeddings_input_dim:
                 raise ValueError(
-                    f"`text_embeds` with {text.shape[1]} features and `time_ids` with {numbers.shape[1]} numbers of "
-                    f"{config.addition_time_embed_dim} features make {features}, but "
-                    f"`projection_class_embeddings_input_dim` is {config.projection_class_embeddings_input_dim}."
+                    f"`added_cond_kwargs`: got {text.shape[1]} features of `text_embeds` and {numbers.shape[1]} "
+                    f"`time_ids` of {config.addition_time_embed_dim} features, {features} together, expected "
+                    f"`projection_class_embeddings_input_dim` = {config.projection_class_embeddings_input_dim}."
                 )

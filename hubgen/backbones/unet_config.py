@@ -127,15 +127,17 @@ def check_config(config: Any) -> None:
         if config[name] is not None:
             require_positive(name, config[name])
     if not config.block_out_channels:
-        raise ValueError("`block_out_channels` must have an entry a level, got none.")
+        raise ValueError("`block_out_channels`: got none, expected one entry a level.")
     for channels in config.block_out_channels:
         require_positive("block_out_channels", channels)
     if config.time_embedding_type == "learned" and config.num_train_timesteps is None:
-        raise ValueError("`time_embedding_type`='learned' needs a whole number as `num_train_timesteps`, got None.")
+        raise ValueError(
+            "`num_train_timesteps`: got None, expected a whole number with `time_embedding_type` = 'learned'."
+        )
     if config.class_embed_type is not None and config.num_class_embeds is not None:
         raise ValueError(
-            f"`num_class_embeds` = {config.num_class_embeds} needs `class_embed_type`=None, "
-            f"got {config.class_embed_type!r}."
+            f"`num_class_embeds`: got {config.num_class_embeds}, expected None with `class_embed_type` = "
+            f"{config.class_embed_type!r}."
         )
     check_levels(config)
     check_groups(config)
@@ -148,24 +150,27 @@ def check_levels(config: Any) -> None:
         types = block_names(config[name])
         if len(types) != levels:
             raise ValueError(
-                f"`{name}` must have one entry a level, {levels} as `block_out_channels`, got {config[name]!r}."
+                f"`{name}`: got {config[name]!r}, expected one entry a level, {levels} as `block_out_channels`."
             )
         for block_type in types:
             if block_type not in known:
-                raise ValueError(f"`{name}` must be made of {list(known)}, got {block_type!r}.")
+                raise ValueError(f"`{name}`: got {block_type!r}, expected one of {list(known)} for each level.")
         skips = ["Skip" in block_type for block_type in types]
         if any(skips) != all(skips):
-            raise ValueError(f"`{name}` must have `Skip` levels only or none of them, got {config[name]!r}.")
+            raise ValueError(f"`{name}`: got {config[name]!r}, expected `Skip` levels only or none of them.")
         channels = "in_channels" if name == "down_block_types" else "out_channels"
         if any(skips) and config[channels] != PICTURE_CHANNELS:
             raise ValueError(
-                f"`{channels}` must be {PICTURE_CHANNELS} for `Skip` levels in `{name}`, got {config[channels]}."
+                f"`{channels}`: got {config[channels]}, expected {PICTURE_CHANNELS} for `Skip` levels in `{name}`."
             )
         if not all(skips) and config.norm_num_groups is None:
-            raise ValueError(f"`norm_num_groups` = None needs `Skip` levels in `{name}`, got {config[name]!r}.")
+            raise ValueError(
+                f"`norm_num_groups`: got None, expected a number for the levels other than `Skip` in `{name}` = "
+                f"{config[name]!r}."
+            )
     padded = not all("Skip" in block_type for block_type in config.down_block_types)
     if padded and config.downsample_padding not in (0, 1):
-        raise ValueError(f"`downsample_padding` must be 0 or 1, got {config.downsample_padding!r}.")
+        raise ValueError(f"`downsample_padding`: got {config.downsample_padding!r}, expected 0 or 1.")
 
 
 def check_groups(config: Any) -> None:
@@ -174,7 +179,8 @@ def check_groups(config: Any) -> None:
     widths = tuple(config.block_out_channels)
     if config.norm_num_groups is not None and any(width % config.norm_num_groups for width in widths):
         raise ValueError(
-            f"`norm_num_groups` = {config.norm_num_groups} must divide all `block_out_channels`, got {widths}."
+            f"`norm_num_groups`: got {config.norm_num_groups}, expected a divisor of all `block_out_channels` = "
+            f"{widths}."
         )
     down, up = block_names(config.down_block_types), block_names(config.up_block_types)[::-1]
     attended = {i for i in range(levels) if down[i].startswith("Attn") or up[i].startswith("Attn")}
@@ -183,13 +189,13 @@ def check_groups(config: Any) -> None:
         groups = config.attn_norm_num_groups
         if groups is not None and widths[-1] % groups:
             raise ValueError(
-                f"`attn_norm_num_groups` = {groups} must divide the channels of the middle, got {widths[-1]}."
+                f"`attn_norm_num_groups`: got {groups}, expected a divisor of the middle's {widths[-1]} channels."
             )
     for i in attended:
         if config.attention_head_dim is not None and widths[i] % config.attention_head_dim:
             raise ValueError(
-                f"`attention_head_dim` = {config.attention_head_dim} must divide the channels of levels with "
-                f"attention, got {widths[i]}."
+                f"`attention_head_dim`: got {config.attention_head_dim}, expected a divisor of the {widths[i]} "
+                "channels of a level with attention."
             )
     for i, width in enumerate(widths):
         norms = []

@@ -100,7 +100,12 @@ def normalise(
 
 def output(attn: Any, x: torch.Tensor) -> torch.Tensor:
     """The output projection and its dropout, where the layer has them: (B, L, H * D) -> (B, L, C)."""
-    return x if attn.to_out is None else attn.to_out[1](attn.to_out[0](x))
+    return attn.to_out[1](attn.to_out[0](x)) if has_output(attn) else x
+
+
+def has_output(attn: Any) -> bool:
+    """Whether the layer has an output projection; in FLUX's single blocks it is the block that has one."""
+    return getattr(attn, "to_out", None) is not None
 
 
 def output_text(attn: Any, x: torch.Tensor) -> torch.Tensor:
@@ -259,7 +264,7 @@ class AttnProcessor:
 
     def places(self, attn: Any, context: torch.Tensor | None) -> tuple[str, ...]:
         """Where parts may add something in a call with this context."""
-        return ("before_out",) if getattr(attn, "to_out", None) is None else ("before_out", "after_out")
+        return ("before_out", "after_out") if has_output(attn) else ("before_out",)
 
     def add(self, where: str, call: Any, x: torch.Tensor) -> torch.Tensor:
         """`x`, (B, L, features) or with text tokens beside, plus what the parts add there to the image tokens."""
@@ -358,7 +363,10 @@ class Projections(AttentionModuleMixin):
         """
         found = adapted(self, "to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
         if found:
-            raise ValueError(f"{found} carry an adapter, expected plain layers: fuse or unload the adapter first.")
+            raise ValueError(
+                f"`fuse_projections`: got adapters on {found}, expected plain layers: fuse or unload the adapters "
+                "first."
+            )
         super().fuse_projections()
 
 
@@ -409,7 +417,7 @@ class Attention(nn.Module, Projections):
     ):
         super().__init__()
         if qk_norm not in (None, "rms_norm"):
-            raise ValueError(f"`qk_norm` must be 'rms_norm' or None, got {qk_norm!r}.")
+            raise ValueError(f"`qk_norm`: got {qk_norm!r}, expected 'rms_norm' or None.")
         inner_dim = heads * dim_head
         context_dim = query_dim if cross_attention_dim is None else cross_attention_dim
         self.heads = heads
@@ -443,7 +451,6 @@ class Attention(nn.Module, Projections):
             if not context_pre_only:
                 self.to_add_out = nn.Linear(inner_dim, query_dim)
 
-        self.to_out: nn.ModuleList | None = None
         if not pre_only:
             self.to_out = nn.ModuleList([nn.Linear(inner_dim, query_dim), nn.Dropout(dropout)])
         default = AttnProcessor if added_kv_proj_dim is None else JointAttnProcessor

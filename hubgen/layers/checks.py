@@ -10,13 +10,13 @@ def require_supported(config: Any, supported: Mapping[str, Sequence[Any]]) -> No
     """Raises ValueError unless every argument that `supported` names has one of the values there."""
     for name, values in supported.items():
         if config[name] not in values:
-            raise ValueError(f"`{name}` must be one of {list(values)}, got {config[name]!r}.")
+            raise ValueError(f"`{name}`: got {config[name]!r}, expected one of {list(values)}.")
 
 
 def require_positive(name: str, value: object) -> None:
     """Raises ValueError unless `value` is a positive integer."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+        raise ValueError(f"`{name}`: got {value!r}, expected a positive integer.")
 
 
 def require_all_positive(name: str, value: Any) -> None:
@@ -37,7 +37,7 @@ def per_level(name: str, value: Any, levels: int) -> tuple[Any, ...]:
     if not isinstance(value, Sequence):
         return (value,) * levels
     if len(value) != levels:
-        raise ValueError(f"`{name}` must be one value or {levels}, one a level, got {len(value)}: {tuple(value)}.")
+        raise ValueError(f"`{name}`: got {len(value)} values {tuple(value)}, expected one, or {levels}, one a level.")
     return tuple(value)
 
 
@@ -50,4 +50,4 @@ def require_shape(name: str, value: torch.Tensor | None, expected: tuple[int | s
         or any(isinstance(e, int) and e != n for e, n in zip(expected, shape, strict=True))
     ):
         wanted = ", ".join(str(e) for e in expected)
-        raise ValueError(f"`{name}` must have the shape ({wanted}), got {shape}.")
+        raise ValueError(f"`{name}`: got {shape}, expected ({wanted}).")

@@ -40,7 +40,7 @@ def timestep_embedding(
         ValueError: `timesteps` is not one-dimensional.
     """
     if timesteps.ndim != 1:
-        raise ValueError(f"`timesteps` must have the shape (batch,), got {tuple(timesteps.shape)}.")
+        raise ValueError(f"`timesteps`: got {tuple(timesteps.shape)}, expected (batch,).")
     half = dim // 2
     exponent = torch.arange(half, dtype=torch.float32, device=timesteps.device) / (half - downscale_freq_shift)
     angles = scale * timesteps[:, None].float() * torch.exp(-math.log(max_period) * exponent)  # (B, dim / 2)
@@ -112,7 +112,7 @@ class TimestepEmbedding(nn.Module):
     def forward(self, sample: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
         if condition is not None:
             if self.cond_proj is None:
-                raise ValueError("`condition` was given to a TimestepEmbedding without `cond_proj_dim`.")
+                raise ValueError("`condition`: got a tensor, expected None without `cond_proj_dim`.")
             sample = sample + self.cond_proj(condition)
         out = self.linear_2(self.act(self.linear_1(sample)))
         return out if self.post_act is None else self.post_act(out)
@@ -195,7 +195,7 @@ def sincos_position_embedding(dim: int, rows: torch.Tensor, columns: torch.Tenso
         ValueError: `dim` is not a multiple of 4.
     """
     if dim % 4:
-        raise ValueError(f"A sine-cosine position embedding needs a multiple of 4 features, got {dim}.")
+        raise ValueError(f"`dim`: got {dim}, expected a multiple of 4 for the sines and cosines of positions.")
     exponent = torch.arange(dim // 4, dtype=torch.float64, device=rows.device) / (dim / 4)
     frequencies = 1 / 10000**exponent  # (dim / 4,)
 
@@ -271,21 +271,19 @@ class PatchEmbed(nn.Module):
         """
         if latent.ndim != 4 or latent.shape[1] != self.in_channels:
             raise ValueError(
-                f"The latents must have the shape (batch, {self.in_channels}, height, width), "
-                f"got {tuple(latent.shape)}."
+                f"`latent`: got {tuple(latent.shape)}, expected (batch, {self.in_channels}, height, width)."
             )
         height, width = latent.shape[-2:]
         rows, columns = height // self.patch_size, width // self.patch_size
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(
-                f"The latents' height and width must be multiples of `patch_size` = {self.patch_size}, "
-                f"got {height} x {width}."
+                f"`latent`: got {height} x {width}, expected multiples of `patch_size` = {self.patch_size}."
             )
         if self.pos_embed_max_size is not None and max(rows, columns) > self.pos_embed_max_size:
             limit = self.pos_embed_max_size * self.patch_size
             raise ValueError(
-                f"The latents' height and width must be at most {limit} (`pos_embed_max_size` = "
-                f"{self.pos_embed_max_size} patches of {self.patch_size}), got {height} x {width}."
+                f"`latent`: got {height} x {width}, expected at most {limit} (`pos_embed_max_size` = "
+                f"{self.pos_embed_max_size} patches of {self.patch_size})."
             )
         tokens = self.proj(latent).flatten(2).transpose(1, 2)  # (B, T, D)
         if self.pos_embed_max_size is not None:

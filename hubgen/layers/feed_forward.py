@@ -23,7 +23,7 @@ def activation(name: str) -> nn.Module:
         ValueError: There is none of that name.
     """
     if name not in ACTIVATIONS:
-        raise ValueError(f"`act_fn` must be one of {sorted(ACTIVATIONS)}, got {name!r}.")
+        raise ValueError(f"`act_fn`: got {name!r}, expected one of {sorted(ACTIVATIONS)}.")
     return ACTIVATIONS[name]()
 
 
@@ -80,7 +80,7 @@ class FeedForward(nn.Module):
         elif activation_fn in ("gelu", "gelu-approximate"):
             first = GELU(dim, inner_dim, approximate="none" if activation_fn == "gelu" else "tanh")
         else:
-            raise ValueError(f"`activation_fn` must be 'geglu', 'gelu' or 'gelu-approximate', got {activation_fn!r}.")
+            raise ValueError(f"`activation_fn`: got {activation_fn!r}, expected 'geglu', 'gelu' or 'gelu-approximate'.")
         second = nn.Linear(inner_dim, dim if dim_out is None else dim_out)
         self.net = nn.ModuleList([first, nn.Dropout(dropout), second])
 

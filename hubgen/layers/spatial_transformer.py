@@ -135,9 +135,9 @@ class Transformer2DModel(nn.Module, Checkpointed):
         height, width = hidden_states.shape[-2:]
         if attention_mask is not None and attention_mask.shape[-1] != height * width:
             raise ValueError(
-                f"`attention_mask` masks {attention_mask.shape[-1]} tokens, but an attention of this model sees "
-                f"{height} x {width} = {height * width}: it fits only a model whose attentions all have one size. "
-                "The mask of the context tokens is `encoder_attention_mask`."
+                f"`attention_mask`: got a mask of {attention_mask.shape[-1]} tokens, expected {height} x {width} = "
+                f"{height * width}: it fits only a model whose attentions all have one size. The mask of the context "
+                "tokens is `encoder_attention_mask`."
             )
         x = self.norm(hidden_states)  # (B, C, H, W)
         if self.use_linear_projection:

@@ -287,14 +287,20 @@ def test_autocast_gives_every_parameter_a_float32_gradient() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hidden_states": torch.zeros(2, 3, 8, 8)}, r"`hidden_states` .* \(2, 4, height, width\), got \(2, 3, 8, 8\)"),
-        ({"hidden_states": torch.zeros(2, 4, 18, 8)}, r"at most 16 \(`pos_embed_max_size` = 8 .* got 18 x 8"),
-        ({"hidden_states": torch.zeros(2, 4, 7, 8)}, r"multiples of `patch_size` = 2, got 7 x 8"),
-        ({"encoder_hidden_states": torch.zeros(2, 5, 13)}, r"`encoder_hidden_states` .* \(2, tokens, 12\), got"),
-        ({"encoder_hidden_states": None}, r"`encoder_hidden_states` .* got None"),
-        ({"pooled_projections": torch.zeros(2, 21)}, r"`pooled_projections` .* \(2, 20\), got \(2, 21\)"),
-        ({"timestep": torch.tensor(3.0)}, r"`timestep` .* \(2\), got \(\)"),
-        ({"timestep": torch.zeros(3)}, r"`timestep` .* \(2\), got \(3,\)"),
+        (
+            {"hidden_states": torch.zeros(2, 3, 8, 8)},
+            r"`hidden_states`: got \(2, 3, 8, 8\), expected \(2, 4, height",
+        ),
+        ({"hidden_states": torch.zeros(2, 4, 18, 8)}, r"got 18 x 8, expected at most 16 \(`pos_embed_max_size` = 8"),
+        ({"hidden_states": torch.zeros(2, 4, 7, 8)}, r"got 7 x 8, expected multiples of `patch_size` = 2"),
+        (
+            {"encoder_hidden_states": torch.zeros(2, 5, 13)},
+            r"`encoder_hidden_states`: .* expected \(2, tokens, 12\)",
+        ),
+        ({"encoder_hidden_states": None}, r"`encoder_hidden_states`: got None"),
+        ({"pooled_projections": torch.zeros(2, 21)}, r"`pooled_projections`: got \(2, 21\), expected \(2, 20\)"),
+        ({"timestep": torch.tensor(3.0)}, r"`timestep`: got \(\), expected \(2\)"),
+        ({"timestep": torch.zeros(3)}, r"`timestep`: got \(3,\), expected \(2\)"),
     ],
 )
 def test_a_wrong_input_is_named_with_what_was_found_and_expected(changes: dict[str, Any], message: str) -> None:
@@ -305,9 +311,9 @@ def test_a_wrong_input_is_named_with_what_was_found_and_expected(changes: dict[s
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"caption_projection_dim": 24}, r"`caption_projection_dim` must be .* = 32, got 24"),
-        ({"dual_attention_layers": (1, 3)}, r"`dual_attention_layers` must be among the layers 0 to 2, got \(1, 3\)"),
-        ({"qk_norm": "layer_norm"}, r"`qk_norm` must be 'rms_norm' or None, got 'layer_norm'"),
+        ({"caption_projection_dim": 24}, r"`caption_projection_dim`: got 24, expected .* = 32"),
+        ({"dual_attention_layers": (1, 3)}, r"`dual_attention_layers`: got \(1, 3\), expected layers from 0 to 2"),
+        ({"qk_norm": "layer_norm"}, r"`qk_norm`: got 'layer_norm', expected 'rms_norm' or None"),
     ],
 )
 def test_a_wrong_setting_is_named_with_what_was_found_and_expected(changes: dict[str, Any], message: str) -> None:

@@ -172,7 +172,7 @@ def test_self_attention_mask_agrees_with_diffusers_where_attention_has_one_size(
     unmasked = assert_parity(ours, theirs, inputs)
     masked = assert_parity(ours, theirs, {**inputs, "attention_mask": torch.arange(32).reshape(2, 16) % 3 > 0})
     assert (masked - unmasked).abs().max() > 1e-3
-    with pytest.raises(ValueError, match="`attention_mask` masks 16 tokens"):
+    with pytest.raises(ValueError, match="`attention_mask`: got a mask of 16 tokens"):
         random_model()(**inputs_for({}), attention_mask=torch.ones(2, 16))
 
 
@@ -348,32 +348,32 @@ def test_diffusers_pipelines_accept_the_model():
 @pytest.mark.parametrize(
     "config, message",
     [
-        ({"down_block_types": ("AttnDownBlock2D", "DownBlock2D")}, "`down_block_types` .*'AttnDownBlock2D'"),
-        ({"up_block_types": ("UpBlock2D",)}, "`up_block_types` must have one entry a level, 2"),
+        ({"down_block_types": ("AttnDownBlock2D", "DownBlock2D")}, "`down_block_types`: got 'AttnDownBlock2D'"),
+        ({"up_block_types": ("UpBlock2D",)}, "`up_block_types`: got .*, expected one entry a level, 2"),
         ({"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, "`mid_block_type`.*SimpleCrossAttn"),
-        ({"only_cross_attention": True}, "`only_cross_attention` must be False"),
+        ({"only_cross_attention": True}, "`only_cross_attention`: got True, expected False"),
         ({"dual_cross_attention": True}, "`dual_cross_attention`"),
         ({"num_attention_heads": 4}, "`num_attention_heads`"),
         ({"class_embed_type": "identity"}, "`class_embed_type`.*'identity'"),
-        ({"class_embed_type": "projection"}, "`projection_class_embeddings_input_dim`, got None"),
-        ({"class_embed_type": "timestep", "num_class_embeds": 3}, "`num_class_embeds` = 3"),
+        ({"class_embed_type": "projection"}, "`projection_class_embeddings_input_dim`: got None"),
+        ({"class_embed_type": "timestep", "num_class_embeds": 3}, "`num_class_embeds`: got 3"),
         ({"addition_embed_type": "text_image"}, "`addition_embed_type`.*'text_image'"),
         (
             {"addition_embed_type": "text_time", "projection_class_embeddings_input_dim": 8},
-            "`addition_time_embed_dim`, got None",
+            "`addition_time_embed_dim`: got None",
         ),
-        ({"encoder_hid_dim_type": "text_proj"}, "`encoder_hid_dim`, got None"),
+        ({"encoder_hid_dim_type": "text_proj"}, "`encoder_hid_dim`: got None"),
         ({"encoder_hid_dim_type": "image_proj", "encoder_hid_dim": 8}, "`encoder_hid_dim_type`.*'image_proj'"),
         ({"attention_type": "gated"}, "`attention_type`.*'gated'"),
         ({"act_fn": "gelu"}, "`act_fn`.*'gelu'"),
         ({"resnet_time_scale_shift": "scale_shift"}, "`resnet_time_scale_shift`"),
         ({"time_embedding_type": "fourier"}, "`time_embedding_type`"),
-        ({"norm_num_groups": None}, "`norm_num_groups` must be a positive integer, got None"),
-        ({"norm_num_groups": 5}, "`norm_num_groups` = 5 must divide"),
-        ({"attention_head_dim": 3}, "3 heads for 16 channels"),
-        ({"attention_head_dim": (2, 2, 2)}, "`attention_head_dim` must be one value or 2"),
-        ({"layers_per_block": -3}, "`layers_per_block` must be a positive integer, got -3"),
-        ({"conv_in_kernel": 4}, "`conv_in_kernel` must be odd"),
+        ({"norm_num_groups": None}, "`norm_num_groups`: got None, expected a positive integer"),
+        ({"norm_num_groups": 5}, "`norm_num_groups`: got 5, expected a divisor"),
+        ({"attention_head_dim": 3}, "`attention_head_dim`: got 3 heads .* the level's 16 channels"),
+        ({"attention_head_dim": (2, 2, 2)}, "`attention_head_dim`: got 3 values .*, expected one, or 2"),
+        ({"layers_per_block": -3}, "`layers_per_block`: got -3, expected a positive integer"),
+        ({"conv_in_kernel": 4}, "`conv_in_kernel`: got 4, expected an odd number"),
         ({"transformer_layers_per_block": ((1,), (1,))}, "`reverse_transformer_layers_per_block`"),
         (
             {"transformer_layers_per_block": ((1, 1), 1), "reverse_transformer_layers_per_block": (1, 1)},
@@ -389,33 +389,45 @@ def test_a_config_that_cannot_be_built_is_refused_by_name(config, message):
 @pytest.mark.parametrize(
     "config, change, message",
     [
-        ({}, {"sample": torch.zeros(2, 3, 8, 8)}, r"`sample` must have the shape \(batch, 4, .*\(2, 3, 8, 8\)"),
+        (
+            {},
+            {"sample": torch.zeros(2, 3, 8, 8)},
+            r"`sample`: got \(2, 3, 8, 8\), expected \(batch, 4, height",
+        ),
         ({}, {"sample": torch.zeros(4, 8, 8)}, r"`sample`.*\(4, 8, 8\)"),
         ({}, {"timestep": torch.zeros(3)}, r"`timestep`.*\(3,\)"),
-        ({}, {"encoder_hidden_states": None}, r"`encoder_hidden_states` .*\(2, tokens, 24\), got None"),
+        ({}, {"encoder_hidden_states": None}, r"`encoder_hidden_states`: got None, expected \(2, tokens, 24\)"),
         ({}, {"encoder_hidden_states": torch.zeros(2, 5, 32)}, r"`encoder_hidden_states`.*\(2, 5, 32\)"),
         ({}, {"encoder_hidden_states": torch.zeros(1, 5, 24)}, r"`encoder_hidden_states`.*\(1, 5, 24\)"),
-        ({}, {"encoder_attention_mask": torch.ones(2, 4)}, r"`encoder_attention_mask`.*\(2, 5\).*\(2, 4\)"),
+        (
+            {},
+            {"encoder_attention_mask": torch.ones(2, 4)},
+            r"`encoder_attention_mask`: got \(2, 4\), .*\(2, 5\)",
+        ),
         ({}, {"attention_mask": torch.ones(2, 1, 64)}, r"`attention_mask`"),
-        ({}, {"class_labels": torch.zeros(2)}, "`class_labels` is given"),
-        ({"num_class_embeds": 3}, {"class_labels": None}, "`class_labels` is missing"),
+        ({}, {"class_labels": torch.zeros(2)}, "`class_labels`: got a tensor, expected None"),
+        ({"num_class_embeds": 3}, {"class_labels": None}, "`class_labels`: got None, expected a tensor"),
         (VARIANTS["projected pooled text"], {"class_labels": torch.zeros(2, 19)}, r"`class_labels`.*\(2, 19\)"),
         ({}, {"timestep_cond": torch.zeros(2, 4)}, "`timestep_cond`"),
         ({}, {"added_cond_kwargs": {"image_embeds": torch.zeros(2, 4)}}, r"`added_cond_kwargs`.*\['image_embeds'\]"),
-        (SDXL, {"added_cond_kwargs": None}, r"`added_cond_kwargs` must have the keys \['text_embeds', 'time_ids'\]"),
-        (SDXL, {"added_cond_kwargs": {"text_embeds": torch.zeros(2, 20)}}, r"got \['text_embeds'\]"),
+        (
+            SDXL,
+            {"added_cond_kwargs": None},
+            r"got the keys \[\], expected \['text_embeds', 'time_ids'\]",
+        ),
+        (SDXL, {"added_cond_kwargs": {"text_embeds": torch.zeros(2, 20)}}, r"got the keys \['text_embeds'\]"),
         (
             SDXL,
             {"added_cond_kwargs": {"text_embeds": torch.zeros(2, 20), "time_ids": torch.zeros(2, 5)}},
-            "make 60, but `projection_class_embeddings_input_dim` is 68",
+            "60 together, expected `projection_class_embeddings_input_dim` = 68",
         ),
         ({}, {"down_block_additional_residuals": [torch.zeros(1)] * 4}, "`mid_block_additional_residual`"),
         (
             {},
             {"down_block_additional_residuals": [torch.zeros(1)], "mid_block_additional_residual": torch.zeros(1)},
-            "must be 4 tensors, got 1",
+            "got 1 tensors, expected 4",
         ),
-        ({}, {"down_intrablock_additional_residuals": [torch.zeros(1)] * 4}, "at most 3 tensors"),
+        ({}, {"down_intrablock_additional_residuals": [torch.zeros(1)] * 4}, "got 4 tensors, expected at most 3"),
     ],
 )
 def test_an_input_that_does_not_fit_is_refused_by_name(config, change, message):

@@ -160,7 +160,7 @@ def test_autocast_reaches_queries_keys_and_their_norms_without_a_warning() -> No
 
 
 def test_an_unknown_qk_norm_is_named() -> None:
-    with pytest.raises(ValueError, match=r"`qk_norm` must be 'rms_norm' or None, got 'layer_norm'"):
+    with pytest.raises(ValueError, match=r"`qk_norm`: got 'layer_norm', expected 'rms_norm' or None"):
         Attention(8, heads=2, dim_head=4, qk_norm="layer_norm")
 
 
@@ -217,5 +217,5 @@ def test_an_adapter_takes_effect_whether_it_comes_before_or_after_the_fusion() -
     assert (adapted - plain).abs().max() > 1e-3
     attention.unfuse_projections()
     torch.testing.assert_close(attention(*inputs)[0], adapted, rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match=r"\['to_v'\] carry an adapter, expected plain layers"):
+    with pytest.raises(ValueError, match=r"got adapters on \['to_v'\], expected plain layers"):
         attention.fuse_projections()
