@@ -19,13 +19,14 @@ from hubgen.autoencoders.autoencoder_kl import AutoencoderKL
 from hubgen.autoencoders.latents import LatentSpace, decode
 from hubgen.backbones.dit import DiTTransformer2DModel
 from hubgen.backbones.unet import UNet2DModel
+from hubgen.checks import whole
 from hubgen.conditioning.condition import Condition
 from hubgen.conditioning.families import BackboneFamily, family_of
 from hubgen.conditioning.guidance import NEGATIVE, POSITIVE, ClassifierFreeGuidance, GuidedNoise
 from hubgen.conditioning.predict import Predictor
 from hubgen.hub.registration import loadable
 from hubgen.pipelines.callbacks import Callback
-from hubgen.pipelines.checks import check_generator, check_latents, check_output, require_whole
+from hubgen.pipelines.checks import check_generator, check_latents, check_output
 from hubgen.pipelines.denoising import Generator
 from hubgen.pipelines.denoising_pipeline import DenoisingPipeline
 from hubgen.pipelines.starts import starting_noise
@@ -154,7 +155,7 @@ class ClassToImagePipeline(DenoisingPipeline):
         space, backbone = self.latent_space, self.backbone
         guidance = self.check_guidance(guidance_scale, guidance_rescale, guidance_interval)
         labels = self.check_labels(class_labels)
-        require_whole("num_images_per_label", num_images_per_label)
+        whole("num_images_per_label", num_images_per_label)
         shape = space.shape(len(labels) * num_images_per_label, space.checked_size(height, width))
         check_generator(generator, shape[0])
         check_latents(latents, shape)

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from hubgen.acceleration.walk import Acceleration
+from hubgen.checks import whole
 from hubgen.conditioning.guidance import Guidance
 from hubgen.conditioning.predict import Predictor
-from hubgen.formats.diffusers_contract import has_step_hooks
+from hubgen.diffusers_contract import reset_step_hooks
 from hubgen.hub.native import NativePipeline
 from hubgen.pipelines.callbacks import Callback, StepCallback
-from hubgen.pipelines.checks import require_whole
 from hubgen.pipelines.denoising import AfterStep, Generator, Predict, denoise
 
 LEARNED_VARIANCES = ("learned", "learned_range")
@@ -73,7 +73,7 @@ class DenoisingPipeline(NativePipeline):
         if num_inference_steps is None and own:
             num_inference_steps = default_steps
         if num_inference_steps is not None:
-            require_whole("num_inference_steps", num_inference_steps)
+            whole("num_inference_steps", num_inference_steps)
         grid: dict[str, Any] = {"timesteps": timesteps, "sigmas": sigmas}
         grid = {name: value for name, value in grid.items() if value is not None}
         for name, value in grid.items():
@@ -123,8 +123,7 @@ class DenoisingPipeline(NativePipeline):
     def maybe_free_model_hooks(self) -> None:
         """As diffusers', which leaves a registry of hooks on every model, also on one without hooks."""
         for component in self.components.values():
-            if has_step_hooks(component) and hasattr(component, "_reset_stateful_cache"):
-                component._reset_stateful_cache()
+            reset_step_hooks(component)
         if getattr(self, "_all_hooks", None):
             super().maybe_free_model_hooks()
 

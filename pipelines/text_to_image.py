@@ -28,6 +28,7 @@ from hubgen.autoencoders.latents import LatentSpace, decode
 from hubgen.backbones.flux import FluxTransformer2DModel
 from hubgen.backbones.sd3 import SD3Transformer2DModel
 from hubgen.backbones.unet_condition import UNet2DConditionModel
+from hubgen.checks import whole
 from hubgen.conditioning.condition import Condition
 from hubgen.conditioning.families import BackboneFamily, family_of
 from hubgen.conditioning.guidance import ClassifierFreeGuidance
@@ -46,7 +47,6 @@ from hubgen.pipelines.checks import (
     check_generator,
     check_latents,
     check_output,
-    require_whole,
 )
 from hubgen.pipelines.defaults import READS, Defaults, FamilyDefaults, defaults_of
 from hubgen.pipelines.denoising import AfterStep, Generator
@@ -414,7 +414,7 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
         mu = self.dynamic_shift(size) if self.scheduler.config.get("use_dynamic_shifting", False) else None
         steps = default_steps if num_inference_steps is None else num_inference_steps
         if timesteps is None and sigmas is None:
-            require_whole("num_inference_steps", steps)
+            whole("num_inference_steps", steps)
             sigmas = self.family.sigmas(steps, self.scheduler)
         return self.set_grid(num_inference_steps, timesteps, sigmas, steps, device, mu)
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hubgen.checks import is_number, is_whole
 from hubgen.formats.atomic import written
 
 if TYPE_CHECKING:
@@ -125,7 +125,6 @@ def read_request(path: Path) -> tuple[Request, dict[str, str]]:
 
 def is_valid(name: str, value: Any) -> bool:
     """Whether a stored setting has its type and range: a file is input like any other."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
     match name:
         case "prompts":
             return isinstance(value, list) and all(isinstance(prompt, str) for prompt in value)
@@ -136,14 +135,14 @@ def is_valid(name: str, value: Any) -> bool:
         case "dtype":
             return value in DTYPES
         case "guidance_scale":
-            return value is None or (whole or isinstance(value, float)) and math.isfinite(value)
+            return value is None or is_number(value)
         case "seed":
-            return whole and 0 <= value <= LARGEST_SEED
+            return is_whole(value, 0, LARGEST_SEED)
         case "strength":
-            return value is None or (whole or isinstance(value, float)) and 0 < value <= 1
+            return value is None or (is_number(value) and 0 < value <= 1)
         case "width" | "height":
-            return value is None or whole and 1 <= value <= LARGEST_SIDE
+            return value is None or is_whole(value, 1, LARGEST_SIDE)
         case "num_inference_steps":
-            return value is None or whole and value >= 1
+            return value is None or is_whole(value)
         case _:
-            return whole and value >= 1
+            return is_whole(value)
