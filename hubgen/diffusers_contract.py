@@ -48,7 +48,7 @@ def reset_step_hooks(model: Any) -> None:
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether calls of a module run code that torch has compiled."""
-    return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
 
 
 def register_cached_blocks(blocks: Mapping[type[nn.Module], tuple[int, int | None]]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hubgen.acceleration.walk import Acceleration
+from hubgen.acceleration.call import Acceleration
 from hubgen.checks import whole
 from hubgen.conditioning.guidance import Guidance
 from hubgen.conditioning.predict import Predictor

@@ -1,1 +1,1 @@
-"""The same results in less time: `optimize` chooses, `walk` acts while a pipeline's call lasts, `cpu` computes."""
+"""The same results in less time: `optimize` chooses, `call` acts while a pipeline's call lasts, `cpu` computes."""

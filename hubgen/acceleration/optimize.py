@@ -30,9 +30,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from hubgen.acceleration.call import Acceleration, accelerate, current
 from hubgen.acceleration.cpu import packing as cpu_packing
 from hubgen.acceleration.cpu.packing import Packing
-from hubgen.acceleration.walk import Acceleration, accelerate, current
 
 # Packed weights take at most this share of the memory of all weights: the peak stays below 1.6 times the plain one.
 PACKED_SHARE = 0.68
@@ -121,7 +121,7 @@ def parts(model: Any) -> list[nn.Module]:
 
 @contextmanager
 def accelerated(*models: Any) -> Iterator[Acceleration]:
-    """Accelerates the calls of networks inside, in `Acceleration.network`; see `hubgen.acceleration.walk`.
+    """Accelerates the calls of networks inside, in `Acceleration.network`; see `hubgen.acceleration.call`.
 
     Args:
         models: Models, or pipelines, of which backbone and autoencoder count. One that `restore` was called on, or that

@@ -4,7 +4,7 @@ A module says so itself: `time_layer` names its layer that sees the embedded tim
 those that see the text as it comes in.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,8 @@ def modulations(model: nn.Module, temb: torch.Tensor) -> Iterator[tuple[nn.Modul
             yield layer, layer(inputs)
 
 
-def context_layers(model: nn.Module) -> Iterator[nn.Module]:
-    """Each layer of a model that sees the text alone, the same tensor at every step."""
-    for module in model.modules():
+def context_layers(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """Each layer among a model's modules that sees the text alone, the same tensor at every step."""
+    for module in modules:
         if hasattr(type(module), "context_layers"):
             yield from module.context_layers()

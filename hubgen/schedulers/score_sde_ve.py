@@ -27,7 +27,7 @@ class ScoreSdeVeScheduler(CompatibleScheduler):
     """The sampler of NCSN++ with the constructor, config and methods of diffusers' class of the same name.
 
     One difference: `set_timesteps` sets the noise levels, too, so that a loop which knows nothing of `set_sigmas` does
-    not walk with those of another number of steps.
+    not sample with those of another number of steps.
 
     Args:
         num_train_timesteps: the number of steps before `set_timesteps` says another.
@@ -96,7 +96,7 @@ class ScoreSdeVeScheduler(CompatibleScheduler):
         """Sets the noise levels of the grid of `set_timesteps`.
 
         `sigmas` (n,) are those of the times, which the model is told; `discrete_sigmas` (n,), ascending, are those that
-        the predictor walks down, evenly spaced in the logarithm from sigma_min to sigma_max (2011.13456, appendix C).
+        the predictor goes down, evenly spaced in the logarithm from sigma_min to sigma_max (2011.13456, appendix C).
 
         Args:
             num_inference_steps: that of `set_timesteps`.

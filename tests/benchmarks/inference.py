@@ -337,7 +337,7 @@ def interleaved(work: dict[str, Callable], pairs: int, now: Callable[[], float])
             start = now()
             work[side]()
             spent = now() - start
-            if hasattr(work[side], "once"):  # its share of a walk
+            if hasattr(work[side], "once"):  # its share of a call
                 start = now()
                 work[side].once()
                 spent += (now() - start) / STEPS
@@ -524,7 +524,7 @@ def to_markdown(results: Sequence[dict[str, Any]]) -> str:
         "Written by `python -m tests.benchmarks.inference`. Ratios are hubgen over diffusers: the median of the pairs,",
         "the least and the largest. GFLOP/s count the operations of the plain algorithms on both sides; hubgen's",
         "convolutions by Winograd's method and of doubled pictures do with fewer, so that they may exceed the matrix",
-        "peak. Memory: peak of a process, targets 1.6 and 1.0. A step of the MM-DiT is one of a walk of 20, and",
+        "peak. Memory: peak of a process, targets 1.6 and 1.0. A step is one of a call of 20, and",
         "bears a twentieth of its preparation. Difference: norm of the outputs' difference over the norm.\n",
         report.markdown_table(header, table),
     ]

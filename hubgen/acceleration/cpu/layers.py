@@ -1,7 +1,7 @@
 """Faster ways of linear layers, convolutions and what stands around them, and when not to take them.
 
 Each function stands for the `forward` of a layer while a network of an accelerated call runs (`hubgen.acceleration.
-walk`). It is given what the model's weights were packed to, and falls back on the layer's own `forward`.
+call`). It is given what the model's weights were packed to, and falls back on the layer's own `forward`.
 """
 
 from collections.abc import Callable

@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hubgen.acceleration.cpu.layers import ALWAYS, PACKED
+from hubgen.acceleration.cpu.layers import ALWAYS, PACKED, Answer
 from hubgen.acceleration.cpu.packing import Packing, identity
-from hubgen.acceleration.tables import StepTables, TextAnswers
+from hubgen.acceleration.steps import StepTables, TextAnswers
 from hubgen.diffusers_contract import is_compiled
 from hubgen.layers.conditioned import context_layers
 
@@ -87,15 +87,17 @@ class Acceleration:
         self._tables, self._texts = None, TextAnswers()
         for model, packing in self.packings.items():
             packing.verify()
-            known = ALWAYS | (PACKED if packing.budget > 0 else {})
-            layers = list(plain_layers(model))
+            device = next((parameter.device for parameter in model.parameters()), torch.device("meta"))
+            known: Mapping[type, Answer] = {}
+            if device.type == "cpu":
+                known = ALWAYS | (PACKED if packing.budget > 0 else {})
+            layers = plain_layers(model)
             for layer in layers:
-                if type(layer) in known and on_cpu(layer):
+                if type(layer) in known:
                     self.answers[layer] = partial(known[type(layer)], packing, layer)
             if packing.budget > 0:
-                reached = set(layers)
-                for layer in context_layers(model):
-                    if layer in reached:
+                for layer in context_layers(layers):
+                    if layer in layers:
                         self.answers[layer] = partial(self._of_text, layer)
 
     def covers(self, model: nn.Module) -> bool:
@@ -125,7 +127,7 @@ class Acceleration:
         packing = self.packings.get(backbone)
         if packing is None or packing.budget <= 0 or torch.is_grad_enabled() or not hasattr(backbone, "modulations"):
             return
-        reached = set(plain_layers(backbone))
+        reached = plain_layers(backbone)
         if backbone not in reached or any(has_hooks(layer) for layer in reached):
             return
         read = inspect.signature(backbone.modulations).parameters
@@ -218,15 +220,19 @@ def accelerate(packings: Mapping[nn.Module, Packing]) -> Iterator[Acceleration]:
 # ---- layers ----
 
 
-def plain_layers(model: nn.Module) -> Iterator[nn.Module]:
+def plain_layers(model: nn.Module) -> dict[nn.Module, None]:
     """A model's modules, but for those that are compiled, those below them, and those with a foreign `forward`."""
-    if is_compiled(model):
-        return
-    forward = model.__dict__.get("forward")
-    if forward is None or getattr(forward, "is_ours", False):
-        yield model
-    for child in model.children():
-        yield from plain_layers(child)
+    found: dict[nn.Module, None] = {}
+    waiting: list[nn.Module | None] = [model]
+    while waiting:
+        module = waiting.pop()
+        if module is None or module in found or is_compiled(module):
+            continue
+        waiting.extend(reversed(module._modules.values()))
+        forward = module.__dict__.get("forward")
+        if forward is None or getattr(forward, "is_ours", False):
+            found[module] = None
+    return found
 
 
 def of_every_step(value: Any, steps: int) -> Any:
@@ -236,23 +242,18 @@ def of_every_step(value: Any, steps: int) -> Any:
     return value.repeat(steps, *[1] * (value.ndim - 1)) if torch.is_tensor(value) else value
 
 
-def on_cpu(layer: Any) -> bool:
-    """Whether a layer's weight, or that of the one layer inside, is on the CPU."""
-    weight = next(iter(layer.parameters()), None)
-    return weight is not None and weight.device.type == "cpu"
-
-
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody listens to a module's calls."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def sampled(value: torch.Tensor) -> float:
-    """A sum over a few values of a tensor on the CPU, which tells an edit of all of them."""
-    if value.device.type != "cpu" or not value.numel():
-        return 0.0
-    flat = value.detach().reshape(-1)
-    return float(flat[:: max(1, value.numel() // SAMPLES)].double().sum())
+def sampled(value: torch.Tensor) -> int:
+    """A sum over the bits of a few values of a tensor on the CPU, which tells an edit of all of them."""
+    if type(value) not in (torch.Tensor, nn.Parameter) or value.device.type != "cpu" or not value.numel():
+        return 0
+    size = value.element_size()
+    bits = value.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}.get(size, torch.uint8)).numpy()
+    return int(bits.ravel(order="K")[:: max(1, bits.size // SAMPLES)].sum(dtype="int64"))
 
 
 def install(layers: Mapping[nn.Module, Any]) -> list[LayerForward]:
