@@ -10,14 +10,14 @@ accelerated call of the thread that it runs in; around it, in a user's callback 
 What belongs to a call is in that call's `Acceleration`; packed weights lie in a table beside the model, and are read
 whole at the beginning of each call to see whether they still are the weights.
 
-A layer stays plain throughout if it is not exactly of a class that is known, if something else has given it a `forward`
-(offloading, casting), or if it lies in a part that is compiled. A single call of a layer stays plain if it needs
-gradients, runs under autocast or a functional transform, or has inputs of another type, device or class.
+A layer stays plain throughout if it is not exactly of a class that is known (an adapter), if something else has given
+it a `forward` (offloading, casting), or if it lies in a part that is compiled. A single call of a layer stays plain if
+it needs gradients, runs under autocast or a functional transform, or has inputs of another type, device or class.
 """
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hubgen.acceleration.cpu.layers import ALWAYS, PACKED, Answer
+from hubgen.acceleration.cpu.layers import ALWAYS, PACKED, Answer, has_hooks, plain_tensor
 from hubgen.acceleration.cpu.packing import Packing, identity
 from hubgen.acceleration.steps import StepTables, TextAnswers
 from hubgen.diffusers_contract import is_compiled
@@ -33,6 +33,8 @@ from hubgen.layers.conditioned import context_layers
 
 # Values of a tensor that are looked at after code of the user's has run in the middle of a call.
 SAMPLES = 512
+# Whole numbers by their bytes, to add the bits of values up.
+WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _local = threading.local()
 _lock = threading.Lock()
@@ -50,14 +52,16 @@ class LayerForward:
     is_ours = True
 
     def __init__(self, layer: nn.Module):
-        self.layer, self.users = layer, 0
+        self.layer = layer
+        self.users: set[object] = set()
+        """A mark for each network that runs on it."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        fast = None if torch.compiler.is_compiling() else current()
+        fast = None if kwargs or torch.compiler.is_compiling() else current()
         answer = None if fast is None else fast.answers.get(self.layer)
         if answer is None:
             return type(self.layer).forward(self.layer, *args, **kwargs)
-        return answer(*args, **kwargs)
+        return answer(*args)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LayerForward":
         """A copy of the layer that is made meanwhile has one of its own, which is the plain forward."""
@@ -76,7 +80,6 @@ class Acceleration:
 
     def __init__(self, packings: Mapping[nn.Module, Packing]):
         self.packings = dict(packings)
-        self._tables: StepTables | None = None
         self._row: tuple[int | None, tuple[str, ...]] = (None, ())
         self._marks: list[Any] | None = None
         self._prepare()
@@ -84,7 +87,10 @@ class Acceleration:
     def _prepare(self) -> None:
         """Chooses the layers that may be computed otherwise, and looks at all packed weights."""
         self.answers: dict[nn.Module, Callable[..., Any]] = {}
-        self._tables, self._texts = None, TextAnswers()
+        self._tables: StepTables | None = None
+        self._watched: list[nn.Module] = []
+        self._table_marks: list[Any] = []
+        self._texts = TextAnswers()
         for model, packing in self.packings.items():
             packing.verify()
             device = next((parameter.device for parameter in model.parameters()), torch.device("meta"))
@@ -97,7 +103,7 @@ class Acceleration:
                     self.answers[layer] = partial(known[type(layer)], packing, layer)
             if packing.budget > 0:
                 for layer in context_layers(layers):
-                    if layer in layers:
+                    if layer in layers and type(layer) is nn.Linear:
                         self.answers[layer] = partial(self._of_text, layer)
 
     def covers(self, model: nn.Module) -> bool:
@@ -114,8 +120,9 @@ class Acceleration:
     ) -> None:
         """Computes what depends on the time alone for a whole grid, in one product a layer.
 
-        Nothing is done where gradients are wanted, where somebody listens to the backbone's layers, or for models that
-        do not say which layers these are.
+        Nothing is done for models that do not say which layers these are, where gradients are wanted, or where the
+        computation is not the model's own: with hooks, compiled or offloaded parts, or adapters on what embeds the
+        time. A layer with an adapter is computed step by step.
 
         Args:
             backbone: One of the call's models.
@@ -127,14 +134,20 @@ class Acceleration:
         packing = self.packings.get(backbone)
         if packing is None or packing.budget <= 0 or torch.is_grad_enabled() or not hasattr(backbone, "modulations"):
             return
-        reached = plain_layers(backbone)
-        if backbone not in reached or any(has_hooks(layer) for layer in reached):
+        reached, modules = plain_layers(backbone), list(backbone.modules())
+        embedders = [part for embedder in backbone.time_embedders() for part in embedder.modules()]
+        foreign = [module for module in modules if module not in reached and not module._modules]
+        if foreign or backbone not in reached or any(map(has_hooks, modules)):
+            return
+        if backbone.training or not all(part in reached and is_native(part) for part in embedders):
             return
         read = inspect.signature(backbone.modulations).parameters
         repeated = {name: of_every_step(value, len(timesteps)) for name, value in keywords.items() if name in read}
         answers = backbone.modulations(timestep=timesteps.repeat_interleave(rows), **repeated)
-        own = ((layer, out) for layer, out in answers if layer in reached)
-        self._tables = StepTables(own, len(timesteps), branches)
+        known = {*embedders, *(layer for layer in reached if type(layer) is nn.Linear)}
+        self._tables = StepTables((pair for pair in answers if pair[0] in known), len(timesteps), branches)
+        self._watched = list(dict.fromkeys([*embedders, *self._tables.rows]))
+        self._table_marks = marks_of(self._watched)
         for layer in self._tables.rows:
             self.answers[layer] = partial(self._of_step, layer, self.answers.get(layer))
 
@@ -146,15 +159,18 @@ class Acceleration:
             step: Number of the step in the grid that was tabulated; `None`: none of it.
             branches: Those that the rows are of.
         """
-        row, self._row = self._row, (step, tuple(branches))
-        stack = _local.__dict__.setdefault("stack", [])
-        stack.append(self)
-        carried = install(self.answers)
-        try:
+        if step is not None and self._tables is not None and marks_of(self._watched) != self._table_marks:
+            self._tables = None
+        row, stack = self._row, _local.__dict__.setdefault("stack", [])
+        depth, carried, user = len(stack), list[LayerForward](), object()
+        try:  # an interruption may come at any moment
+            self._row = step, tuple(branches)
+            stack.append(self)
+            install(self.answers, carried, user)
             yield
         finally:
-            remove(carried)
-            stack.pop()
+            remove(carried, user)
+            del stack[depth:]
             self._row = row
 
     def around(self, predict: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -186,8 +202,8 @@ class Acceleration:
     def _signature(self) -> list[Any]:
         marks: list[Any] = []
         for model in self.packings:
-            marks += [(id(module), type(module), has_hooks(module)) for module in model.modules()]
-            marks += [(identity(value), sampled(value)) for value in model.parameters()]
+            marks += marks_of(model.modules())
+            marks += map(sampled, model.parameters())
         return marks
 
     # ---- answers of layers ----
@@ -195,12 +211,14 @@ class Acceleration:
     def _of_step(self, layer: nn.Module, other: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
         step, branches = self._row
         rows = None if self._tables is None or step is None else self._tables.answer(layer, step, branches)
-        if rows is not None:
+        if rows is not None and len(rows) == len(args[0]):
             return rows
         return type(layer).forward(layer, *args, **kwargs) if other is None else other(*args, **kwargs)
 
     def _of_text(self, layer: nn.Module, text: torch.Tensor) -> Any:
-        if torch.is_grad_enabled() or torch.is_autocast_enabled(text.device.type) or text.is_inference():
+        if torch.is_grad_enabled() or not plain_tensor(text) or torch.is_autocast_enabled(text.device.type):
+            return type(layer).forward(layer, text)
+        if text.is_inference():
             return type(layer).forward(layer, text)
         found = self._texts.recall(layer, text)
         return self._texts.keep(layer, text, type(layer).forward(layer, text)) if found is None else found
@@ -242,39 +260,46 @@ def of_every_step(value: Any, steps: int) -> Any:
     return value.repeat(steps, *[1] * (value.ndim - 1)) if torch.is_tensor(value) else value
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody listens to a module's calls."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def is_native(module: nn.Module) -> bool:
+    """Whether a module is of a class of torch or of hubgen, and no adapter."""
+    return type(module).__module__.startswith(("torch.nn.", "hubgen."))
+
+
+def marks_of(modules: Iterable[nn.Module]) -> list[Any]:
+    """What tells that modules were replaced or have got hooks, and any change of parameters that tensors count."""
+    marks: list[Any] = []
+    for module in modules:
+        marks.append((id(module), type(module), has_hooks(module)))
+        marks += [identity(value) for value in module._parameters.values() if value is not None]
+    return marks
 
 
 def sampled(value: torch.Tensor) -> int:
     """A sum over the bits of a few values of a tensor on the CPU, which tells an edit of all of them."""
-    if type(value) not in (torch.Tensor, nn.Parameter) or value.device.type != "cpu" or not value.numel():
+    if not plain_tensor(value) or value.device.type != "cpu" or not value.numel():
         return 0
-    size = value.element_size()
-    bits = value.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}.get(size, torch.uint8)).numpy()
-    return int(bits.ravel(order="K")[:: max(1, bits.size // SAMPLES)].sum(dtype="int64"))
+    bits = value.detach().view(WORDS.get(value.element_size(), torch.uint8)).numpy()
+    return int(bits.ravel(order="K")[:: bits.size // SAMPLES | 1].sum(dtype="int64"))
 
 
-def install(layers: Mapping[nn.Module, Any]) -> list[LayerForward]:
-    """Gives layers their `forward` of a network's call; returns those that were given, for `remove`."""
-    carried = []
+def install(layers: Mapping[nn.Module, Any], carried: list[LayerForward], user: object) -> None:
+    """Gives layers their `forward` of a network's call, and writes down which, for `remove`."""
     with _lock:
         for layer in layers:
             forward = layer.__dict__.get("forward")
             if forward is None:
-                forward = layer.__dict__["forward"] = LayerForward(layer)
+                forward = LayerForward(layer)
             elif type(forward) is not LayerForward:  # something else has come in between
                 continue
-            forward.users += 1
             carried.append(forward)
-    return carried
+            forward.users.add(user)
+            layer.__dict__["forward"] = forward
 
 
-def remove(carried: Sequence[LayerForward]) -> None:
-    """Takes them out again, where no other thread's network runs on the same layers."""
+def remove(carried: Sequence[LayerForward], user: object) -> None:
+    """Takes them out again, where no other network runs on the same layers."""
     with _lock:
         for forward in carried:
-            forward.users -= 1
-            if forward.users == 0 and forward.layer.__dict__.get("forward") is forward:
+            forward.users.discard(user)
+            if not forward.users and forward.layer.__dict__.get("forward") is forward:
                 del forward.layer.__dict__["forward"]

@@ -130,7 +130,7 @@ def accelerated(*models: Any) -> Iterator[Acceleration]:
     packings = {}
     for module in (module for model in models for module in parts(model)):
         if module not in _packings and not module.training:
-            _packings[module] = new_packing(module, PACKED_SHARE)
+            _packings.setdefault(module, new_packing(module, PACKED_SHARE))  # another thread may have been faster
         packing = _packings.get(module)
         if packing is not None:
             packings[module] = packing

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hubgen.acceleration.cpu.packing import identity
+
 # A table may take so many values: more is computed step by step.
 LARGEST = 2**26
 
@@ -53,12 +55,12 @@ class TextAnswers:
     KEPT = 2
 
     def __init__(self) -> None:
-        self.answers: dict[nn.Module, list[tuple[torch.Tensor, int, torch.Tensor, int]]] = {}
+        self.answers: dict[nn.Module, list[tuple[torch.Tensor, torch.Tensor, list[Any]]]] = {}
 
     def recall(self, layer: nn.Module, text: Any) -> torch.Tensor | None:
-        """The answer to the very same tensor, unless it or the answer was changed in place."""
-        for given, version, out, out_version in self.answers.get(layer, ()):
-            if given is text and (given._version, out._version) == (version, out_version):
+        """The answer to the very same tensor, unless it, the answer or the layer has changed."""
+        for given, out, marks in self.answers.get(layer, ()):
+            if given is text and marks == self.marks(layer, given, out):
                 return out
         return None
 
@@ -66,6 +68,11 @@ class TextAnswers:
         """Remembers an answer, where tensors count their changes."""
         if not (text.is_inference() or out.is_inference()):
             kept = self.answers.setdefault(layer, [])
-            kept.append((text, text._version, out, out._version))
+            kept.append((text, out, self.marks(layer, text, out)))
             del kept[: -self.KEPT]
         return out
+
+    @staticmethod
+    def marks(layer: nn.Module, *tensors: torch.Tensor) -> list[Any]:
+        """What tells a change in place of tensors, and any of a layer's parameters that they count."""
+        return [*(tensor._version for tensor in tensors), *map(identity, layer.parameters(recurse=False))]

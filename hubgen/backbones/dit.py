@@ -327,6 +327,10 @@ class DiTTransformer2DModel(Backbone):
         sample = self.unpatchify(x, height, width)  # (B, C, H, W)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
+    def time_embedders(self) -> list[nn.Module]:
+        """The modules that `modulations` depends on, besides the layers themselves."""
+        return [block.norm1.emb for block in self.transformer_blocks]
+
     def modulations(
         self, timestep: torch.Tensor, class_labels: torch.Tensor
     ) -> Iterator[tuple[nn.Module, torch.Tensor]]:

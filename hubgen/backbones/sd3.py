@@ -106,6 +106,10 @@ class SD3Stem(SingleFileMixin, Backbone):
         """The layers that see the text as it comes in, and nothing else."""
         return [self.context_embedder]
 
+    def time_embedders(self) -> list[nn.Module]:
+        """The modules that `modulations` depends on, besides the layers themselves."""
+        return [self.time_text_embed]
+
     def modulations(
         self, timestep: torch.Tensor, pooled_projections: torch.Tensor
     ) -> Iterator[tuple[nn.Module, torch.Tensor]]:

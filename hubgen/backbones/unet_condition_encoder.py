@@ -186,6 +186,13 @@ class UNetConditionEncoder(SingleFileMixin, Backbone):
         """The layers that see the text as it comes in, and nothing else; the attentions name theirs themselves."""
         return [] if self.encoder_hid_proj is None else [self.encoder_hid_proj]
 
+    def time_embedders(self) -> list[nn.Module]:
+        """The modules that `modulations` depends on, besides the layers themselves."""
+        sums = [self.time_proj, self.time_embedding, self.class_embedding]
+        if self.config.addition_embed_type == "text_time":
+            sums += [self.add_time_proj, self.add_embedding]
+        return [module for module in sums if module is not None]
+
     def modulations(
         self,
         timestep: torch.Tensor,

@@ -1,7 +1,7 @@
 """Layers that see the embedded time, or the text, and nothing else: what a sampling loop may compute once.
 
 A module says so itself: `time_layer` names its layer that sees the embedded time after SiLU, `context_layers()` gives
-those that see the text as it comes in.
+those that see the text as it comes in, `time_embedders()` those that embed the time and what is added to it.
 """
 
 from collections.abc import Iterable, Iterator

@@ -59,11 +59,16 @@ def plain_tensor(x: Any) -> bool:
 
 def fusable(layer: Any, plain_class: type) -> bool:
     """Whether what calls a layer may compute it along: it is the plain layer, and nobody else listens to its calls."""
-    if type(layer) is not plain_class or layer._forward_hooks or layer._forward_pre_hooks:  # type: ignore[attr-defined]
+    if type(layer) is not plain_class or has_hooks(layer):  # type: ignore[arg-type]
         return False
     forward = layer.__dict__.get("forward")
-    listened = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
-    return not listened and (forward is None or getattr(forward, "is_ours", False))
+    return forward is None or getattr(forward, "is_ours", False)
+
+
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether somebody listens to a layer's calls, or to those of all modules."""
+    everywhere = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or everywhere)
 
 
 # ---- linear layers ----
@@ -75,26 +80,29 @@ def linear(packing: Packing, layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     if rows * layer.weight.numel() < SMALL or not usable(layer, x, packing.budget > 0):
         return nn.Linear.forward(layer, x)
     record = packing.record(layer)
-    if not granted_linear(packing, record, layer, rows) or isinstance(record.packed, tuple):  # two halves, of `gegelu`
+    packed = packed_linear(packing, record, layer) if granted_linear(packing, record, layer, rows) else None
+    if packed is None or isinstance(packed, tuple):  # two halves, of `geglu`
         return nn.Linear.forward(layer, x)
-    return kernels.multiply(x, packed_linear(packing, record, layer), layer.bias)
+    return kernels.multiply(x, packed, layer.bias)
 
 
 def granted_linear(packing: Packing, record: Record, layer: nn.Linear, rows: int) -> bool:
     """Whether there is memory to pack the weight, as is decided at the first call."""
-    if record.granted is None:
-        # Products of a few rows gain by the order, those of many by the better kernel.
-        wide = 0.3 if layer.out_features > 4 * layer.in_features and rows < 1024 else 0.0
-        size = layer.weight.numel() * layer.weight.element_size()
-        record.granted = rows >= 16 and packing.grant(0.05 + wide + 1e-3 * rows, size, rows)
-    return record.granted
+    with packing.lock:
+        if record.granted is None:
+            # Products of a few rows gain by the order, those of many by the better kernel.
+            wide = 0.3 if layer.out_features > 4 * layer.in_features and rows < 1024 else 0.0
+            size = layer.weight.numel() * layer.weight.element_size()
+            record.granted = rows >= 16 and packing.grant(0.05 + wide + 1e-3 * rows, size, rows)
+        return record.granted
 
 
-def packed_linear(packing: Packing, record: Record, layer: nn.Linear) -> torch.Tensor:
-    """The weight in the kernels' order."""
-    if record.packed is None:
-        packing.keep(record, layer.weight, kernels.pack_linear(layer.weight.detach().contiguous()))
-    return record.packed
+def packed_linear(packing: Packing, record: Record, layer: nn.Linear) -> Any:
+    """The weight in the kernels' order, or its two halves, where `geglu` has packed it."""
+    packed = record.packed
+    if packed is None:
+        packed = packing.keep(record, layer.weight, kernels.pack_linear(layer.weight.detach().contiguous()))
+    return packed
 
 
 def ready(packing: Packing, layer: nn.Linear, x: torch.Tensor) -> Record | None:
@@ -123,10 +131,11 @@ def geglu(packing: Packing, block: GEGLU, x: torch.Tensor) -> torch.Tensor:
     record = None if proj.bias is None else ready(packing, proj, x)
     if record is None:
         return GEGLU.forward(block, x)
-    if not isinstance(record.packed, tuple):
+    packed = record.packed
+    if not isinstance(packed, tuple):
         halves = proj.weight.detach().contiguous().chunk(2)
-        packing.keep(record, proj.weight, tuple(map(kernels.pack_linear, halves)))
-    value, gate = record.packed
+        packed = packing.keep(record, proj.weight, tuple(map(kernels.pack_linear, halves)))
+    value, gate = packed
     value_bias, gate_bias = proj.bias.chunk(2)
     return kernels.multiply_gated(x, value, value_bias, kernels.multiply(x, gate, gate_bias, gelu="none"))
 
@@ -148,26 +157,27 @@ def convolution(packing: Packing, layer: nn.Conv2d, x: torch.Tensor) -> torch.Te
     fits = suits_winograd(layer, pixels, x.dtype, geometry)
     passing = fits and suits_passing_kernels(packing, layer, pixels)
     granted = granted_convolution(packing, record, layer, pixels, fits, passing)
+    packed = record.packed
     if record.doubling:  # what is packed is for `doubling`
         return nn.Conv2d.forward(layer, x)
     if fits and granted and record.winograd:
-        if record.packed is None:
-            packing.keep(record, weight, winograd.transform_kernel(weight.detach()))
-        return winograd.convolve(x, record.packed, bias)
+        if packed is None:
+            packed = packing.keep(record, weight, winograd.transform_kernel(weight.detach()))
+        return winograd.convolve(x, packed, bias)
     if passing:
         return winograd.convolve(x, winograd.transform_kernel(weight), bias)
     if layer.kernel_size == (1, 1) and geometry == ((1, 1), (0, 0), (1, 1), 1):
         tokens, matrix = x.permute(0, 2, 3, 1), weight.detach().flatten(1)
         if granted:
-            if record.packed is None:
-                packing.keep(record, weight, kernels.pack_linear(matrix.contiguous()))
-            return kernels.multiply(tokens, record.packed, bias).permute(0, 3, 1, 2)
+            if packed is None:
+                packed = packing.keep(record, weight, kernels.pack_linear(matrix.contiguous()))
+            return kernels.multiply(tokens, packed, bias).permute(0, 3, 1, 2)
         return F.linear(tokens, matrix, bias).permute(0, 3, 1, 2)
     if granted and not record.winograd:
-        if record.packed is None:
+        if packed is None:
             packed = kernels.pack_convolution(weight.detach().contiguous(), geometry, x.shape)
             packing.keep(record, weight, packed)
-        return kernels.convolve(x, record.packed, bias, geometry)
+        return kernels.convolve(x, packed, bias, geometry)
     few = FEW_PIXELS if weight.numel() < LARGE else FEW_PIXELS_LARGE
     if pixels <= few and layer.groups == 1 and weight.is_contiguous():
         return kernels.convolve_columns(x, weight, bias, geometry)
@@ -187,14 +197,15 @@ def granted_convolution(
     Where Winograd's method `fits`, it comes first; kernels transformed in `passing` are better than none.
     """
     size = layer.weight.numel() * layer.weight.element_size()
-    if record.granted is None:
-        record.winograd = fits and packing.grant(0.15 + 2e-4 * pixels, 4 * size, pixels)
-        record.granted = record.winograd
-        if layer.kernel_size == (1, 1):
-            record.granted = packing.grant(0.05 + 1e-3 * pixels, size, pixels)
-        elif not record.winograd and not passing:
-            record.granted = packing.grant(0.24 + 2e-4 * pixels if pixels >= 64 else 0.1, size, pixels)
-    return bool(record.granted)
+    with packing.lock:
+        if record.granted is None:
+            record.winograd = fits and packing.grant(0.15 + 2e-4 * pixels, 4 * size, pixels)
+            record.granted = record.winograd
+            if layer.kernel_size == (1, 1):
+                record.granted = packing.grant(0.05 + 1e-3 * pixels, size, pixels)
+            elif not record.winograd and not passing:
+                record.granted = packing.grant(0.24 + 2e-4 * pixels if pixels >= 64 else 0.1, size, pixels)
+        return record.granted
 
 
 def suits_passing_kernels(packing: Packing, layer: nn.Conv2d, pixels: int) -> bool:
@@ -226,12 +237,12 @@ def doubling(
     if record is None:
         return Upsample2D.forward(block, x, output_size)
     x = x.contiguous(memory_format=torch.channels_last)
-    if record.packed is None:
+    phases = record.packed
+    if phases is None:
         window = torch.Size((*x.shape[:2], height + 1, width + 1))
         small = phase_kernels(conv.weight.detach())
-        packed = tuple(kernels.pack_convolution(kernel, WINDOW, window) for kernel in small)
-        packing.keep(record, conv.weight, packed)
-    phases = record.packed
+        phases = tuple(kernels.pack_convolution(kernel, WINDOW, window) for kernel in small)
+        packing.keep(record, conv.weight, phases)
     return convolve_doubled(x, lambda window, phase: kernels.convolve(window, phases[phase], conv.bias, WINDOW))
 
 
@@ -245,9 +256,10 @@ def ready_to_double(packing: Packing, conv: Any, x: torch.Tensor) -> Record | No
         return None
     record = packing.record(conv)
     size = 16 * weight.numel() * weight.element_size() // 9
-    if record.granted is None and packing.grant(1.0, size, pixels):
-        record.granted = record.doubling = True
-    return record if record.doubling else None
+    with packing.lock:
+        if record.granted is None and packing.grant(1.0, size, pixels):
+            record.granted = record.doubling = True
+        return record if record.doubling else None
 
 
 # By the exact class of a layer. Those of `ALWAYS` gain by what a call computes; the others by what is packed alone.

@@ -5,6 +5,7 @@ here, and no copy, file or state dict ever contains them.
 """
 
 import math
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -59,6 +60,8 @@ class Packing:
     """The same for the pictures that this model sees; `None` before its first call."""
     spent: int = 0
     records: "WeakKeyDictionary[nn.Module, Record]" = field(default_factory=WeakKeyDictionary)
+    lock: Any = field(default_factory=threading.RLock)
+    """Held while memory is granted: threads may call a model for the first time at once."""
 
     def grant(self, gain: float, size: int, rows: int) -> bool:
         """Whether a layer that sees `rows` pixels or tokens may pack `size` bytes that save `gain` ms a megabyte."""
@@ -73,7 +76,8 @@ class Packing:
         """Of a layer, whose packed weight is dropped where it is plainly of another tensor."""
         record = self.records.get(layer)
         if record is None:
-            record = self.records[layer] = Record()
+            with self.lock:
+                record = self.records.setdefault(layer, Record())
         elif record.packed is not None and record.stamp != identity(layer.weight):
             record.forget()
         return record
@@ -85,12 +89,14 @@ class Packing:
 
     def verify(self) -> None:
         """Drops every packed weight whose layer has other values by now, by reading all of them."""
-        records: list[tuple[Any, Record]] = list(self.records.items())  # other threads may add some
-        for layer, record in records:
-            if record.packed is None:
+        for reference in self.records.keyrefs():  # a copy: other threads may add some
+            layer: Any = reference()
+            record = None if layer is None else self.records.get(layer)
+            if record is None or record.packed is None:
                 continue
-            same = record.stamp == identity(layer.weight)
-            if not same or record.sums is None or not torch.equal(record.sums, checksum(layer.weight)):
+            sums = record.sums
+            same = sums is not None and record.stamp == identity(layer.weight)
+            if sums is None or not same or not torch.equal(sums, checksum(layer.weight)):
                 record.forget()
 
 
