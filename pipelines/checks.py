@@ -2,22 +2,16 @@
 
 import dataclasses
 import inspect
-import math
-import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 
+from hubgen.checks import is_number
+
 Record = TypeVar("Record", bound=Any)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-
-
-def require_whole(name: str, value: object) -> None:
-    """Raises ValueError unless `value` is a whole number above 0."""
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"`{name}`: got {value!r}, expected a whole number, at least 1.")
 
 
 def check_generator(generator: Any, batch: int) -> None:
@@ -64,22 +58,18 @@ def check_eta(scheduler: Any, eta: float) -> dict[str, Any]:
 
 def check_strength(strength: float) -> float:
     """Raises ValueError unless it is a number in [0, 1]."""
-    if not _is_number(strength) or not 0 <= strength <= 1:  # false for NaN
+    if not is_number(strength) or not 0 <= strength <= 1:  # false for NaN
         raise ValueError(f"`strength`: got {strength!r}, expected a number in [0, 1].")
     return float(strength)
 
 
 def check_share(name: str, share: float | None) -> float | None:
     """Raises ValueError unless it is `None` or a number in (0, 1)."""
-    if share is not None and (not _is_number(share) or not 0 < share < 1):
+    if share is not None and (not is_number(share) or not 0 < share < 1):
         raise ValueError(
             f"`{name}`: got {share!r}, expected a number in (0, 1), a share of the time from noise to data."
         )
     return None if share is None else float(share)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def arguments_of(record: type[Record], arguments: Mapping[str, Any]) -> Record:

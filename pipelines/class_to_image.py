@@ -5,6 +5,7 @@ Shapes: B pictures (labels times pictures of each), H and W pixels, (B, C, h, w)
 
 import numbers
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -18,13 +19,14 @@ from hubgen.autoencoders.autoencoder_kl import AutoencoderKL
 from hubgen.autoencoders.latents import LatentSpace, decode
 from hubgen.backbones.dit import DiTTransformer2DModel
 from hubgen.backbones.unet import UNet2DModel
+from hubgen.checks import whole
 from hubgen.conditioning.condition import Condition
 from hubgen.conditioning.families import BackboneFamily, family_of
 from hubgen.conditioning.guidance import NEGATIVE, POSITIVE, ClassifierFreeGuidance, GuidedNoise
 from hubgen.conditioning.predict import Predictor
 from hubgen.hub.registration import loadable
 from hubgen.pipelines.callbacks import Callback
-from hubgen.pipelines.checks import check_generator, check_latents, check_output, require_whole
+from hubgen.pipelines.checks import check_generator, check_latents, check_output
 from hubgen.pipelines.denoising import Generator
 from hubgen.pipelines.denoising_pipeline import DenoisingPipeline
 from hubgen.pipelines.starts import starting_noise
@@ -153,7 +155,7 @@ class ClassToImagePipeline(DenoisingPipeline):
         space, backbone = self.latent_space, self.backbone
         guidance = self.check_guidance(guidance_scale, guidance_rescale, guidance_interval)
         labels = self.check_labels(class_labels)
-        require_whole("num_images_per_label", num_images_per_label)
+        whole("num_images_per_label", num_images_per_label)
         shape = space.shape(len(labels) * num_images_per_label, space.checked_size(height, width))
         check_generator(generator, shape[0])
         check_latents(latents, shape)
@@ -179,8 +181,10 @@ class ClassToImagePipeline(DenoisingPipeline):
 
         latents = starting_noise(self.scheduler, shape, generator, latents, device)
         with accelerated(self) as fast:
-            predictor.tabulate(fast, grid, guidance.all_branches)
-            after_step = self.acts(callback_on_step_end, callback_on_step_end_tensor_inputs, predictor, LABELS, fast)
+            tabulate = partial(predictor.tabulate, fast, grid, guidance.all_branches)
+            tabulate()
+            names = callback_on_step_end_tensor_inputs
+            after_step = self.acts(callback_on_step_end, names, predictor, LABELS, fast, tabulate)
             guided = GuidedNoise(guidance, space.channels)
             latents = self.denoise(fast.around(predict), latents, grid, guided, generator, after_step)
             with fast.network():

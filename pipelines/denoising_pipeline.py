@@ -4,18 +4,18 @@ Shapes: B pictures, (B, ...) latents.
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from hubgen.acceleration.walk import Acceleration
+from hubgen.checks import whole
 from hubgen.conditioning.guidance import Guidance
 from hubgen.conditioning.predict import Predictor
-from hubgen.formats.diffusers_contract import has_step_hooks
+from hubgen.diffusers_contract import reset_step_hooks
 from hubgen.hub.native import NativePipeline
 from hubgen.pipelines.callbacks import Callback, StepCallback
-from hubgen.pipelines.checks import require_whole
 from hubgen.pipelines.denoising import AfterStep, Generator, Predict, denoise
 
 LEARNED_VARIANCES = ("learned", "learned_range")
@@ -73,7 +73,7 @@ class DenoisingPipeline(NativePipeline):
         if num_inference_steps is None and own:
             num_inference_steps = default_steps
         if num_inference_steps is not None:
-            require_whole("num_inference_steps", num_inference_steps)
+            whole("num_inference_steps", num_inference_steps)
         grid: dict[str, Any] = {"timesteps": timesteps, "sigmas": sigmas}
         grid = {name: value for name, value in grid.items() if value is not None}
         for name, value in grid.items():
@@ -97,8 +97,15 @@ class DenoisingPipeline(NativePipeline):
         predictor: Predictor,
         fields: Mapping[str, tuple[str, str]],
         fast: Acceleration,
+        tabulate: Callable[[], None] = lambda: None,
     ) -> list[AfterStep]:
-        """What a user's callback adds to the end of a step; see `StepCallback` for the arguments."""
+        """What a user's callback adds to the end of a step.
+
+        Args:
+            callback: See `StepCallback`, as for `tensor_names`, `predictor` and `fields`; `None` adds nothing.
+            fast: Of the call; the callback may change the models.
+            tabulate: Has `fast` compute its tables anew, after a change of models or conditions.
+        """
         if callback is None:
             return []
         act = StepCallback(callback, self, tensor_names, predictor, fields)
@@ -107,8 +114,8 @@ class DenoisingPipeline(NativePipeline):
             conditions = predictor.conditions
             with fast.user_code():
                 latents = act(step, timestep, latents)
-            if predictor.conditions is not conditions:
-                fast.forget_tables()
+            if predictor.conditions is not conditions or not fast.tabulated:
+                tabulate()
             return latents
 
         return [guarded]
@@ -116,8 +123,7 @@ class DenoisingPipeline(NativePipeline):
     def maybe_free_model_hooks(self) -> None:
         """As diffusers', which leaves a registry of hooks on every model, also on one without hooks."""
         for component in self.components.values():
-            if has_step_hooks(component) and hasattr(component, "_reset_stateful_cache"):
-                component._reset_stateful_cache()
+            reset_step_hooks(component)
         if getattr(self, "_all_hooks", None):
             super().maybe_free_model_hooks()
 

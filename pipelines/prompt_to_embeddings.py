@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from hubgen.checks import whole
 from hubgen.conditioning.condition import Condition
 from hubgen.conditioning.families import BackboneFamily
 from hubgen.conditioning.guidance import NEGATIVE, POSITIVE
 from hubgen.conditioning.prompts import PromptCondition
-from hubgen.pipelines.checks import require_whole
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class PromptArguments:
 
     def check(self, condition: PromptCondition, family: BackboneFamily, guided: bool) -> None:
         """Raises ValueError where prompts, embeddings and their options are wrong or do not fit each other."""
-        require_whole("num_images_per_prompt", self.num_images_per_prompt)
+        whole("num_images_per_prompt", self.num_images_per_prompt)
         given: dict[str, Any] = {name: getattr(self, name) for name in EMBEDDINGS}
         if (self.prompt is None) == (given["prompt_embeds"] is None):
             found = "neither" if self.prompt is None else "both"

@@ -11,7 +11,6 @@ Shapes: B pictures, n images given (n divides B), H and W pixels, (B, C, h, w) l
 """
 
 import logging
-import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from hubgen.autoencoders.latents import LatentSpace, encode
+from hubgen.checks import whole
 from hubgen.conditioning.families import BackboneFamily, StartRules
 from hubgen.controls.control import Control, Generator, Start, Target
 from hubgen.controls.inpaint import Inpaint, is_shown_masks
@@ -192,8 +192,7 @@ class ImageStart(NoiseStart):
         """(left, top, right, bottom) of the part to make, `None` for all of it."""
         if padding is None or self.mask is None:
             return None
-        if not isinstance(padding, numbers.Integral) or isinstance(padding, bool) or padding < 0:
-            raise ValueError(f"`padding_mask_crop`: got {padding!r}, expected a whole number of pixels, at least 0.")
+        whole("padding_mask_crop", padding, least=0)
         for name, value in (("image", self.image), ("mask_image", self.mask)):
             if torch.is_tensor(value) or len(value) != 1:
                 raise ValueError(f"`{name}`: got a tensor or several, expected one PIL image with `padding_mask_crop`.")

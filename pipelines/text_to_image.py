@@ -11,6 +11,7 @@ P features of pooled text.
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -27,6 +28,7 @@ from hubgen.autoencoders.latents import LatentSpace, decode
 from hubgen.backbones.flux import FluxTransformer2DModel
 from hubgen.backbones.sd3 import SD3Transformer2DModel
 from hubgen.backbones.unet_condition import UNet2DConditionModel
+from hubgen.checks import whole
 from hubgen.conditioning.condition import Condition
 from hubgen.conditioning.families import BackboneFamily, family_of
 from hubgen.conditioning.guidance import ClassifierFreeGuidance
@@ -45,7 +47,6 @@ from hubgen.pipelines.checks import (
     check_generator,
     check_latents,
     check_output,
-    require_whole,
 )
 from hubgen.pipelines.defaults import READS, Defaults, FamilyDefaults, defaults_of
 from hubgen.pipelines.denoising import AfterStep, Generator
@@ -339,8 +340,10 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
         predict = Predictor(self.backbone, conditions, family, open_doors(prepared, attention))
         after_step: list[AfterStep] = [control.after_step for control in prepared]
         with accelerated(self) as fast, opened(self.backbone, prepared):
-            predict.tabulate(fast, target.timesteps, guidance.all_branches)
-            after_step += self.acts(callback_on_step_end, callback_on_step_end_tensor_inputs, predict, EMBEDDINGS, fast)
+            tabulate = partial(predict.tabulate, fast, target.timesteps, guidance.all_branches)
+            tabulate()
+            names = callback_on_step_end_tensor_inputs
+            after_step += self.acts(callback_on_step_end, names, predict, EMBEDDINGS, fast, tabulate)
             latents = self.denoise(
                 fast.around(predict),
                 begin.x_t,
@@ -411,7 +414,7 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
         mu = self.dynamic_shift(size) if self.scheduler.config.get("use_dynamic_shifting", False) else None
         steps = default_steps if num_inference_steps is None else num_inference_steps
         if timesteps is None and sigmas is None:
-            require_whole("num_inference_steps", steps)
+            whole("num_inference_steps", steps)
             sigmas = self.family.sigmas(steps, self.scheduler)
         return self.set_grid(num_inference_steps, timesteps, sigmas, steps, device, mu)
 

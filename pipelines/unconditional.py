@@ -14,12 +14,13 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from hubgen.acceleration.optimize import accelerated
 from hubgen.backbones.unet import UNet2DModel
+from hubgen.checks import whole
 from hubgen.conditioning.condition import Condition
 from hubgen.conditioning.guidance import POSITIVE, ClassifierFreeGuidance
 from hubgen.conditioning.predict import Predictor
 from hubgen.hub.registration import loadable
 from hubgen.pipelines.callbacks import Callback
-from hubgen.pipelines.checks import check_generator, check_latents, check_output, require_whole
+from hubgen.pipelines.checks import check_generator, check_latents, check_output
 from hubgen.pipelines.denoising import Generator, supported
 from hubgen.pipelines.denoising_pipeline import DenoisingPipeline
 from hubgen.pipelines.starts import starting_noise
@@ -67,7 +68,7 @@ class UnconditionalPipeline(DenoisingPipeline):
         if unet.config.sample_size is None:
             raise ValueError("`unet`: got one without `sample_size`, expected the size of its pictures there.")
         if default_num_inference_steps is not None:
-            require_whole("default_num_inference_steps", default_num_inference_steps)
+            whole("default_num_inference_steps", default_num_inference_steps)
         if hasattr(scheduler, "step_correct") and not isinstance(scheduler, ScoreSdeVeScheduler):
             scheduler = ScoreSdeVeScheduler.from_config(scheduler.config)  # diffusers' has two stages, but no `step`
         self.register_modules(unet=unet, scheduler=scheduler)
@@ -124,7 +125,7 @@ class UnconditionalPipeline(DenoisingPipeline):
         Raises:
             ValueError: An argument is not one that the model can work with; before anything is computed.
         """
-        require_whole("batch_size", batch_size)
+        whole("batch_size", batch_size)
         shape = (batch_size, self.unet.config.in_channels, *self.size)
         check_generator(generator, batch_size)
         check_latents(latents, shape)

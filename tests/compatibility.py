@@ -74,7 +74,8 @@ FULL_SIZE_CASES = {
 }
 """Comparisons of tests/full_size for a family."""
 
-Cell = dict[str, bool | None]
+Cell = dict[str, bool | str | None]
+"""Whether it works in each library, and the reason why it does not in diffusers."""
 Table = dict[str, dict[str, Cell]]
 
 
@@ -88,6 +89,8 @@ def collect(shown: list[tuple[dict[str, Any], bool]]) -> Table:
         cell["hubgen"] = bool(cell["hubgen"] and passed)
         if what.get("diffusers") is not None:
             cell["diffusers"] = what["diffusers"] and cell["diffusers"] is not False
+        if what.get("reason"):
+            cell["reason"] = what["reason"]
     return table
 
 

@@ -29,7 +29,7 @@ def fixed_seed() -> None:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a whole text-to-image pipeline of a few thousand random weights, for pictures of 16x16 pixels."""
-    from tests.tiny import saved_pipeline
+    from tests.models import saved_pipeline
 
     return saved_pipeline(tmp_path_factory.mktemp("tiny-model"))
 
@@ -51,8 +51,9 @@ def shows(record_property: Callable[[str, Any], None]) -> Callable[..., None]:
     """`shows("sdxl", "inpainting")`: what the test shows if it passes, for the table of tests/compatibility.py."""
     from tests.compatibility import OFFICIAL
 
-    def show(row: str, column: str, diffusers: bool | None = None) -> None:
-        record_property("shows", {"row": OFFICIAL.get(row, row), "column": column, "diffusers": diffusers})
+    def show(row: str, column: str, diffusers: bool | None = None, reason: str | None = None) -> None:
+        value = {"row": OFFICIAL.get(row, row), "column": column, "diffusers": diffusers}
+        record_property("shows", value if reason is None else {**value, "reason": reason})
 
     return show
 

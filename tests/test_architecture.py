@@ -13,17 +13,19 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"hubgen": ROOT / "hubgen", "hubgen.pipelines": ROOT / "pipelines", "hubgen.training": ROOT / "training"}
 
+BEDROCK = ("checks", "diffusers_contract")
 GROUND = ("layers", "paths", "formats")
 MACHINE = ("autoencoders", "backbones", "schedulers", "conditioning")
 ABOVE = ("controls", "adaptation", "data", "hub", "acceleration")
 # part of the package -> the parts that it may import, itself aside
 ALLOWED: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(GROUND, ()),
-    **dict.fromkeys(MACHINE, GROUND),
-    **dict.fromkeys(ABOVE, (*GROUND, *MACHINE, *ABOVE)),
-    "pipelines": (*GROUND, *MACHINE, *ABOVE),
-    "training": (*GROUND, *MACHINE, *ABOVE, "pipelines"),
-    "cli": (*GROUND, *MACHINE, *ABOVE, "pipelines", "training"),
+    **dict.fromkeys(BEDROCK, ()),
+    **dict.fromkeys(GROUND, BEDROCK),
+    **dict.fromkeys(MACHINE, (*BEDROCK, *GROUND)),
+    **dict.fromkeys(ABOVE, (*BEDROCK, *GROUND, *MACHINE, *ABOVE)),
+    "pipelines": (*BEDROCK, *GROUND, *MACHINE, *ABOVE),
+    "training": (*BEDROCK, *GROUND, *MACHINE, *ABOVE, "pipelines"),
+    "cli": (*BEDROCK, *GROUND, *MACHINE, *ABOVE, "pipelines", "training"),
 }
 
 

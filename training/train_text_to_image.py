@@ -15,7 +15,6 @@ import importlib.util
 import inspect
 import json
 import math
-import os
 import shutil
 import signal
 import time
@@ -43,6 +42,7 @@ from hubgen.conditioning.text import TextCondition
 from hubgen.data.cache import LatentCache, TextCache, cache_latents, cache_text_embeddings, module_digest
 from hubgen.data.image_folder import ImageTextFolder
 from hubgen.data.sampler import StepBatchSampler, step_generator, step_seed
+from hubgen.formats.atomic import written, written_folder
 from hubgen.hub.card import TrainingRecord, describe_data, text_to_image_card
 from hubgen.paths.path import ProbabilityPath, RectifiedFlowPath, VariancePreservingPath
 from hubgen.paths.prediction import to_diffusers
@@ -544,9 +544,8 @@ class Metrics:
                     lines.append(line)
             except ValueError:  # the last line of a killed run may be cut
                 continue
-        temporary = path.with_name(f".tmp-{path.name}")
-        temporary.write_text("".join(lines), encoding="utf-8")
-        os.replace(temporary, path)
+        with written(path) as temporary:
+            temporary.write_text("".join(lines), encoding="utf-8")
 
     def write(self, step: int, values: dict[str, float]) -> None:
         if self.writer:
@@ -619,13 +618,15 @@ def draw_validation(pipeline: Any, settings: Settings, accelerator: Accelerator,
 
 
 def publish(pipeline: Any, folder: Path, settings: Settings, record: TrainingRecord) -> None:
-    """The pipeline's folder with its card, whole or not there: written beside and renamed."""
-    temporary, replaced = folder.with_name(f".tmp-{folder.name}"), folder.with_name(f".tmp-replaced-{folder.name}")
-    for leftover in (temporary, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
-    pipeline.to(dtype=getattr(torch, settings.export_dtype)).save_pretrained(temporary, safe_serialization=True)
+    """The pipeline's folder with its card, whole or not there."""
+    with written_folder(folder) as temporary:
+        write_pipeline(pipeline, temporary, settings, record)
 
-    for config in temporary.glob("*/config.json"):  # where a part was loaded from is nobody's business
+
+def write_pipeline(pipeline: Any, temporary: Path, settings: Settings, record: TrainingRecord) -> None:
+    """A pipeline with its records and its card."""
+    pipeline.to(dtype=getattr(torch, settings.export_dtype)).save_pretrained(temporary, safe_serialization=True)
+    for config in temporary.glob("*/config.json"):  # local paths are not published
         values = json.loads(config.read_text(encoding="utf-8"))
         values.pop("_name_or_path", None)
         config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -644,11 +645,6 @@ def publish(pipeline: Any, folder: Path, settings: Settings, record: TrainingRec
     (temporary / "README.md").write_text(card, encoding="utf-8")
     if (settings.data_dir / "LICENSE").is_file():
         shutil.copyfile(settings.data_dir / "LICENSE", temporary / "LICENSE-data")
-
-    if folder.exists():
-        folder.rename(replaced)
-    temporary.rename(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from torch import nn
 from hubgen.acceleration.cpu.layers import ALWAYS, PACKED
 from hubgen.acceleration.cpu.packing import Packing, identity
 from hubgen.acceleration.tables import StepTables, TextAnswers
+from hubgen.diffusers_contract import is_compiled
 from hubgen.layers.conditioned import context_layers
 
 # Values of a tensor that are looked at after code of the user's has run in the middle of a call.
@@ -175,9 +176,10 @@ class Acceleration:
             if marks != self._marks:
                 self._prepare()
 
-    def forget_tables(self) -> None:
-        """The conditions of the call have changed."""
-        self._tables = None
+    @property
+    def tabulated(self) -> bool:
+        """Whether there are tables: a change of the models drops them."""
+        return self._tables is not None
 
     def _signature(self) -> list[Any]:
         marks: list[Any] = []
@@ -218,7 +220,7 @@ def accelerate(packings: Mapping[nn.Module, Packing]) -> Iterator[Acceleration]:
 
 def plain_layers(model: nn.Module) -> Iterator[nn.Module]:
     """A model's modules, but for those that are compiled, those below them, and those with a foreign `forward`."""
-    if getattr(model, "_compiled_call_impl", None) is not None or hasattr(model, "_orig_mod"):
+    if is_compiled(model):
         return
     forward = model.__dict__.get("forward")
     if forward is None or getattr(forward, "is_ours", False):

@@ -9,12 +9,13 @@ Shapes: B pictures of H x W pixels, latents (B, C, h, w).
 """
 
 import math
-import numbers
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from hubgen.checks import whole
 
 # A U-Net takes any size; well above this one, memory runs out before there is a picture.
 LARGEST_SIDE = 8192
@@ -140,8 +141,7 @@ class LatentSpace:
         """
         size = (self.default_size[0] if height is None else height, self.default_size[1] if width is None else width)
         for name, side in zip(("height", "width"), size, strict=True):
-            if not isinstance(side, numbers.Integral) or isinstance(side, bool) or side < 1:
-                raise ValueError(f"`{name}`: got {side!r}, expected a whole number, at least 1.")
+            whole(name, side)
             if side > self.largest:
                 raise ValueError(
                     f"`{name}`: got {side}, expected at most {self.largest}, the largest that this model makes."

@@ -8,6 +8,7 @@ from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
 from torch import nn
 
+from hubgen.diffusers_contract import register_cached_blocks
 from hubgen.formats.loading import StrictModelMixin
 from hubgen.layers.checkpointing import Checkpointed
 
@@ -31,12 +32,5 @@ class Backbone(StrictModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, 
 
     def enable_cache(self, config: Any) -> None:
         """Reuses features between steps, an approximation (diffusers' `FirstBlockCacheConfig` and the like)."""
-        # Registered here rather than at import, because the registry imports every transformer of diffusers.
-        from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
-
-        for block, (image, text) in self._cached_blocks.items():
-            metadata = TransformerBlockMetadata(
-                return_hidden_states_index=image, return_encoder_hidden_states_index=text
-            )
-            TransformerBlockRegistry.register(block, metadata)
+        register_cached_blocks(self._cached_blocks)
         super().enable_cache(config)

@@ -4,7 +4,8 @@ from typing import Any
 
 from torch import nn
 
-from hubgen.layers.checks import require_positive, require_supported
+from hubgen.checks import whole
+from hubgen.layers.checks import require_supported
 from hubgen.layers.unet_blocks import (
     AttnDownBlock2D,
     AttnUpBlock2D,
@@ -119,17 +120,17 @@ def check_config(config: Any) -> None:
     """Raises ValueError naming the argument whose value cannot be built or does not fit another."""
     require_supported(config, SUPPORTED)
     for name in ("in_channels", "out_channels", "layers_per_block"):
-        require_positive(name, config[name])
+        whole(name, config[name])
     for name in ("norm_num_groups", "attn_norm_num_groups", "attention_head_dim", "time_embedding_dim"):
         if config[name] is not None:
-            require_positive(name, config[name])
+            whole(name, config[name])
     for name in ("num_class_embeds", "num_train_timesteps"):
         if config[name] is not None:
-            require_positive(name, config[name])
+            whole(name, config[name])
     if not config.block_out_channels:
         raise ValueError("`block_out_channels`: got none, expected one entry a level.")
     for channels in config.block_out_channels:
-        require_positive("block_out_channels", channels)
+        whole("block_out_channels", channels)
     if config.time_embedding_type == "learned" and config.num_train_timesteps is None:
         raise ValueError(
             "`num_train_timesteps`: got None, expected a whole number with `time_embedding_type` = 'learned'."

@@ -7,13 +7,13 @@ A guidance names branches: "positive" is the condition that is wanted, "negative
 denoising loop has the backbone predict for all branches of a step in one call, whatever their number.
 """
 
-import math
-import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+
+from hubgen.checks import is_number
 
 POSITIVE, NEGATIVE = "positive", "negative"
 
@@ -51,13 +51,12 @@ class ClassifierFreeGuidance:
     interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        # Written so that NaN, which compares false, fails.
-        if not _is_number(self.scale) or not (self.scale >= 0 and math.isfinite(self.scale)):
+        if not is_number(self.scale) or self.scale < 0:
             raise ValueError(f"`guidance_scale`: got {self.scale!r}, expected a finite number, at least 0.")
-        if not _is_number(self.rescale) or not (0 <= self.rescale <= 1):
+        if not is_number(self.rescale) or not (0 <= self.rescale <= 1):
             raise ValueError(f"`guidance_rescale`: got {self.rescale!r}, expected a number in [0, 1].")
         interval = self.interval
-        pair = isinstance(interval, tuple | list) and len(interval) == 2 and all(_is_number(end) for end in interval)
+        pair = isinstance(interval, tuple | list) and len(interval) == 2 and all(is_number(end) for end in interval)
         if not pair or not (0 <= interval[0] <= interval[1] <= 1):
             raise ValueError(f"`guidance_interval`: got {interval!r}, expected (low, high) with 0 <= low <= high <= 1.")
 
@@ -117,7 +116,3 @@ class GuidedNoise:
         """(B, C', h, w) each -> the same; C' is `channels` or more."""
         noise = {branch: prediction[:, : self.channels] for branch, prediction in predictions.items()}
         return torch.cat([self.guidance.combine(noise), predictions[POSITIVE][:, self.channels :]], dim=1)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from hubgen.checks import is_number
+
 Pair = tuple[int, int]
 
 # What diffusers' pipelines give the refiner for the picture that is wanted, and for the one to lead away from.
@@ -81,7 +83,7 @@ class MicroArguments:
             is_score = name.endswith("score")
             if not takes_micro or (is_score and not scored):
                 raise ValueError(f"`{name}`: got {value!r}, expected none: this model does not take it.")
-            if is_score and (not isinstance(value, numbers.Real) or isinstance(value, bool)):
+            if is_score and (not is_number(value)):
                 raise ValueError(f"`{name}`: got {value!r}, expected a number.")
             pair = isinstance(value, tuple | list) and len(value) == 2
             if not is_score and not (pair and all(isinstance(side, numbers.Integral) for side in value)):

@@ -14,7 +14,7 @@ from torch import nn
 
 from hubgen.conditioning.condition import Condition
 from hubgen.conditioning.families import SHUT, BackboneFamily, Doors, family_of, plain_backbone
-from hubgen.formats.diffusers_contract import has_step_hooks
+from hubgen.diffusers_contract import has_step_hooks
 
 
 class Tables(Protocol):

@@ -7,7 +7,6 @@ Files are safetensors, written under another name and renamed; one whose bytes r
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from tqdm.auto import tqdm
 
 from hubgen.conditioning.text import TextCondition, TextEmbeddings
 from hubgen.data.errors import DataError
+from hubgen.formats.atomic import written
 
 LAYOUT = 1
 """Version of the files' content; part of every name."""
@@ -221,10 +221,6 @@ def _cached(
                 f"{key['content']}: the encoder's {name} holds NaN or infinite values; expected finite ones."
             )
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".tmp-{os.getpid()}-{path.name}"
-    try:
+    with written(path, durable=False) as temporary:  # its digest tells a damaged one
         save_file(tensors, temporary, metadata={"key": description, "sha256": _digest(tensors)})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return tensors

@@ -16,7 +16,6 @@ import json
 import os
 import re
 import unicodedata
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
@@ -31,6 +30,7 @@ from hubgen.data.emoji_captions import Candidate, choose_held_out, clean_label, 
 from hubgen.data.errors import DataError
 from hubgen.data.packages import DEB_MAGIC, NpmPackage, fetch, file_digest, read_deb_member, read_members
 from hubgen.data.pictures import decode_picture, on_white, pad_to_square, scale
+from hubgen.formats.atomic import written
 
 STYLES = ("fluent", "noto")
 TRAIN, HELD_OUT = "train", "test"  # folder names that `datasets` recognises as splits
@@ -327,16 +327,8 @@ def _write(path: Path, content: bytes, durable: bool = True) -> None:
     """
     if path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content:
         return
-    temporary = path.with_name(f".tmp-{uuid.uuid4().hex}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written(path, durable) as temporary:
+        temporary.write_bytes(content)
 
 
 def _json(value: Any) -> bytes:

@@ -12,7 +12,6 @@ import lzma
 import os
 import tarfile
 import time
-import uuid
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from hubgen.data.errors import DataError
+from hubgen.formats.atomic import written
 
 NPM_REGISTRY = "https://registry.npmjs.org"
 CONNECT_TIMEOUT = 15.0  # seconds
@@ -111,8 +111,7 @@ class _Temporary(Exception):
 def _download(package: NpmPackage, path: Path, deadline: float, progress: bool) -> Path:
     import requests  # only a download needs it
 
-    url, partial = package.url(), path.with_name(f".tmp-{uuid.uuid4().hex}")
-    digest, received = hashlib.sha512(), 0
+    url, digest, received = package.url(), hashlib.sha512(), 0
     try:
         with requests.get(url, stream=True, timeout=(CONNECT_TIMEOUT, READ_TIMEOUT)) as response:
             if response.status_code in RETRIED_STATUS:
@@ -125,26 +124,23 @@ def _download(package: NpmPackage, path: Path, deadline: float, progress: bool) 
                 )
             total = int(response.headers.get("Content-Length", 0)) or None
             bar = tqdm(total=total, unit="B", unit_scale=True, desc=f"download {package.name}", disable=not progress)
-            with bar, open(partial, "wb") as file:
-                for chunk in response.iter_content(2**18):
-                    received += len(chunk)
-                    if received > package.max_bytes:
-                        raise DataError(f"{url}: more than the {package.max_bytes} bytes expected at most")
-                    if time.monotonic() > deadline:
-                        raise _Temporary(f"not finished after {DOWNLOAD_DEADLINE:.0f} s")
-                    digest.update(chunk)
-                    file.write(chunk)
-                    bar.update(len(chunk))
-                file.flush()
-                os.fsync(file.fileno())
-        if digest.hexdigest() != package.sha512:
-            raise _Temporary(f"sha512 is {digest.hexdigest()[:16]}…, the registry published {package.sha512[:16]}…")
-        os.replace(partial, path)
+            with written(path) as partial:
+                with bar, open(partial, "wb") as file:
+                    for chunk in response.iter_content(2**18):
+                        received += len(chunk)
+                        if received > package.max_bytes:
+                            raise DataError(f"{url}: more than the {package.max_bytes} bytes expected at most")
+                        if time.monotonic() > deadline:
+                            raise _Temporary(f"not finished after {DOWNLOAD_DEADLINE:.0f} s")
+                        digest.update(chunk)
+                        file.write(chunk)
+                        bar.update(len(chunk))
+                found = digest.hexdigest()
+                if found != package.sha512:
+                    raise _Temporary(f"sha512 is {found[:16]}…, the registry published {package.sha512[:16]}…")
         return path
     except requests.RequestException as problem:
         raise _Temporary(f"{type(problem).__name__}") from problem
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_members(archive: Path, option: str, prefix: str) -> Iterator[tuple[str, bytes]]:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from diffusers.models.modeling_utils import ModelMixin, no_init_weights
+from diffusers.models.modeling_utils import ModelMixin
 
+from hubgen.diffusers_contract import no_init_weights
 from hubgen.formats.checkpoints import (
     DIFFUSERS_STEM,
     Checkpoint,

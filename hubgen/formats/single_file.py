@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from diffusers.models.modeling_utils import ModelMixin, no_init_weights
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import logging
 
+from hubgen.diffusers_contract import no_init_weights
 from hubgen.formats import clip_layout, ldm_vae
 from hubgen.formats.checkpoints import read_json
 from hubgen.formats.headers import listing

@@ -6,7 +6,6 @@ later tool may replace, as benchmarks do with their figures.
 """
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +14,8 @@ from typing import Any
 
 import yaml
 from huggingface_hub import ModelCardData
+
+from hubgen.formats.atomic import written
 
 RECORD = "training.json"
 CURVE_ROWS = 12
@@ -35,7 +36,9 @@ class TrainingRecord:
 
     def save(self, folder: Path) -> None:
         """Writes `training.json` into the component's folder."""
-        write_beside_and_rename(folder / RECORD, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
+        with written(folder / RECORD) as temporary:
+            text = json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+            temporary.write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> "TrainingRecord | None":
@@ -172,11 +175,5 @@ def replace_section(path: Path, name: str, text: str) -> None:
     if not pattern.search(card):
         raise ValueError(f"{path}: no section between <!-- {name} --> and <!-- /{name} -->.")
     section = f"<!-- {name} -->\n{text.strip()}\n<!-- /{name} -->"
-    write_beside_and_rename(path, pattern.sub(lambda _: section, card))
-
-
-def write_beside_and_rename(path: Path, text: str) -> None:
-    """A reader sees the old file or the new one."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with written(path) as temporary:
+        temporary.write_text(pattern.sub(lambda _: section, card), encoding="utf-8")

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import os
-import tempfile
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from hubgen.checks import is_number, is_whole
+from hubgen.formats.atomic import written
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -85,24 +85,8 @@ def write_picture(out: Path, picture: Image.Image, request: Request) -> None:
         chunks.add_itxt("Description", "\n".join(request.prompts))
         chunks.add_itxt("Software", f"hubgen {installed_version('hubgen')}")
         options["pnginfo"] = chunks
-    handle, name = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            picture.save(file, format=FORMATS[out.suffix.lower()], **options)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~current_umask())
-        os.replace(name, out)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def current_umask() -> int:
-    """mkstemp makes private files; a picture gets the rights that any new file of the user's has."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    with written(out) as temporary:
+        picture.save(temporary, format=FORMATS[out.suffix.lower()], **options)
 
 
 def read_request(path: Path) -> tuple[Request, dict[str, str]]:
@@ -141,7 +125,6 @@ def read_request(path: Path) -> tuple[Request, dict[str, str]]:
 
 def is_valid(name: str, value: Any) -> bool:
     """Whether a stored setting has its type and range: a file is input like any other."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
     match name:
         case "prompts":
             return isinstance(value, list) and all(isinstance(prompt, str) for prompt in value)
@@ -152,14 +135,14 @@ def is_valid(name: str, value: Any) -> bool:
         case "dtype":
             return value in DTYPES
         case "guidance_scale":
-            return value is None or (whole or isinstance(value, float)) and math.isfinite(value)
+            return value is None or is_number(value)
         case "seed":
-            return whole and 0 <= value <= LARGEST_SEED
+            return is_whole(value, 0, LARGEST_SEED)
         case "strength":
-            return value is None or (whole or isinstance(value, float)) and 0 < value <= 1
+            return value is None or (is_number(value) and 0 < value <= 1)
         case "width" | "height":
-            return value is None or whole and 1 <= value <= LARGEST_SIDE
+            return value is None or is_whole(value, 1, LARGEST_SIDE)
         case "num_inference_steps":
-            return value is None or whole and value >= 1
+            return value is None or is_whole(value)
         case _:
-            return whole and value >= 1
+            return is_whole(value)

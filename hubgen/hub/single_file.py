@@ -2,7 +2,6 @@
 
 import inspect
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from hubgen.formats.atomic import written
 from hubgen.formats.checkpoints import (
     DIFFUSERS_STEM,
     TRANSFORMERS_STEM,
@@ -99,17 +99,10 @@ class SingleFilePipelineMixin:
             name: (tensor if torch_dtype is None or not tensor.is_floating_point() else tensor.to(torch_dtype))
             for name, tensor in original_tensors(self).items()
         }
-        target = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-        os.close(handle)
-        try:
+        with written(Path(path)) as temporary:
             save_file(
                 {name: tensor.clone().contiguous() for name, tensor in tensors.items()}, temporary, {"format": "pt"}
             )
-            os.replace(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
 
 
 @dataclass(frozen=True)

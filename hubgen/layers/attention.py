@@ -19,9 +19,9 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import nn
 
+from hubgen.diffusers_contract import dispatch_attention_fn
 from hubgen.layers.attention_cpu import attend_on_cpu
 from hubgen.layers.normalization import RMSNorm
 

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from hubgen.checks import whole
+
 
 def require_supported(config: Any, supported: Mapping[str, Sequence[Any]]) -> None:
     """Raises ValueError unless every argument that `supported` names has one of the values there."""
@@ -13,19 +15,13 @@ def require_supported(config: Any, supported: Mapping[str, Sequence[Any]]) -> No
             raise ValueError(f"`{name}`: got {config[name]!r}, expected one of {list(values)}.")
 
 
-def require_positive(name: str, value: object) -> None:
-    """Raises ValueError unless `value` is a positive integer."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"`{name}`: got {value!r}, expected a positive integer.")
-
-
 def require_all_positive(name: str, value: Any) -> None:
-    """Raises ValueError unless `value` is a positive integer, or a sequence (of sequences) of them."""
+    """Raises ValueError unless `value` is a whole number above 0, or a sequence (of sequences) of them."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         for entry in value:
             require_all_positive(name, entry)
     else:
-        require_positive(name, value)
+        whole(name, value)
 
 
 def per_level(name: str, value: Any, levels: int) -> tuple[Any, ...]:

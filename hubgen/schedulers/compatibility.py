@@ -1,4 +1,4 @@
-"""What all schedulers share: whose configs they understand, and the check of the number of steps.
+"""Which scheduler classes understand a scheduler's config: hubgen's and diffusers' of the same names.
 
 `X.from_config(other.config)` builds X from what it knows of the config and keeps the rest, so that a config goes from
 class to class and back without a loss. diffusers looks for the classes of `_compatibles` in itself only; here the same
@@ -6,7 +6,6 @@ names are looked for in hubgen as well.
 """
 
 import importlib
-import numbers
 from typing import Any
 
 from diffusers.configuration_utils import ConfigMixin
@@ -27,12 +26,3 @@ class CompatibleScheduler(SchedulerMixin, ConfigMixin):
         libraries = [importlib.import_module(name) for name in ("hubgen", "diffusers")]
         found = [getattr(library, name, None) for library in libraries for name in names]
         return [scheduler for scheduler in found if scheduler is not None]
-
-
-def check_num_inference_steps(num_inference_steps: int | None, most: int | None = None) -> int:
-    """Returns the number of steps as an int; raises ValueError unless it is a whole number from 1 to `most`."""
-    if isinstance(num_inference_steps, numbers.Integral) and not isinstance(num_inference_steps, bool):
-        if num_inference_steps >= 1 and (most is None or num_inference_steps <= most):
-            return int(num_inference_steps)
-    limit = "at least 1" if most is None else f"from 1 to {most} (num_train_timesteps)"
-    raise ValueError(f"num_inference_steps: got {num_inference_steps!r}, expected a whole number {limit}")

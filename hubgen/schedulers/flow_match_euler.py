@@ -17,7 +17,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from hubgen.schedulers.compatibility import check_num_inference_steps
+from hubgen.checks import whole
 from hubgen.schedulers.flow_match import FlowMatchScheduler
 
 Grid = TypeVar("Grid", np.ndarray, torch.Tensor)
@@ -149,7 +149,7 @@ class FlowMatchEulerDiscreteScheduler(FlowMatchScheduler):
     def _count_steps(steps: int | None, sigmas: np.ndarray | None, timesteps: np.ndarray | None) -> int:
         counts = {name: len(grid) for name, grid in (("sigmas", sigmas), ("timesteps", timesteps)) if grid is not None}
         if steps is not None:
-            counts["num_inference_steps"] = check_num_inference_steps(steps)
+            counts["num_inference_steps"] = whole("num_inference_steps", steps)
         if not counts:
             raise ValueError("num_inference_steps, sigmas, timesteps: got none, expected at least one of them")
         if len(set(counts.values())) > 1:

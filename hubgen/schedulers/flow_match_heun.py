@@ -16,7 +16,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHeunDiscreteSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from hubgen.schedulers.compatibility import check_num_inference_steps
+from hubgen.checks import whole
 from hubgen.schedulers.flow_match import FlowMatchScheduler
 
 
@@ -69,7 +69,7 @@ class FlowMatchHeunDiscreteScheduler(FlowMatchScheduler):
             raise ValueError(
                 f"num_inference_steps: got {num_inference_steps} beside {len(given)} sigmas, expected them to agree"
             )
-        steps = check_num_inference_steps(len(given) if given is not None else num_inference_steps)
+        steps = whole("num_inference_steps", len(given) if given is not None else num_inference_steps)
         grid = self._static_shift(self._even_sigmas(steps) if given is None else given)
         levels = torch.from_numpy(grid).to(device=device, dtype=torch.float32)
         levels = torch.cat([levels[:1], levels[1:].repeat_interleave(2)])

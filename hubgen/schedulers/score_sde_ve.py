@@ -17,7 +17,8 @@ from diffusers.schedulers.scheduling_sde_ve import SdeVeOutput
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from hubgen.schedulers.compatibility import CompatibleScheduler, check_num_inference_steps
+from hubgen.checks import whole
+from hubgen.schedulers.compatibility import CompatibleScheduler
 
 Generator = torch.Generator | list[torch.Generator] | None
 
@@ -78,7 +79,7 @@ class ScoreSdeVeScheduler(CompatibleScheduler):
 
         Raises ValueError for anything else.
         """
-        steps = check_num_inference_steps(num_inference_steps)
+        steps = whole("num_inference_steps", num_inference_steps)
         end = self.config.sampling_eps if sampling_eps is None else sampling_eps
         if not 0 <= end < 1:
             raise ValueError(f"sampling_eps: got {end!r}, expected a time in [0, 1)")
@@ -108,7 +109,7 @@ class ScoreSdeVeScheduler(CompatibleScheduler):
         high = self.config.sigma_max if sigma_max is None else sigma_max
         if not 0 < low < high:
             raise ValueError(f"sigma_min, sigma_max: got {low!r} and {high!r}, expected 0 < sigma_min < sigma_max")
-        steps = check_num_inference_steps(num_inference_steps)
+        steps = whole("num_inference_steps", num_inference_steps)
         if steps != len(self.timesteps):
             raise ValueError(
                 f"num_inference_steps: got {steps}, expected that of set_timesteps, {len(self.timesteps)}: each time "

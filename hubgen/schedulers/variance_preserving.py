@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from hubgen.schedulers.compatibility import BETA_SCHEDULERS, CompatibleScheduler, check_num_inference_steps
+from hubgen.checks import whole
+from hubgen.schedulers.compatibility import BETA_SCHEDULERS, CompatibleScheduler
 
 MODEL_PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")
@@ -84,7 +85,7 @@ class VariancePreservingScheduler(CompatibleScheduler):
             grid = self._check_timesteps(timesteps)
         else:
             grid = self._spaced_timesteps(
-                check_num_inference_steps(num_inference_steps, most=self.config.num_train_timesteps)
+                whole("num_inference_steps", num_inference_steps, most=self.config.num_train_timesteps)
             )
         self.custom_timesteps = timesteps is not None
         self.num_inference_steps = len(grid)

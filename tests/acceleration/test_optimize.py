@@ -22,7 +22,7 @@ from hubgen.backbones.unet import UNet2DModel
 from hubgen.conditioning.condition import Condition
 from hubgen.conditioning.predict import Predictor
 from hubgen.layers.resnet import Upsample2D
-from tests import tiny
+from tests import models
 from tests.parity import first_output, randomize_
 
 BOTH = ("negative", "positive")
@@ -43,7 +43,7 @@ def unet_inputs(size: tuple[int, int], batch: int) -> dict[str, Any]:
     return {
         "sample": torch.randn(batch, 4, *size),
         "timestep": torch.full((batch,), 500),
-        "encoder_hidden_states": torch.randn(batch, 5, tiny.TEXT_WIDTH),
+        "encoder_hidden_states": torch.randn(batch, 5, models.TEXT_WIDTH),
     }
 
 
@@ -51,8 +51,8 @@ def mmdit_inputs(size: tuple[int, int], batch: int) -> dict[str, Any]:
     return {
         "hidden_states": torch.randn(batch, 4, *size),
         "timestep": torch.full((batch,), 500.0),
-        "encoder_hidden_states": torch.randn(batch, 5, tiny.TEXT_WIDTH),
-        "pooled_projections": torch.randn(batch, tiny.TEXT_WIDTH),
+        "encoder_hidden_states": torch.randn(batch, 5, models.TEXT_WIDTH),
+        "pooled_projections": torch.randn(batch, models.TEXT_WIDTH),
     }
 
 
@@ -107,9 +107,9 @@ def pixel_unet() -> nn.Module:
 
 
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[tuple[int, int], int], dict[str, Any]], tuple[int, int]]] = {
-    "unet-condition": (tiny.unet, unet_inputs, (9, 13)),
+    "unet-condition": (models.unet, unet_inputs, (9, 13)),
     "unet": (pixel_unet, lambda s, b: {"sample": torch.randn(b, 3, *s), "timestep": 10}, (10, 14)),
-    "mmdit": (tiny.transformer, mmdit_inputs, (6, 10)),
+    "mmdit": (models.transformer, mmdit_inputs, (6, 10)),
     "flux": (flux, flux_inputs, (6, 10)),
     "dit": (
         dit,
@@ -120,7 +120,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[tuple[int, int], int],
         },
         (8, 8),
     ),
-    "autoencoder": (tiny.vae, lambda s, b: {"sample": torch.randn(b, 3, *s)}, (18, 22)),
+    "autoencoder": (models.vae, lambda s, b: {"sample": torch.randn(b, 3, *s)}, (18, 22)),
 }
 
 
@@ -216,7 +216,7 @@ def test_edited_weights_are_seen(edit: Callable[[nn.Parameter], Any]) -> None:
 
 def test_loaded_weights_are_seen() -> None:
     model, inputs = model_and_inputs()
-    other = randomize_(tiny.unet(), seed=1)
+    other = randomize_(models.unet(), seed=1)
     run(hubgen.optimize(model), inputs)
     for assign in (False, True):
         model.load_state_dict(randomize_(other, seed=int(assign) + 1).state_dict(), assign=assign)
@@ -311,7 +311,7 @@ def test_an_optimized_model_compiles_without_graph_breaks(name: str) -> None:
 
 
 def conditions(batch: int, **more: Any) -> dict[str, Condition]:
-    width = tiny.TEXT_WIDTH
+    width = models.TEXT_WIDTH
 
     def one() -> Condition:
         return Condition(tokens=torch.randn(batch, 5, width), pooled=torch.randn(batch, width), **more)
@@ -320,12 +320,12 @@ def conditions(batch: int, **more: Any) -> dict[str, Condition]:
 
 
 TABLED: dict[str, tuple[Callable[[], nn.Module], Callable[[int], dict[str, Condition]]]] = {
-    "mmdit": (tiny.transformer, conditions),
-    "mmdit with two attentions": (lambda: tiny.transformer(dual_attention_layers=(0,)), conditions),
+    "mmdit": (models.transformer, conditions),
+    "mmdit with two attentions": (lambda: models.transformer(dual_attention_layers=(0,)), conditions),
     "flux": (flux, lambda batch: conditions(batch, guidance_scale=3.5)),
-    "unet": (tiny.unet, conditions),
+    "unet": (models.unet, conditions),
     "sdxl": (
-        lambda: tiny.unet(
+        lambda: models.unet(
             addition_embed_type="text_time",
             addition_time_embed_dim=4,
             projection_class_embeddings_input_dim=16 + 6 * 4,
@@ -377,7 +377,7 @@ def test_what_depends_on_the_time_alone_is_looked_up_by_the_number_of_the_step(n
 
 @torch.no_grad()
 def test_without_memory_to_spend_or_with_listeners_nothing_is_tabulated() -> None:
-    model = randomize_(tiny.transformer()).eval()
+    model = randomize_(models.transformer()).eval()
     predictor = Predictor(model, conditions(1))
     with accelerated(hubgen.optimize(model, packing=False)) as fast:
         predictor.tabulate(fast, torch.tensor([900, 500]), BOTH)
@@ -392,7 +392,7 @@ def test_without_memory_to_spend_or_with_listeners_nothing_is_tabulated() -> Non
 
 @torch.no_grad()
 def test_the_image_attention_of_sd35_medium_is_packed_and_no_text_layer() -> None:
-    model = randomize_(tiny.transformer(dual_attention_layers=(0,))).eval()
+    model = randomize_(models.transformer(dual_attention_layers=(0,))).eval()
     run(hubgen.optimize(model, packing=5.0), mmdit_inputs((8, 8), 2))
     attention = model.transformer_blocks[0].attn2
     assert attention.context_layers() == []
@@ -443,7 +443,7 @@ class Stop(BaseException):
 
 @pytest.mark.parametrize("backbone", ["unet", "transformer"])
 def test_models_are_what_they_were_after_a_call_an_error_and_an_interruption(backbone: str) -> None:
-    pipe = tiny.pipeline(backbone)
+    pipe = models.pipeline(backbone)
     before = state(pipe)
     pipe("a red cat", **SHORT)
     assert state(pipe) == before
@@ -462,19 +462,19 @@ def test_models_are_what_they_were_after_a_call_an_error_and_an_interruption(bac
 
 @pytest.mark.parametrize("backbone", ["unet", "transformer"])
 def test_models_are_plain_in_a_callback_and_a_call_inside_one_is_a_call(backbone: str) -> None:
-    pipe = tiny.pipeline(backbone)
-    alone = pipe("a blue dog", generator=tiny.seeded(1)[0], **SHORT).images
-    outer = pipe("a red cat", generator=tiny.seeded(0)[0], **SHORT).images
-    before, inner = state(pipe), tiny.pipeline(backbone, **{backbone: pipe.backbone, "vae": pipe.vae})
+    pipe = models.pipeline(backbone)
+    alone = pipe("a blue dog", generator=models.seeded(1)[0], **SHORT).images
+    outer = pipe("a red cat", generator=models.seeded(0)[0], **SHORT).images
+    before, inner = state(pipe), models.pipeline(backbone, **{backbone: pipe.backbone, "vae": pipe.vae})
     seen: list[Any] = []
 
     def callback(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         assert state(pipe) == before
-        seen.append(inner("a blue dog", generator=tiny.seeded(1)[0], **SHORT).images)
+        seen.append(inner("a blue dog", generator=models.seeded(1)[0], **SHORT).images)
         assert state(pipe) == before
         return tensors
 
-    images = pipe("a red cat", generator=tiny.seeded(0)[0], callback_on_step_end=callback, **SHORT).images
+    images = pipe("a red cat", generator=models.seeded(0)[0], callback_on_step_end=callback, **SHORT).images
     assert apart(images, outer) < 1e-5
     assert len(seen) == 3 and all(apart(one, alone) < 1e-5 for one in seen)
 
@@ -496,8 +496,8 @@ def test_two_calls_that_interleave_do_not_disturb_each_other() -> None:
 @pytest.mark.parametrize("backbone", ["unet", "transformer"])
 @pytest.mark.slow
 def test_threads_that_share_models_draw_what_each_draws_alone(backbone: str) -> None:
-    shared = tiny.pipeline(backbone)
-    pipes = [tiny.pipeline(backbone, **{backbone: shared.backbone, "vae": shared.vae}) for _ in range(4)]
+    shared = models.pipeline(backbone)
+    pipes = [models.pipeline(backbone, **{backbone: shared.backbone, "vae": shared.vae}) for _ in range(4)]
     prompts = ["a red cat", "a blue dog", "a heart", "the small apple"]
     before, faults = state(shared), []
 
@@ -555,10 +555,10 @@ TARGETS = {
 @pytest.mark.parametrize("backbone", TARGETS)
 def test_adapters_count_from_the_moment_they_are_there(backbone: str, kind: str) -> None:
     """Before a call, after one, and from a callback in the middle of one; and are gone when they are taken off."""
-    pipe, plain = tiny.pipeline(backbone), hubgen.restore(tiny.pipeline(backbone))
+    pipe, plain = models.pipeline(backbone), hubgen.restore(models.pipeline(backbone))
 
     def draw(pipe: Any, callback: Any = None) -> Any:
-        generator = tiny.seeded(0)[0]
+        generator = models.seeded(0)[0]
         return pipe("a red cat", generator=generator, callback_on_step_end=callback, **SHORT).images
 
     def attach(pipe: Any, step: int = 0, *_: Any) -> dict[str, Any]:
@@ -585,7 +585,7 @@ def test_adapters_count_from_the_moment_they_are_there(backbone: str, kind: str)
 
 
 def test_an_adapter_on_an_embedding_counts() -> None:
-    pipe, plain = (tiny.pipeline("unet", unet=tiny.unet(num_class_embeds=4)) for _ in range(2))
+    pipe, plain = (models.pipeline("unet", unet=models.unet(num_class_embeds=4)) for _ in range(2))
     inputs = {**unet_inputs((8, 8), 2), "class_labels": torch.tensor([1, 3])}
     hubgen.optimize(pipe.unet, packing=5.0)
     run(pipe.unet, inputs)
@@ -605,8 +605,8 @@ def test_weights_that_are_merged_in_a_callback_count_in_the_next_step(backbone: 
         return {}
 
     images = [
-        pipe("a red cat", generator=tiny.seeded(0)[0], callback_on_step_end=merge, **SHORT).images
-        for pipe in (tiny.pipeline(backbone), hubgen.restore(tiny.pipeline(backbone)))
+        pipe("a red cat", generator=models.seeded(0)[0], callback_on_step_end=merge, **SHORT).images
+        for pipe in (models.pipeline(backbone), hubgen.restore(models.pipeline(backbone)))
     ]
     assert apart(images[0], images[1]) < 1e-5
 
@@ -636,15 +636,15 @@ def test_a_hook_on_any_layer_is_called_as_often_as_without_acceleration_and_with
 @pytest.mark.parametrize("backbone", ["unet", "transformer"])
 def test_pipelines_optimize_themselves_unless_told_otherwise(backbone: str) -> None:
     arguments: dict[str, Any] = {"num_inference_steps": 3, "output_type": "np"}
-    pipe, plain = tiny.pipeline(backbone), hubgen.restore(tiny.pipeline(backbone))
-    images = [p("a red cat", generator=tiny.seeded(0)[0], **arguments).images for p in (pipe, pipe, plain)]
+    pipe, plain = models.pipeline(backbone), hubgen.restore(models.pipeline(backbone))
+    images = [p("a red cat", generator=models.seeded(0)[0], **arguments).images for p in (pipe, pipe, plain)]
     assert optimized(pipe) and not optimized(plain)
     assert (images[0] == images[1]).all()
     assert abs(images[0] - images[2]).max() < 1e-4
 
 
 def test_a_model_in_training_is_left_alone() -> None:
-    pipe = tiny.pipeline("unet")
+    pipe = models.pipeline("unet")
     pipe.unet.train()
     pipe("a red cat", num_inference_steps=1, output_type="np")
     assert not optimized(pipe.unet) and optimized(pipe.vae)
@@ -652,8 +652,8 @@ def test_a_model_in_training_is_left_alone() -> None:
 
 def test_approximations_are_refused_where_there_are_none() -> None:
     with pytest.raises(ValueError, match="step_cache"):
-        hubgen.optimize(tiny.vae(), step_cache=object())
+        hubgen.optimize(models.vae(), step_cache=object())
     with pytest.raises(ValueError, match="packing"):
-        hubgen.optimize(tiny.vae(), packing=-1.0)
+        hubgen.optimize(models.vae(), packing=-1.0)
     with pytest.raises(TypeError, match="model"):
         hubgen.optimize("model")

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from hubgen.autoencoders.latents import LatentSpace, decode, denormalised, encode, in_safe_precision, normalised
-from tests import tiny
+from tests import models
 
 STATISTICS = {"latents_mean": [0.3, -1.0, 0.0, 2.0], "latents_std": [0.5, 4.0, 1.0, 2.0], "scaling_factor": 0.8}
 
 
 def vae(**config):
-    model = tiny.vae()
+    model = models.vae()
     model.register_to_config(**config)
     return model.requires_grad_(False)
 

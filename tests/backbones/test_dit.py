@@ -52,22 +52,6 @@ def test_larger_square_latents_agree_with_diffusers():
     assert_parity(ours, theirs, inputs(height=12, width=12))
 
 
-def test_the_config_is_that_of_diffusers():
-    with torch.device("meta"):
-        ours, theirs = DiTTransformer2DModel(), diffusers.DiTTransformer2DModel()
-    assert dict(ours.config) == dict(theirs.config)
-
-
-@pytest.mark.parametrize("saver,loader", [(0, 1), (1, 0)])
-@torch.no_grad()
-def test_saved_by_one_loads_in_the_other(tmp_path, saver, loader):
-    classes = (DiTTransformer2DModel, diffusers.DiTTransformer2DModel)
-    source = randomize_(classes[saver](**TINY)).eval()
-    source.save_pretrained(tmp_path)
-    loaded = classes[loader].from_pretrained(tmp_path).eval()
-    torch.testing.assert_close(loaded(**inputs()).sample, source(**inputs()).sample, atol=1e-4, rtol=1e-4)
-
-
 @pytest.mark.parametrize("size", [256, 512])
 def test_dit_xl_2_has_the_published_parameters(size):
     with torch.device("meta"):
@@ -110,13 +94,6 @@ def test_latents_need_not_be_square():
 
 
 @torch.no_grad()
-def test_one_timestep_serves_the_whole_batch():
-    model, told = tiny(), inputs()
-    each = model(**{**told, "timestep": torch.tensor([7, 7])}).sample
-    assert torch.equal(model(**{**told, "timestep": torch.tensor([7])}).sample, each)
-
-
-@torch.no_grad()
 def test_in_training_a_label_is_dropped_for_all_blocks_together():
     """So each picture's output is that of its own label or that of no class, and nothing between."""
     model = tiny()
@@ -134,115 +111,6 @@ def test_in_training_a_label_is_dropped_for_all_blocks_together():
     is_none = torch.isclose(out, none, atol=1e-5).flatten(1).all(1)
     assert (is_kept ^ is_none).all()
     assert 0 < is_none.sum() < 20  # 6.4 expected
-
-
-def test_gradient_checkpointing_leaves_output_and_gradients_unchanged():
-    results = []
-    for checkpointing in (False, True):
-        model = randomize_(DiTTransformer2DModel(**TINY)).train()
-        if checkpointing:
-            model.enable_gradient_checkpointing()
-        torch.manual_seed(0)
-        out = model(**inputs()).sample
-        out.square().mean().backward()
-        results.append([out.detach(), *(p.grad for p in model.parameters())])
-    for plain, checkpointed in zip(*results, strict=True):
-        torch.testing.assert_close(checkpointed, plain)
-
-
-@torch.no_grad()
-def test_first_block_cache_skips_the_rest_where_the_first_block_changes_little():
-    model, told = tiny(), inputs()
-    plain = model(**told).sample
-    model.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.5))
-    calls = []
-    handle = model.transformer_blocks[1].attn1.register_forward_hook(lambda *_: calls.append(1))
-    with model.cache_context("cond"):
-        torch.testing.assert_close(model(**told).sample, plain)
-        torch.testing.assert_close(model(**told).sample, plain)
-    assert len(calls) == 1
-    handle.remove()
-    model.disable_cache()
-    torch.testing.assert_close(model(**told).sample, plain)
-
-
-@torch.no_grad()
-def test_a_lora_adapter_acts_with_its_scale_and_leaves_nothing_behind():
-    from peft import LoraConfig
-
-    model, told = tiny(), inputs()
-    plain = model(**told).sample
-    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
-    adapted = model(**told).sample
-    assert not torch.allclose(adapted, plain)
-    torch.testing.assert_close(model(**told, cross_attention_kwargs={"scale": 0.0}).sample, plain)
-    model.delete_adapters("default")
-    torch.testing.assert_close(model(**told).sample, plain)
-
-
-@torch.no_grad()
-def test_attention_processors_are_found_by_name_and_can_be_set():
-    model, told = tiny(), inputs()
-    plain = model(**told).sample
-    assert list(model.attn_processors) == [f"transformer_blocks.{i}.attn1.processor" for i in range(3)]
-    model.set_attn_processor(diffusers.models.attention_processor.AttnProcessor2_0())
-    torch.testing.assert_close(model(**told).sample, plain)
-    model.set_attention_backend("native")
-
-
-@pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
-@torch.no_grad()
-def test_blocks_offloaded_to_disk_come_back_when_they_are_needed(tmp_path, offload_type):
-    model, told = tiny(), inputs()
-    plain = model(**told).sample
-    model.enable_group_offload(
-        onload_device=torch.device("cpu"),
-        offload_type=offload_type,
-        num_blocks_per_group=1,
-        offload_to_disk_path=str(tmp_path),
-    )
-    for _ in range(2):
-        torch.testing.assert_close(model(**told).sample, plain)
-
-
-@torch.no_grad()
-def test_blocks_and_model_compile_without_graph_breaks():
-    model, told = tiny(), inputs()
-    plain = model(**told).sample
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(**told).sample, plain)
-    model.compile_repeated_blocks(fullgraph=True, backend="eager")
-    torch.testing.assert_close(model(**told).sample, plain)
-
-
-@torch.no_grad()
-def test_a_sharded_half_precision_variant_loads_again(tmp_path):
-    model = tiny().to(torch.float16)
-    model.save_pretrained(tmp_path, max_shard_size="20KB", variant="fp16")
-    assert len(list(tmp_path.glob("*-of-*.safetensors"))) > 1
-    loaded = DiTTransformer2DModel.from_pretrained(tmp_path, variant="fp16", torch_dtype=torch.float16)
-    for name, value in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], value), name
-
-
-@torch.no_grad()
-def test_fusing_and_unfusing_the_projections_leaves_the_result_unchanged():
-    model, told = tiny(), inputs()
-    plain = model(**told).sample
-    model.fuse_qkv_projections()
-    torch.testing.assert_close(model(**told).sample, plain)
-    model.unfuse_qkv_projections()
-    assert torch.equal(model(**told).sample, plain)
-
-
-@torch.no_grad()
-def test_layerwise_casting_keeps_the_norms_and_stays_close():
-    model, told = tiny(), inputs()
-    plain = model(**told).sample
-    model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
-    assert model.transformer_blocks[0].ff.net[2].weight.dtype == torch.bfloat16
-    assert model.transformer_blocks[0].norm1.linear.weight.dtype == torch.float32
-    assert (model(**told).sample - plain).abs().max() < 0.05 * plain.std()
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,13 @@
 """FluxTransformer2DModel: the second implementation is diffusers' class of the same name."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig
 from diffusers import FluxTransformer2DModel as DiffusersFluxTransformer2DModel
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor as DiffusersFluxAttnProcessor
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed as DiffusersFluxPosEmbed
-from peft import LoraConfig
 
 from hubgen.backbones.flux import FluxTransformer2DModel, flux_dev, flux_schnell
 from hubgen.layers.attention import rotate
@@ -88,11 +84,6 @@ def test_presets_have_the_keys_and_shapes_of_diffusers_and_the_published_size(pr
     assert count == 11_901_408_320 - (0 if preset is flux_dev else guidance)
 
 
-def test_config_is_that_of_diffusers() -> None:
-    with torch.device("meta"):
-        assert dict(FluxTransformer2DModel().config) == dict(DiffusersFluxTransformer2DModel().config)
-
-
 def test_the_default_config_is_schnells() -> None:
     with torch.device("meta"):
         config = FluxTransformer2DModel().config
@@ -127,17 +118,6 @@ def test_agrees_with_diffusers_on_a_controlnets_features(repeat: bool) -> None:
         "controlnet_blocks_repeat": repeat,
     }
     assert (assert_parity(ours, theirs, batch) - plain).abs().max() > 0.1
-
-
-def test_a_saved_model_loads_in_diffusers_and_back(tmp_path: Path) -> None:
-    ours, batch = tiny(), inputs()
-    ours.save_pretrained(tmp_path / "ours")
-    theirs = DiffusersFluxTransformer2DModel.from_pretrained(tmp_path / "ours")
-    assert_parity(ours, theirs, batch)
-    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
-    again = FluxTransformer2DModel.from_pretrained(tmp_path / "theirs")
-    for name, tensor in ours.state_dict().items():
-        assert torch.equal(again.state_dict()[name], tensor), name
 
 
 def test_a_fresh_model_predicts_exactly_zero() -> None:
@@ -198,25 +178,6 @@ def test_one_timestep_and_one_guidance_serve_the_whole_batch() -> None:
     torch.testing.assert_close(one, each)
 
 
-def test_gradient_checkpointing_changes_nothing() -> None:
-    model, batch = tiny().train(), inputs()
-    results = []
-    for enabled in (False, True):
-        if enabled:
-            model.enable_gradient_checkpointing()
-        model.zero_grad()
-        sample = model(**batch).sample
-        sample.square().mean().backward()
-        results.append([sample, *(parameter.grad.clone() for parameter in model.parameters())])
-    for plain, checkpointed in zip(*results, strict=True):
-        assert torch.equal(plain, checkpointed)
-
-
-def test_attention_processors_have_the_names_of_diffusers() -> None:
-    ours, theirs = both(**DEV)
-    assert set(ours.attn_processors) == set(theirs.attn_processors)
-
-
 def test_processors_written_for_diffusers_compute_the_same() -> None:
     model, batch = tiny(), inputs()
     expected = model(**batch).sample
@@ -224,14 +185,6 @@ def test_processors_written_for_diffusers_compute_the_same() -> None:
     torch.testing.assert_close(model(**batch).sample, expected, rtol=1e-4, atol=1e-4)
     model.fuse_qkv_projections()
     torch.testing.assert_close(model(**batch).sample, expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("backend", ["native", "_native_math"])
-def test_the_attention_backend_does_not_change_the_prediction(backend: str) -> None:
-    model, batch = tiny(), inputs()
-    plain = model(**batch).sample
-    model.set_attention_backend(backend)
-    torch.testing.assert_close(model(**batch).sample, plain, rtol=1e-4, atol=1e-4)
 
 
 def test_an_ip_adapters_processors_see_its_pictures_in_the_double_blocks() -> None:
@@ -255,55 +208,6 @@ def test_an_ip_adapters_processors_see_its_pictures_in_the_double_blocks() -> No
     assert (actual - plain).abs().max() > 0.1
 
 
-def test_an_adapter_loads_scales_fuses_and_comes_off_again(tmp_path: Path) -> None:
-    model, batch = tiny(), inputs()
-    plain = model(**batch).sample
-    donor = tiny()
-    donor.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0", "proj_mlp"]))
-    for name, parameter in donor.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    changed = donor(**batch).sample
-    assert (changed - plain).abs().max() > 1e-2
-    donor.save_lora_adapter(tmp_path)
-    model.load_lora_adapter(tmp_path, prefix=None, weight_name="pytorch_lora_weights.safetensors")
-    torch.testing.assert_close(model(**batch).sample, changed, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(
-        model(**batch, joint_attention_kwargs={"scale": 0.0}).sample, plain, rtol=1e-4, atol=1e-4
-    )
-    model.fuse_lora()
-    torch.testing.assert_close(model(**batch).sample, changed, rtol=1e-3, atol=1e-3)
-    model.unfuse_lora()
-    model.unload_lora()
-    torch.testing.assert_close(model(**batch).sample, plain, rtol=1e-3, atol=1e-3)
-
-
-def test_a_first_block_cache_reuses_the_later_blocks() -> None:
-    model, batch = tiny(), inputs()
-    plain = model(**batch).sample
-    model.enable_cache(FirstBlockCacheConfig(threshold=1e9))
-    with torch.no_grad(), model.cache_context("cond"):
-        torch.testing.assert_close(model(**batch).sample, plain)
-        calls = []
-        hook = model.single_transformer_blocks[1].proj_mlp.register_forward_hook(lambda *_: calls.append(1))
-        torch.testing.assert_close(model(**batch).sample, plain)  # the same input, so the reused features are right
-        assert not calls
-    hook.remove()
-    model.disable_cache()
-    torch.testing.assert_close(model(**batch).sample, plain)
-
-
-def test_layers_stored_in_bfloat16_compute_in_float32() -> None:
-    model, batch = tiny(), inputs()
-    plain = model(**batch).sample
-    model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
-    assert model.transformer_blocks[0].attn.to_q.weight.dtype == torch.bfloat16
-    assert model.single_transformer_blocks[0].norm.linear.weight.dtype == torch.float32
-    sample = model(**batch).sample
-    assert sample.dtype == torch.float32
-    assert (sample - plain).abs().max() < 0.1 * plain.std()
-
-
 def test_float16_beyond_its_numbers_is_clipped_as_in_diffusers() -> None:
     ours, theirs = (model.half() for model in both(**DEV))
     x, context = torch.randn(1, 4, 32).half(), torch.full((1, 3, 32), 6e4).half()
@@ -312,14 +216,6 @@ def test_float16_beyond_its_numbers_is_clipped_as_in_diffusers() -> None:
         outputs = [model.transformer_blocks[index](x, context, temb) for model in (ours, theirs)]
         assert torch.isfinite(outputs[1][0]).all()
         torch.testing.assert_close(outputs[0][0], outputs[1][0], rtol=0.02, atol=20.0)
-
-
-def test_the_output_is_an_object_or_a_tuple() -> None:
-    model, batch = tiny(), inputs()
-    output = model(**batch)
-    assert isinstance(output, Transformer2DModelOutput)
-    (sample,) = model(**batch, return_dict=False)
-    assert torch.equal(sample, output.sample)
 
 
 @pytest.mark.parametrize(

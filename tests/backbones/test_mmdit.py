@@ -1,14 +1,10 @@
 """SD3Transformer2DModel: the second implementation is diffusers' class of the same name."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig
 from diffusers import SD3Transformer2DModel as DiffusersSD3Transformer2DModel
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from peft import LoraConfig
 
 from hubgen.backbones.sd3 import SD3Transformer2DModel
 from hubgen.layers.attention import JointAttnProcessor
@@ -131,24 +127,6 @@ def test_fresh_positions_are_those_of_diffusers() -> None:
         torch.testing.assert_close(ours.pos_embed.pos_embed, theirs.pos_embed.pos_embed, rtol=0, atol=1e-6)
 
 
-def test_config_is_that_of_diffusers() -> None:
-    ours, theirs = dict(SD3Transformer2DModel(**TINY).config), dict(DiffusersSD3Transformer2DModel(**TINY).config)
-    assert ours == theirs
-    with torch.device("meta"):
-        assert dict(SD3Transformer2DModel().config) == dict(DiffusersSD3Transformer2DModel().config)
-
-
-def test_a_saved_model_loads_in_diffusers_and_back(tmp_path: Path) -> None:
-    ours = tiny(qk_norm="rms_norm", dual_attention_layers=(0,))
-    batch = inputs()
-    ours.save_pretrained(tmp_path / "ours")
-    theirs = DiffusersSD3Transformer2DModel.from_pretrained(tmp_path / "ours")
-    assert_agree(ours(**batch).sample, theirs(**batch).sample)
-    theirs.save_pretrained(tmp_path / "theirs")
-    again = SD3Transformer2DModel.from_pretrained(tmp_path / "theirs")
-    torch.testing.assert_close(again(**batch).sample, ours(**batch).sample, rtol=0, atol=0)
-
-
 def test_a_fresh_model_predicts_exactly_zero() -> None:
     model = SD3Transformer2DModel(**TINY, qk_norm="rms_norm", dual_attention_layers=(0,))
     assert torch.count_nonzero(model(**inputs()).sample) == 0
@@ -184,29 +162,6 @@ def test_sd3_medium_has_its_published_size() -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == 2_028_328_000
 
 
-def test_gradient_checkpointing_changes_nothing() -> None:
-    model = tiny(std=0.1, qk_norm="rms_norm", dual_attention_layers=(1,))
-    batch = inputs()
-    results = []
-    for enabled in (False, True):
-        if enabled:
-            model.enable_gradient_checkpointing()
-        model.zero_grad()
-        sample = model(**batch).sample
-        sample.square().mean().backward()
-        results.append((sample, [parameter.grad.clone() for parameter in model.parameters()]))
-    (sample, gradients), (checkpointed_sample, checkpointed_gradients) = results
-    assert torch.equal(sample, checkpointed_sample)
-    for plain, checkpointed in zip(gradients, checkpointed_gradients, strict=True):
-        assert torch.equal(plain, checkpointed)
-
-
-def test_attention_processors_have_the_names_of_diffusers() -> None:
-    changes = {"dual_attention_layers": (0, 2)}
-    ours, theirs = SD3Transformer2DModel(**(TINY | changes)), DiffusersSD3Transformer2DModel(**(TINY | changes))
-    assert list(ours.attn_processors) == list(theirs.attn_processors)
-
-
 def test_a_processor_set_by_name_is_called_with_the_keywords() -> None:
     class Recorded(JointAttnProcessor):
         def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, note=None):
@@ -219,61 +174,6 @@ def test_a_processor_set_by_name_is_called_with_the_keywords() -> None:
     model.set_attn_processor({name: Recorded() for name in model.attn_processors})
     assert torch.equal(model(**batch, joint_attention_kwargs={"note": "seen"}).sample, plain)
     assert notes == ["seen"] * 3
-
-
-@pytest.mark.parametrize("backend", ["native", "_native_math"])
-def test_the_attention_backend_does_not_change_the_prediction(backend: str) -> None:
-    model, batch = tiny(qk_norm="rms_norm"), inputs()
-    plain = model(**batch).sample
-    model.set_attention_backend(backend)
-    assert_agree(model(**batch).sample, plain)
-
-
-def test_a_fresh_lora_changes_nothing_and_a_trained_one_scales() -> None:
-    model, batch = tiny(), inputs()
-    plain = model(**batch).sample
-    model.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-    # Not bit for bit: with two threads on a CPU the outputs were seen to differ by 7e-7, with one not at all.
-    torch.testing.assert_close(model(**batch).sample, plain, rtol=1e-5, atol=1e-5)
-    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trainable and all("lora_" in name for name in trainable)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter)
-    changed = model(**batch).sample
-    assert (changed - plain).abs().max() > 1e-2
-    torch.testing.assert_close(model(**batch, joint_attention_kwargs={"scale": 0.0}).sample, plain)
-    torch.testing.assert_close(model(**batch).sample, changed)
-
-
-def test_a_first_block_cache_reuses_the_later_blocks() -> None:
-    model, batch = tiny(), inputs()
-    plain = model(**batch).sample
-    model.enable_cache(FirstBlockCacheConfig(threshold=1e9))
-    with torch.no_grad(), model.cache_context("cond"):
-        torch.testing.assert_close(model(**batch).sample, plain)
-        calls = []
-        hook = model.transformer_blocks[1].ff.register_forward_hook(lambda *_: calls.append(1))
-        torch.testing.assert_close(model(**batch).sample, plain)  # the same input, so the reused features are right
-        assert not calls
-    hook.remove()
-    model.disable_cache()
-    torch.testing.assert_close(model(**batch).sample, plain)
-
-
-def test_the_output_is_an_object_or_a_tuple() -> None:
-    model, batch = tiny(), inputs()
-    output = model(**batch)
-    assert isinstance(output, Transformer2DModelOutput)
-    (sample,) = model(**batch, return_dict=False)
-    assert torch.equal(sample, output.sample)
-
-
-def test_one_timestep_serves_the_whole_batch() -> None:
-    model, batch = tiny(), inputs()
-    one = model(**(batch | {"timestep": torch.tensor([7.0])})).sample
-    each = model(**(batch | {"timestep": torch.tensor([7.0, 7.0])})).sample
-    torch.testing.assert_close(one, each)
 
 
 def test_autocast_gives_every_parameter_a_float32_gradient() -> None:

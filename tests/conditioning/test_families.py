@@ -18,7 +18,7 @@ from hubgen.conditioning.micro import MicroConditioning
 from hubgen.conditioning.predict import Predictor, predict
 from hubgen.conditioning.text import TextCondition
 from hubgen.paths.path import RectifiedFlowPath
-from tests import official, tiny
+from tests import models, official
 
 SIZES = [(4, 4), (2, 6), (8, 2)]
 SIZED: dict[str, Any] = {
@@ -35,29 +35,29 @@ def flux(**config: Any) -> nn.Module:
         "num_single_layers": 1,
         "attention_head_dim": 16,
         "num_attention_heads": 2,
-        "joint_attention_dim": tiny.TEXT_WIDTH,
-        "pooled_projection_dim": tiny.TEXT_WIDTH,
+        "joint_attention_dim": models.TEXT_WIDTH,
+        "pooled_projection_dim": models.TEXT_WIDTH,
         "guidance_embeds": True,
         "axes_dims_rope": (4, 6, 6),
     }
-    return tiny.randomised(FluxTransformer2DModel(**{**defaults, **config}))
+    return models.randomised(FluxTransformer2DModel(**{**defaults, **config}))
 
 
 def dit() -> nn.Module:
     sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "num_layers": 2, "sample_size": 8}
-    return tiny.randomised(DiTTransformer2DModel(**sizes, num_embeds_ada_norm=10))
+    return models.randomised(DiTTransformer2DModel(**sizes, num_embeds_ada_norm=10))
 
 
 BACKBONES: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
-    "mmdit": (tiny.transformer, {"tokens", "pooled"}),
-    "unet": (tiny.unet, {"tokens"}),
-    "unet with classes": (lambda: tiny.unet(num_class_embeds=10), {"tokens", "labels"}),
+    "mmdit": (models.transformer, {"tokens", "pooled"}),
+    "unet": (models.unet, {"tokens"}),
+    "unet with classes": (lambda: models.unet(num_class_embeds=10), {"tokens", "labels"}),
     "unet with pooled text": (
-        lambda: tiny.unet(class_embed_type="projection", projection_class_embeddings_input_dim=16),
+        lambda: models.unet(class_embed_type="projection", projection_class_embeddings_input_dim=16),
         {"tokens", "pooled"},
     ),
-    "sdxl": (lambda: tiny.unet(**SIZED), {"tokens", "pooled", "micro"}),
-    "lcm": (lambda: tiny.unet(time_cond_proj_dim=8), {"tokens", "guidance_scale"}),
+    "sdxl": (lambda: models.unet(**SIZED), {"tokens", "pooled", "micro"}),
+    "lcm": (lambda: models.unet(time_cond_proj_dim=8), {"tokens", "guidance_scale"}),
     "flux-dev": (flux, {"tokens", "pooled", "guidance_scale"}),
     "flux-schnell": (lambda: flux(guidance_embeds=False), {"tokens", "pooled"}),
     "dit": (dit, {"labels"}),
@@ -68,8 +68,8 @@ FIELDS = ("tokens", "pooled", "labels", "micro", "guidance_scale")
 def whole_condition(batch: int = 2, **changes: Any) -> Condition:
     """With every field, for a picture of 16x16 pixels."""
     values = {
-        "tokens": torch.randn(batch, 5, tiny.TEXT_WIDTH),
-        "pooled": torch.randn(batch, tiny.TEXT_WIDTH),
+        "tokens": torch.randn(batch, 5, models.TEXT_WIDTH),
+        "pooled": torch.randn(batch, models.TEXT_WIDTH),
         "labels": torch.arange(batch),
         "micro": MicroConditioning((16, 16), (0, 0), (16, 16)).rows(batch),
         "guidance_scale": 3.5,
@@ -128,7 +128,7 @@ def test_a_call_for_all_branches_is_the_calls_of_each(name: str) -> None:
 
 @torch.no_grad()
 def test_conditions_may_be_replaced_between_two_steps() -> None:
-    model, first, second = tiny.transformer(), whole_condition(), whole_condition()
+    model, first, second = models.transformer(), whole_condition(), whole_condition()
     x_t, t = torch.randn(2, 4, 8, 8), torch.tensor([500.0, 500.0])
     predictor = Predictor(model, {"positive": first})
     assert torch.equal(predictor(x_t, t, ("positive",), 0), predict(model, x_t, t, first))
@@ -138,7 +138,7 @@ def test_conditions_may_be_replaced_between_two_steps() -> None:
 
 @torch.no_grad()
 def test_channels_of_a_control_are_joined_to_x_t() -> None:
-    model, condition = tiny.unet(in_channels=9), whole_condition()
+    model, condition = models.unet(in_channels=9), whole_condition()
     x_t, extra, t = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 8, 8), torch.tensor([10.0, 500.0])
     expected = model(torch.cat([x_t, extra], 1), t, condition.tokens).sample
     assert torch.equal(predict(model, x_t, t, condition, Doors(channels=[extra])), expected)
@@ -157,7 +157,7 @@ def test_a_wrapped_backbone_is_called_through_its_wrapper() -> None:
             self.calls += 1
             return self.module(*args, **kwargs)
 
-    model, x_t, t = tiny.transformer(), torch.randn(2, 4, 8, 8), torch.tensor([10.0, 500.0])
+    model, x_t, t = models.transformer(), torch.randn(2, 4, 8, 8), torch.tensor([10.0, 500.0])
     wrapped, condition = Wrapper(Wrapper(model)), whole_condition()
     assert torch.equal(predict(wrapped, x_t, t, condition), predict(model, x_t, t, condition))
     assert wrapped.calls == 1
@@ -165,7 +165,7 @@ def test_a_wrapped_backbone_is_called_through_its_wrapper() -> None:
 
 def test_a_backbone_of_no_family_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="`backbone`: got a AutoencoderKL"):
-        predict(tiny.vae(), torch.randn(1, 4, 8, 8), torch.tensor([1.0]), whole_condition(1))
+        predict(models.vae(), torch.randn(1, 4, 8, 8), torch.tensor([1.0]), whole_condition(1))
 
 
 # ---- conditions ----

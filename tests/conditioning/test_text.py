@@ -7,20 +7,20 @@ import torch
 from transformers import T5Config, T5EncoderModel
 
 from hubgen.conditioning.text import TextCondition, TextEmbeddings
-from tests import tiny
+from tests import models
 
 PROMPTS = ["", "a red cat", "the big blue dog"]
 
 
 @pytest.fixture(scope="module")
 def condition() -> TextCondition:
-    return TextCondition(tiny.text_encoder(), tiny.tokenizer())
+    return TextCondition(models.text_encoder(), models.tokenizer())
 
 
 @torch.no_grad()
 def test_padded_positions_are_zero_and_the_others_are_what_the_encoder_gives(condition: TextCondition) -> None:
     tokens = condition.encode(PROMPTS).tokens
-    assert tokens.shape == (3, tiny.MAX_LENGTH, tiny.TEXT_WIDTH)
+    assert tokens.shape == (3, models.MAX_LENGTH, models.TEXT_WIDTH)
     for row, prompt in enumerate(PROMPTS):
         ids = condition.tokenizer(prompt, return_tensors="pt")["input_ids"]
         length = ids.shape[1]
@@ -39,9 +39,9 @@ def test_bert_is_pooled_by_the_mean_over_its_tokens(condition: TextCondition) ->
 
 @torch.no_grad()
 def test_clip_is_pooled_by_its_own_projection() -> None:
-    encoder = tiny.clip_text_encoder()
-    embeddings = TextCondition(encoder, tiny.tokenizer()).encode(["a red cat"])
-    batch = tiny.tokenizer()(["a red cat"], padding="max_length", return_tensors="pt")
+    encoder = models.clip_text_encoder()
+    embeddings = TextCondition(encoder, models.tokenizer()).encode(["a red cat"])
+    batch = models.tokenizer()(["a red cat"], padding="max_length", return_tensors="pt")
     output = encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     torch.testing.assert_close(embeddings.pooled, output.text_embeds)
     assert embeddings.pooled.shape == (1, 12)
@@ -50,7 +50,7 @@ def test_clip_is_pooled_by_its_own_projection() -> None:
 @torch.no_grad()
 def test_t5_is_pooled_by_the_mean_over_its_tokens() -> None:
     config = T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    embeddings = TextCondition(tiny.randomised(T5EncoderModel(config)), tiny.tokenizer()).encode(["a red cat"])
+    embeddings = TextCondition(models.randomised(T5EncoderModel(config)), models.tokenizer()).encode(["a red cat"])
     torch.testing.assert_close(embeddings.pooled[0], embeddings.tokens[0, :5].mean(0))
 
 
@@ -66,7 +66,7 @@ def test_an_embedding_does_not_depend_on_the_rest_of_the_batch(condition: TextCo
 def test_a_prompt_that_is_too_long_is_cut_and_the_warning_tells_what(
     condition: TextCondition, caplog: pytest.LogCaptureFixture
 ) -> None:
-    room = tiny.MAX_LENGTH - 2
+    room = models.MAX_LENGTH - 2
     prompt = " ".join(["red"] * room + ["green", "apple"])
     with caplog.at_level(logging.WARNING):
         cut = condition.encode([prompt]).tokens
@@ -78,14 +78,14 @@ def test_a_prompt_that_is_too_long_is_cut_and_the_warning_tells_what(
 
 
 def test_the_length_comes_from_the_tokenizer_but_is_never_more_than_the_encoder_has_positions_for() -> None:
-    assert TextCondition(tiny.text_encoder(), tiny.tokenizer(7)).max_length == 7
-    assert TextCondition(tiny.text_encoder(), tiny.tokenizer(512)).max_length == 32
+    assert TextCondition(models.text_encoder(), models.tokenizer(7)).max_length == 7
+    assert TextCondition(models.text_encoder(), models.tokenizer(512)).max_length == 32
 
 
 @pytest.mark.parametrize("max_length", [2, 0, -1, 33, 8.5, "8"])
 def test_a_length_that_cannot_be_is_refused(max_length: object) -> None:
     with pytest.raises(ValueError, match="`max_length`"):
-        TextCondition(tiny.text_encoder(), tiny.tokenizer(), max_length)  # type: ignore[arg-type]
+        TextCondition(models.text_encoder(), models.tokenizer(), max_length)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("prompts", [[], "a red cat", [None], ["a", 3]])
@@ -95,7 +95,7 @@ def test_prompts_that_are_no_list_of_strings_are_refused(condition: TextConditio
 
 
 def embeddings(batch: int = 2) -> TextEmbeddings:
-    return TextEmbeddings(torch.randn(batch, 8, tiny.TEXT_WIDTH), torch.randn(batch, tiny.TEXT_WIDTH))
+    return TextEmbeddings(torch.randn(batch, 8, models.TEXT_WIDTH), torch.randn(batch, models.TEXT_WIDTH))
 
 
 def test_embeddings_can_be_chosen_repeated_and_joined() -> None:

@@ -11,9 +11,9 @@ import torch
 
 import hubgen
 from hubgen.pipelines.class_to_image import ClassToImagePipeline
+from tests.models import seeded
 from tests.official import CLASSES, dit
 from tests.parity import randomize_
-from tests.tiny import seeded
 
 
 def official_dit(*options: Any, **config: Any) -> diffusers.DiTPipeline:

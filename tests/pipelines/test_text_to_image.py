@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from hubgen.pipelines.text_to_image import TextToImagePipeline
-from tests import tiny
+from tests import models
 
 PROMPTS = ["a red cat", "the big blue dog"]
 STEPS = 3
@@ -21,12 +21,12 @@ STEPS = 3
 
 @pytest.fixture(scope="module", params=["transformer", "unet"])
 def pipe(request: pytest.FixtureRequest) -> TextToImagePipeline:
-    return tiny.pipeline(request.param)
+    return models.pipeline(request.param)
 
 
 @pytest.fixture(scope="module")
 def mmdit() -> TextToImagePipeline:
-    return tiny.pipeline("transformer")
+    return models.pipeline("transformer")
 
 
 def draw(
@@ -35,7 +35,7 @@ def draw(
     """(B, 3, H, W) of two prompts on seeds 1 and 2, unless told otherwise."""
     if prompt is None and "prompt_embeds" not in options:
         prompt = PROMPTS
-    options = {"num_inference_steps": STEPS, "output_type": "pt", "generator": tiny.seeded(*seeds), **options}
+    options = {"num_inference_steps": STEPS, "output_type": "pt", "generator": models.seeded(*seeds), **options}
     return pipe(prompt, **options).images
 
 
@@ -84,7 +84,7 @@ def test_a_picture_of_a_list_of_generators_is_the_same_in_any_batch(pipe: TextTo
 
 
 def test_a_single_generator_gives_the_same_pictures_again_and_another_seed_others(pipe: TextToImagePipeline) -> None:
-    first, again, other = (draw(pipe, generator=tiny.seeded(seed)[0]) for seed in (5, 5, 6))
+    first, again, other = (draw(pipe, generator=models.seeded(seed)[0]) for seed in (5, 5, 6))
     assert torch.equal(first, again)
     assert_different(first, other)
 
@@ -96,7 +96,7 @@ def test_pictures_of_a_prompt_lie_next_to_each_other(pipe: TextToImagePipeline) 
 
 
 def test_latents_given_are_the_noise_that_is_walked_back_from(mmdit: TextToImagePipeline) -> None:
-    noise = torch.cat([torch.randn(1, 4, 8, 8, generator=generator) for generator in tiny.seeded(1, 2)])
+    noise = torch.cat([torch.randn(1, 4, 8, 8, generator=generator) for generator in models.seeded(1, 2)])
     assert_same(draw(mmdit, latents=noise, generator=None), draw(mmdit))
 
 
@@ -137,7 +137,7 @@ def test_embeddings_stand_for_their_prompts(pipe: TextToImagePipeline) -> None:
 
 
 def test_a_unet_needs_no_pooled_embeddings() -> None:
-    pipe = tiny.pipeline("unet")
+    pipe = models.pipeline("unet")
     with torch.no_grad():
         embedded = draw(pipe, prompt_embeds=pipe.condition.encode(PROMPTS).tokens)
     assert_same(embedded, draw(pipe))
@@ -167,7 +167,7 @@ def test_batched_guidance_equals_two_calls(pipe: TextToImagePipeline) -> None:
     scale = 4.0
     with torch.no_grad():
         cond, uncond = pipe.condition.encode(PROMPTS), pipe.condition.encode(["", ""])
-        generators = tiny.seeded(1, 2)
+        generators = models.seeded(1, 2)
         latents = torch.cat([torch.randn(1, 4, 8, 8, generator=generator) for generator in generators])
         pipe.scheduler.set_timesteps(STEPS)
         for t in pipe.scheduler.timesteps:
@@ -187,8 +187,8 @@ def test_rescale_changes_the_picture(pipe: TextToImagePipeline) -> None:
 
 
 def test_a_call_without_settings_uses_the_pipelines_defaults() -> None:
-    pipe = tiny.pipeline(default_num_inference_steps=3, default_guidance_scale=2.0)
-    plain = pipe(PROMPTS, generator=tiny.seeded(1, 2), output_type="pt").images
+    pipe = models.pipeline(default_num_inference_steps=3, default_guidance_scale=2.0)
+    plain = pipe(PROMPTS, generator=models.seeded(1, 2), output_type="pt").images
     assert pipe.num_timesteps == 3 and pipe.guidance_scale == 2.0
     assert_same(plain, draw(pipe, num_inference_steps=3, guidance_scale=2.0))
 
@@ -211,7 +211,7 @@ def test_a_call_without_settings_uses_the_pipelines_defaults() -> None:
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_diffusers_schedulers_work_and_a_batch_is_still_its_pictures(backbone: str, scheduler: Any) -> None:
-    pipe = tiny.pipeline(backbone, scheduler=scheduler)
+    pipe = models.pipeline(backbone, scheduler=scheduler)
     together = draw(pipe)
     assert together.isfinite().all()
     assert_same(together, torch.cat([draw(pipe, PROMPTS[i], (i + 1,)) for i in range(2)]))
@@ -223,7 +223,7 @@ def test_diffusers_schedulers_work_and_a_batch_is_still_its_pictures(backbone: s
     ids=["transformer", "unet"],
 )
 def test_diffusers_scheduler_of_the_same_name_gives_the_same_picture(backbone: str, theirs: Any) -> None:
-    assert_same(draw(tiny.pipeline(backbone, scheduler=theirs)), draw(tiny.pipeline(backbone)))
+    assert_same(draw(models.pipeline(backbone, scheduler=theirs)), draw(models.pipeline(backbone)))
 
 
 def test_grids_of_ones_own_are_walked(mmdit: TextToImagePipeline) -> None:
@@ -231,7 +231,7 @@ def test_grids_of_ones_own_are_walked(mmdit: TextToImagePipeline) -> None:
     shift = mmdit.scheduler.shift
     sigmas = [sigma / (shift - (shift - 1) * sigma) for sigma in mmdit.scheduler.sigmas[:-1].tolist()]
     assert_same(draw(mmdit, num_inference_steps=None, sigmas=sigmas), draw(mmdit))
-    unet = tiny.pipeline("unet")
+    unet = models.pipeline("unet")
     draw(unet)
     timesteps = unet.scheduler.timesteps.tolist()
     assert_same(draw(unet, num_inference_steps=None, timesteps=timesteps), draw(unet))
@@ -241,7 +241,7 @@ def test_dynamic_shifting_follows_the_size(mmdit: TextToImagePipeline) -> None:
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, base_image_seq_len=4, max_image_seq_len=64
     )
-    pipe = tiny.pipeline(scheduler=scheduler)
+    pipe = models.pipeline(scheduler=scheduler)
     assert pipe.dynamic_shift((8, 8)) == pytest.approx(0.5)
     assert pipe.dynamic_shift((32, 32)) == pytest.approx(1.15)
     draw(pipe, height=8, width=8)
@@ -295,8 +295,8 @@ def test_a_callback_can_end_the_call(mmdit: TextToImagePipeline) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_starts_from_the_same_noise_and_ends_near_the_same_picture(dtype: torch.dtype) -> None:
-    single = draw(tiny.pipeline(), guidance_scale=1.0)
-    pipe = tiny.pipeline().to(dtype)
+    single = draw(models.pipeline(), guidance_scale=1.0)
+    pipe = models.pipeline().to(dtype)
     half = draw(pipe, guidance_scale=1.0)
     assert half.dtype == torch.float32
     assert (half - single).abs().mean() < 0.1 * single.std()
@@ -304,12 +304,12 @@ def test_half_precision_starts_from_the_same_noise_and_ends_near_the_same_pictur
 
 
 def test_a_half_precision_autoencoder_that_overflows_decodes_in_single_precision() -> None:
-    pipe = tiny.pipeline()
+    pipe = models.pipeline()
     latents = draw(pipe, output_type="latent")
     expected = pipe.decode_latents(latents, "pt")
     pipe.vae.to(torch.float16)
-    rounded = tiny.vae().half().float()  # the same rounding of the weights, computed in single precision
-    pipe_rounded = tiny.pipeline(vae=rounded)
+    rounded = models.vae().half().float()  # the same rounding of the weights, computed in single precision
+    pipe_rounded = models.pipeline(vae=rounded)
     with torch.no_grad():
         decoded = pipe_rounded.decode_latents(latents, "pt")
         assert torch.allclose(pipe.decode_latents(latents, "pt"), decoded, atol=1e-5)
@@ -321,14 +321,14 @@ def test_a_half_precision_autoencoder_that_overflows_decodes_in_single_precision
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is something to offload from")
 def test_offloading_without_an_accelerator_says_so() -> None:
     with pytest.raises(RuntimeError, match="accelerator"):
-        tiny.pipeline().enable_model_cpu_offload()
+        models.pipeline().enable_model_cpu_offload()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("backbone", ["transformer", "unet"])
 def test_offloading_leaves_the_picture_as_it_is(backbone: str) -> None:
-    expected = draw(tiny.pipeline(backbone).to("cuda"))
-    pipe = tiny.pipeline(backbone)
+    expected = draw(models.pipeline(backbone).to("cuda"))
+    pipe = models.pipeline(backbone)
     pipe.enable_model_cpu_offload()
     torch.testing.assert_close(draw(pipe), expected, atol=1e-3, rtol=1e-3)
     assert pipe.text_encoder.device.type == pipe.backbone.device.type == pipe.vae.device.type == "cpu"
@@ -340,7 +340,7 @@ def test_offloading_leaves_the_picture_as_it_is(backbone: str) -> None:
 @pytest.mark.parametrize("backbone", ["transformer", "unet"])
 @pytest.mark.parametrize("loader", [TextToImagePipeline, diffusers.DiffusionPipeline])
 def test_a_saved_pipeline_loads_and_draws_the_same(backbone: str, loader: Any, tmp_path: Path) -> None:
-    saved = tiny.pipeline(backbone, default_guidance_scale=3.0)
+    saved = models.pipeline(backbone, default_guidance_scale=3.0)
     saved.save_pretrained(tmp_path)
     loaded = loader.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
@@ -357,7 +357,7 @@ def test_a_saved_pipeline_loads_and_draws_the_same(backbone: str, loader: Any, t
 
 
 def test_components_can_be_replaced_while_loading(tmp_path: Path) -> None:
-    tiny.saved_pipeline(tmp_path, "unet")
+    models.saved_pipeline(tmp_path, "unet")
     scheduler = diffusers.DDIMScheduler()
     loaded = TextToImagePipeline.from_pretrained(tmp_path, scheduler=scheduler, torch_dtype=torch.bfloat16)
     assert loaded.scheduler is scheduler
@@ -376,9 +376,9 @@ def test_a_folder_that_is_no_pipeline_is_named(tmp_path: Path) -> None:
 
 def test_exactly_one_backbone_is_needed() -> None:
     with pytest.raises(ValueError, match="both"):
-        tiny.pipeline("transformer", unet=tiny.unet())
+        models.pipeline("transformer", unet=models.unet())
     with pytest.raises(ValueError, match="neither"):
-        tiny.pipeline("transformer", transformer=None)
+        models.pipeline("transformer", transformer=None)
 
 
 # ---- our components in diffusers' pipelines ----
@@ -386,7 +386,7 @@ def test_exactly_one_backbone_is_needed() -> None:
 
 def test_our_components_in_diffusers_pipeline_give_our_pipelines_picture() -> None:
     """Stable Diffusion 3's own pipeline, fed with the same embeddings and noise."""
-    pipe = tiny.pipeline()
+    pipe = models.pipeline()
     text = [None] * 6
     theirs = diffusers.StableDiffusion3Pipeline(pipe.transformer, pipe.scheduler, pipe.vae, *text)
     theirs.set_progress_bar_config(disable=True)
@@ -404,7 +404,7 @@ def test_our_components_in_diffusers_pipeline_give_our_pipelines_picture() -> No
         "width": 16,
     }
     assert_same(
-        pipe(generator=tiny.seeded(1, 2), **options).images, theirs(generator=tiny.seeded(1, 2), **options).images
+        pipe(generator=models.seeded(1, 2), **options).images, theirs(generator=models.seeded(1, 2), **options).images
     )
 
 
@@ -446,7 +446,7 @@ def test_our_components_in_diffusers_pipeline_give_our_pipelines_picture() -> No
         ("width", {"width": 18}),
         ("width", {"width": 800_000}),
         ("num_images_per_prompt", {"num_images_per_prompt": 0}),
-        ("generator", {"generator": tiny.seeded(1, 2, 3)}),
+        ("generator", {"generator": models.seeded(1, 2, 3)}),
         ("generator", {"generator": 5}),
         ("generator", {"generator": [None, None]}),
         ("latents", {"latents": torch.zeros(2, 4, 16, 16)}),
@@ -487,7 +487,7 @@ def test_the_nearest_sizes_that_the_model_can_make_are_told(mmdit: TextToImagePi
 
 def test_a_scheduler_that_takes_no_sigmas_says_so() -> None:
     with pytest.raises(ValueError, match="`sigmas`.*DDPMScheduler"):
-        tiny.pipeline("unet")("a cat", sigmas=[1.0, 0.5])
+        models.pipeline("unet")("a cat", sigmas=[1.0, 0.5])
 
 
 def test_what_a_callback_returns_is_checked(mmdit: TextToImagePipeline) -> None:

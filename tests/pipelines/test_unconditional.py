@@ -15,8 +15,8 @@ import hubgen
 from hubgen.pipelines.unconditional import UnconditionalPipeline
 from hubgen.schedulers.ddpm import DDPMScheduler
 from hubgen.schedulers.score_sde_ve import ScoreSdeVeScheduler
+from tests.models import seeded
 from tests.official import ddpm, ncsnpp, pixel_unet
-from tests.tiny import seeded
 
 Official = Callable[[str], Path]
 NATIVE = {"ddpm": "DDPMPipeline", "ddim": "DDIMPipeline", "ncsnpp": "ScoreSdeVePipeline"}

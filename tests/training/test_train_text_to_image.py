@@ -72,7 +72,7 @@ def test_a_run_killed_at_a_random_step_and_then_stopped_by_sigterm_equals_an_uni
     finish(start(recipe | {"output_dir": str(whole), "checkpoint_steps": 1000}, tmp_path))
 
     process = start(recipe, tmp_path)
-    wait_for_step(process, run, random.randint(4, 25))
+    wait_for_step(process, run, random.Random(0).randint(4, 25))
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL

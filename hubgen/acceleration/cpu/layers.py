@@ -59,13 +59,11 @@ def plain_tensor(x: Any) -> bool:
 
 def fusable(layer: Any, plain_class: type) -> bool:
     """Whether what calls a layer may compute it along: it is the plain layer, and nobody else listens to its calls."""
+    if type(layer) is not plain_class or layer._forward_hooks or layer._forward_pre_hooks:  # type: ignore[attr-defined]
+        return False
     forward = layer.__dict__.get("forward")
-    return (
-        type(layer) is plain_class
-        and (forward is None or getattr(forward, "is_ours", False))
-        and not (layer._forward_hooks or layer._forward_pre_hooks)
-        and not (torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
-    )
+    listened = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
+    return not listened and (forward is None or getattr(forward, "is_ours", False))
 
 
 # ---- linear layers ----

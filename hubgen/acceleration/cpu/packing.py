@@ -69,7 +69,7 @@ class Packing:
         self.spent += size if granted else 0
         return granted
 
-    def record(self, layer: nn.Module) -> Record:
+    def record(self, layer: Any) -> Record:
         """Of a layer, whose packed weight is dropped where it is plainly of another tensor."""
         record = self.records.get(layer)
         if record is None:
@@ -85,12 +85,12 @@ class Packing:
 
     def verify(self) -> None:
         """Drops every packed weight whose layer has other values by now, by reading all of them."""
-        for layer, record in list(self.records.items()):
+        records: list[tuple[Any, Record]] = list(self.records.items())  # other threads may add some
+        for layer, record in records:
             if record.packed is None:
                 continue
-            weight = getattr(layer, "weight", None)
-            same = isinstance(weight, torch.Tensor) and record.stamp == identity(weight)
-            if not same or record.sums is None or not torch.equal(record.sums, checksum(weight)):
+            same = record.stamp == identity(layer.weight)
+            if not same or record.sums is None or not torch.equal(record.sums, checksum(layer.weight)):
                 record.forget()
 
 

@@ -1,0 +1,61 @@
+"""What hubgen needs of diffusers and torch that they do not promise: every such name in one place.
+
+A release may move any of these. tests/test_diffusers_contract.py asks the installed versions for each of them, and sees
+that no other file imports a private name.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.modeling_utils import no_init_weights
+from torch import nn
+
+__all__ = [
+    "ATTRIBUTES",
+    "dispatch_attention_fn",
+    "has_step_hooks",
+    "is_compiled",
+    "no_init_weights",
+    "register_cached_blocks",
+    "reset_step_hooks",
+]
+
+# Private attributes by the class of diffusers that has them: methods that hubgen calls or overrides.
+ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
+    "diffusers.DiffusionPipeline": ("_get_signature_keys", "_execution_device"),
+    "diffusers.ModelMixin": ("_fix_state_dict_keys_on_load", "_keys_to_ignore_on_load_unexpected"),
+    "transformers.PreTrainedModel": ("_keep_in_fp32_modules",),
+    "diffusers.ConfigMixin": ("_get_init_keys",),
+    "diffusers.SchedulerMixin": ("_get_compatibles",),
+    "diffusers.CacheMixin": ("_reset_stateful_cache",),
+    "diffusers.pipelines.pipeline_loading_utils": ("LOADABLE_CLASSES",),
+    "diffusers.hooks._helpers": ("TransformerBlockMetadata", "TransformerBlockRegistry"),
+    "diffusers.models.transformers.transformer_flux.FluxAttnProcessor": ("_attention_backend", "_parallel_config"),
+}
+
+
+def has_step_hooks(model: Any) -> bool:
+    """Whether hooks of diffusers are anywhere in a model: step caches, group offloading, casting."""
+    return isinstance(model, nn.Module) and any("_diffusers_hook" in module.__dict__ for module in model.modules())
+
+
+def reset_step_hooks(model: Any) -> None:
+    """Has the step caches of a model forget what they keep; a model without hooks stays without."""
+    if has_step_hooks(model) and hasattr(model, "_reset_stateful_cache"):
+        model._reset_stateful_cache()
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether calls of a module run code that torch has compiled."""
+    return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+
+
+def register_cached_blocks(blocks: Mapping[type[nn.Module], tuple[int, int | None]]) -> None:
+    """Tells diffusers' step caches where, in what a block returns, its image and its text tokens lie."""
+    # Imported here, because the registry imports every transformer of diffusers.
+    from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+
+    for block, (image, text) in blocks.items():
+        metadata = TransformerBlockMetadata(return_hidden_states_index=image, return_encoder_hidden_states_index=text)
+        TransformerBlockRegistry.register(block, metadata)
