@@ -62,7 +62,7 @@ class UNet2DModel(Backbone):
         mid_block_scale_factor: What the middle divides its sums of skip and residual by.
         downsample_padding: See `Downsample2D`.
         downsample_type: How `AttnDownBlock2D` halves: `"conv"` (also `None`), or `"resnet"` by a residual block.
-        upsample_type: How `AttnUpBlock2D` doubles, likewise.
+        upsample_type: How `AttnUpBlock2D` doubles: `"conv"` (also `None`), or `"resnet"`.
         dropout: Probability of dropping a feature in a residual block.
         act_fn: `"silu"` or its other name, `"swish"`.
         attention_head_dim: Features of a head; `None` for a single head.

@@ -100,12 +100,13 @@ def normalise(
 
 def output(attn: Any, x: torch.Tensor) -> torch.Tensor:
     """The output projection and its dropout, where the layer has them: (B, L, H * D) -> (B, L, C)."""
-    return attn.to_out[1](attn.to_out[0](x)) if has_output(attn) else x
+    layers = output_layers(attn)
+    return x if layers is None else layers[1](layers[0](x))
 
 
-def has_output(attn: Any) -> bool:
-    """Whether the layer has an output projection; in FLUX's single blocks it is the block that has one."""
-    return getattr(attn, "to_out", None) is not None
+def output_layers(attn: Any) -> Any:
+    """The output projection and its dropout; `None` in FLUX's single blocks, where the block has them."""
+    return getattr(attn, "to_out", None)
 
 
 def output_text(attn: Any, x: torch.Tensor) -> torch.Tensor:
@@ -237,7 +238,7 @@ class AttnProcessor:
             query, key = rotate(query, image_rotary_emb), rotate(key, image_rotary_emb)
         for part in self.parts:
             query, key, value = part.edit(call, query, key, value)
-        if any(part.wants_maps for part in self.parts):
+        if self.parts and any(part.wants_maps for part in self.parts):
             out = attend_by_maps(call, self.parts, query, key, value, attention_mask)
         else:
             out = attend(self, query, key, value, attention_mask)
@@ -264,11 +265,11 @@ class AttnProcessor:
 
     def places(self, attn: Any, context: torch.Tensor | None) -> tuple[str, ...]:
         """Where parts may add something in a call with this context."""
-        return ("before_out", "after_out") if has_output(attn) else ("before_out",)
+        return ("before_out",) if output_layers(attn) is None else ("before_out", "after_out")
 
     def add(self, where: str, call: Any, x: torch.Tensor) -> torch.Tensor:
         """`x`, (B, L, features) or with text tokens beside, plus what the parts add there to the image tokens."""
-        update = self.added(where, call)
+        update = self.added(where, call) if self.parts else None
         if update is None:
             return x
         if x.shape[1] == update.shape[1]:

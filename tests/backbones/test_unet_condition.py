@@ -292,11 +292,11 @@ def test_diffusers_pipelines_accept_the_model():
         ({"act_fn": "gelu"}, "`act_fn`.*'gelu'"),
         ({"resnet_time_scale_shift": "scale_shift"}, "`resnet_time_scale_shift`"),
         ({"time_embedding_type": "fourier"}, "`time_embedding_type`"),
-        ({"norm_num_groups": None}, "`norm_num_groups`: got None, expected a positive integer"),
+        ({"norm_num_groups": None}, "`norm_num_groups`: got None, expected a whole number"),
         ({"norm_num_groups": 5}, "`norm_num_groups`: got 5, expected a divisor"),
         ({"attention_head_dim": 3}, "`attention_head_dim`: got 3 heads .* the level's 16 channels"),
         ({"attention_head_dim": (2, 2, 2)}, "`attention_head_dim`: got 3 values .*, expected one, or 2"),
-        ({"layers_per_block": -3}, "`layers_per_block`: got -3, expected a positive integer"),
+        ({"layers_per_block": -3}, "`layers_per_block`: got -3, expected a whole number"),
         ({"conv_in_kernel": 4}, "`conv_in_kernel`: got 4, expected an odd number"),
         ({"transformer_layers_per_block": ((1,), (1,))}, "`reverse_transformer_layers_per_block`"),
         (
