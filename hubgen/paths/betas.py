@@ -34,18 +34,18 @@ def make_betas(
         betas = torch.as_tensor(np.asarray(trained_betas), dtype=torch.float32)
         if betas.shape != (num_train_timesteps,):
             raise ValueError(
-                f"trained_betas: got shape {tuple(betas.shape)}, expected one for each of the {num_train_timesteps} "
+                f"`trained_betas`: got shape {tuple(betas.shape)}, expected one for each of the {num_train_timesteps} "
                 "num_train_timesteps"
             )
     else:
         if beta_schedule not in BETA_SCHEDULES:
-            raise ValueError(f"beta_schedule: got {beta_schedule!r}, expected one of {list(BETA_SCHEDULES)}")
+            raise ValueError(f"`beta_schedule`: got {beta_schedule!r}, expected one of {list(BETA_SCHEDULES)}")
         if num_train_timesteps < 1:
-            raise ValueError(f"num_train_timesteps: got {num_train_timesteps}, expected at least 1")
+            raise ValueError(f"`num_train_timesteps`: got {num_train_timesteps}, expected at least 1")
         betas = _named_betas(beta_schedule, beta_start, beta_end, num_train_timesteps)
     if not bool(((betas > 0) & (betas <= 1)).all()):
         raise ValueError(
-            f"betas: got values from {betas.min().item():.3g} to {betas.max().item():.3g}, expected all in (0, 1]"
+            f"`betas`: got values from {betas.min().item():.3g} to {betas.max().item():.3g}, expected all in (0, 1]"
         )
     return rescale_zero_terminal_snr(betas) if rescale_betas_zero_snr else betas
 

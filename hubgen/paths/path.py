@@ -53,7 +53,7 @@ class ProbabilityPath(ABC):
 
     def __init__(self, prediction_type: PredictionType, num_train_timesteps: int = 1000) -> None:
         if num_train_timesteps < 1:
-            raise ValueError(f"num_train_timesteps: got {num_train_timesteps}, expected at least 1")
+            raise ValueError(f"`num_train_timesteps`: got {num_train_timesteps}, expected at least 1")
         self.prediction_type = check_prediction_type(prediction_type)
         self.num_train_timesteps = num_train_timesteps
 
@@ -101,7 +101,7 @@ class ProbabilityPath(ABC):
             t: (B,) float32 or float64 in [0, 1]. Half precision cannot tell 1000 times apart and is refused.
         """
         if noise.shape != data.shape:
-            raise ValueError(f"noise: got shape {tuple(noise.shape)}, expected that of data, {tuple(data.shape)}")
+            raise ValueError(f"`noise`: got shape {tuple(noise.shape)}, expected that of data, {tuple(data.shape)}")
         self._check_time(t, data)
         t = self.snap(t)
         a, b = self.coefficients(self.prediction_type, _precise(t))
@@ -163,9 +163,11 @@ class ProbabilityPath(ABC):
     @staticmethod
     def _check_time(t: torch.Tensor, batch: torch.Tensor) -> None:
         if t.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"t: got dtype {t.dtype}, expected float32 or float64")
+            raise ValueError(f"`t`: got dtype {t.dtype}, expected float32 or float64")
         if t.shape != batch.shape[:1]:
-            raise ValueError(f"t: got shape {tuple(t.shape)}, expected one time per example, {tuple(batch.shape[:1])}")
+            raise ValueError(
+                f"`t`: got shape {tuple(t.shape)}, expected one time per example, {tuple(batch.shape[:1])}"
+            )
 
 
 class RectifiedFlowPath(ProbabilityPath):

@@ -24,7 +24,7 @@ DIFFUSERS_NAMES: dict[PredictionType, str] = {
 def check_prediction_type(name: str, argument: str = "prediction_type") -> PredictionType:
     """Returns `name` if it is a prediction type; raises ValueError that names `argument` otherwise."""
     if name not in PREDICTION_TYPES:
-        raise ValueError(f"{argument}: got {name!r}, expected one of {list(PREDICTION_TYPES)}")
+        raise ValueError(f"`{argument}`: got {name!r}, expected one of {list(PREDICTION_TYPES)}")
     return name
 
 
@@ -43,4 +43,4 @@ def from_diffusers(name: str) -> PredictionType:
     for kind, theirs in DIFFUSERS_NAMES.items():
         if theirs == name:
             return kind
-    raise ValueError(f"prediction_type: got {name!r}, expected one of {list(DIFFUSERS_NAMES.values())}")
+    raise ValueError(f"`prediction_type`: got {name!r}, expected one of {list(DIFFUSERS_NAMES.values())}")

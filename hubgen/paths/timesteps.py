@@ -25,7 +25,7 @@ class TimestepDensity(ABC):
 
     def __init__(self, shift: float = 1.0) -> None:
         if not (math.isfinite(shift) and shift > 0):
-            raise ValueError(f"shift: got {shift}, expected a finite number above 0")
+            raise ValueError(f"`shift`: got {shift}, expected a finite number above 0")
         self.shift = shift
 
     @abstractmethod
@@ -87,7 +87,7 @@ class LogitNormalDensity(TimestepDensity):
     def __init__(self, mean: float = 0.0, std: float = 1.0, shift: float = 1.0) -> None:
         super().__init__(shift)
         if not (math.isfinite(std) and std > 0):
-            raise ValueError(f"std: got {std}, expected a finite number above 0")
+            raise ValueError(f"`std`: got {std}, expected a finite number above 0")
         self.mean, self.std = mean, std
 
     def _quantile(self, uniform: torch.Tensor) -> torch.Tensor:
@@ -127,7 +127,7 @@ class ModeDensity(TimestepDensity):
         super().__init__(shift)
         limit = 2 / (math.pi - 2)
         if not -1 <= scale <= limit:
-            raise ValueError(f"scale: got {scale}, expected a number in [-1, {limit:.4f}], where the map is monotone")
+            raise ValueError(f"`scale`: got {scale}, expected a number in [-1, {limit:.4f}], where the map is monotone")
         self.scale = scale
 
     def _quantile(self, uniform: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,7 @@ class MinSnrWeighting:
 
     def __init__(self, gamma: float = 5.0) -> None:
         if not (math.isfinite(gamma) and gamma > 0):
-            raise ValueError(f"gamma: got {gamma}, expected a finite number above 0")
+            raise ValueError(f"`gamma`: got {gamma}, expected a finite number above 0")
         self.gamma = gamma
 
     def __call__(self, path: ProbabilityPath, t: torch.Tensor) -> torch.Tensor:

@@ -66,11 +66,11 @@ class DDIMScheduler(VariancePreservingScheduler):
         outside [0, N), and for one that the given grid does not visit.
         """
         if self.num_inference_steps is None:
-            raise ValueError("num_inference_steps: got None, expected set_timesteps before the first step")
+            raise ValueError("`num_inference_steps`: got None, expected set_timesteps before the first step")
         total = self.config.num_train_timesteps
         index = self._index(timestep)
         if not 0 <= index < total:
-            raise ValueError(f"timestep: got {index}, expected a whole number in [0, {total - 1}]")
+            raise ValueError(f"`timestep`: got {index}, expected a whole number in [0, {total - 1}]")
         if self.custom_timesteps:
             return super().previous_timestep(index)
         return max(index - total // self.num_inference_steps, -1)
@@ -102,9 +102,9 @@ class DDIMScheduler(VariancePreservingScheduler):
         outside [0, 1], a prediction of another shape, and where both a generator and noise were given.
         """
         if not 0 <= eta <= 1:
-            raise ValueError(f"eta: got {eta}, expected a number in [0, 1]")
+            raise ValueError(f"`eta`: got {eta}, expected a number in [0, 1]")
         if generator is not None and variance_noise is not None:
-            raise ValueError("generator, variance_noise: got both, expected at most one of them")
+            raise ValueError("`generator`, `variance_noise`: got both, expected at most one of them")
         t = self._index(timestep)
         alpha_bar_prev = self._alpha_bar(self.previous_timestep(t))
         alpha_bar = self._alpha_bar(t)
@@ -177,7 +177,7 @@ class DDIMScheduler(VariancePreservingScheduler):
         """(data, noise) of x_t and the prediction, before any clipping."""
         if prediction.shape != sample.shape:
             raise ValueError(
-                f"model_output: got shape {tuple(prediction.shape)}, expected that of sample, {tuple(sample.shape)}"
+                f"`model_output`: got shape {tuple(prediction.shape)}, expected that of sample, {tuple(sample.shape)}"
             )
         data = self._estimate_data(prediction, sample, alpha_bar, t)
         if self.config.prediction_type == "epsilon":

@@ -112,7 +112,7 @@ class DDPMScheduler(VariancePreservingScheduler):
         expected = (sample.shape[0], sample.shape[1] * (2 if learned else 1), *sample.shape[2:])
         if model_output.shape != expected:
             raise ValueError(
-                f"model_output: got shape {tuple(model_output.shape)}, expected {expected} for a sample of shape "
+                f"`model_output`: got shape {tuple(model_output.shape)}, expected {expected} for a sample of shape "
                 f"{tuple(sample.shape)} and variance_type {self.variance_type!r}"
             )
         if not learned:

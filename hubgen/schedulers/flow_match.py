@@ -30,7 +30,7 @@ class FlowMatchScheduler(CompatibleScheduler):
         self, num_train_timesteps: int, shift: float, shift_default: bool = True, shift_once: bool = False
     ) -> None:
         if num_train_timesteps < 1:
-            raise ValueError(f"num_train_timesteps: got {num_train_timesteps}, expected at least 1")
+            raise ValueError(f"`num_train_timesteps`: got {num_train_timesteps}, expected at least 1")
         self.set_shift(shift)
         self._step_index: int | None = None
         self._begin_index: int | None = None
@@ -53,7 +53,7 @@ class FlowMatchScheduler(CompatibleScheduler):
     def set_shift(self, shift: float) -> None:
         """Replaces the fixed shift from the next `set_timesteps` on; raises ValueError unless above 0."""
         if not (math.isfinite(shift) and shift > 0):
-            raise ValueError(f"shift: got {shift}, expected a finite number above 0")
+            raise ValueError(f"`shift`: got {shift}, expected a finite number above 0")
         self._shift = shift
 
     @property
@@ -84,7 +84,7 @@ class FlowMatchScheduler(CompatibleScheduler):
             return None
         grid = np.asarray(values, dtype=np.float32)
         if grid.ndim != 1 or grid.size == 0 or not ((grid >= 0) & (grid <= most)).all():
-            raise ValueError(f"{name}: got {values!r}, expected a non-empty list of numbers in [0, {most:g}]")
+            raise ValueError(f"`{name}`: got {values!r}, expected a non-empty list of numbers in [0, {most:g}]")
         return grid
 
     def index_for_timestep(self, timestep: float | torch.Tensor, schedule_timesteps: torch.Tensor | None = None) -> int:
@@ -96,7 +96,7 @@ class FlowMatchScheduler(CompatibleScheduler):
         value = float(timestep) if not isinstance(timestep, torch.Tensor) else timestep.item()
         positions = [index for index, entry in enumerate(grid) if entry == value]
         if not positions:
-            raise ValueError(f"timestep: got {value}, expected one of scheduler.timesteps, {grid}")
+            raise ValueError(f"`timestep`: got {value}, expected one of scheduler.timesteps, {grid}")
         return positions[min(1, len(positions) - 1)]
 
     def scale_noise(
@@ -108,7 +108,7 @@ class FlowMatchScheduler(CompatibleScheduler):
         that of `begin_index` (image to image), afterwards that of `step_index` (inpainting).
         """
         if noise is None:
-            raise ValueError("noise: got None, expected a tensor like sample")
+            raise ValueError("`noise`: got None, expected a tensor like sample")
         timesteps = torch.atleast_1d(torch.as_tensor(timestep))
         if self.begin_index is None:
             indices = [self.index_for_timestep(t) for t in timesteps]
@@ -120,7 +120,7 @@ class FlowMatchScheduler(CompatibleScheduler):
     def _begin_step(self, timestep: float | torch.Tensor) -> int:
         """The index of the step that is to be done; `timestep` tells it where nothing else does."""
         if isinstance(timestep, int) or (isinstance(timestep, torch.Tensor) and not timestep.is_floating_point()):
-            raise ValueError(f"timestep: got the whole number {timestep}, expected an element of scheduler.timesteps")
+            raise ValueError(f"`timestep`: got the whole number {timestep}, expected an element of scheduler.timesteps")
         if self._step_index is None:
             self._step_index = self.index_for_timestep(timestep) if self.begin_index is None else self.begin_index
         if self._step_index + 1 >= len(self.sigmas):

@@ -66,14 +66,14 @@ class FlowMatchEulerDiscreteScheduler(FlowMatchScheduler):
         shift_once: bool = False,
     ) -> None:
         if time_shift_type not in ("exponential", "linear"):
-            raise ValueError(f"time_shift_type: got {time_shift_type!r}, expected 'exponential' or 'linear'")
+            raise ValueError(f"`time_shift_type`: got {time_shift_type!r}, expected 'exponential' or 'linear'")
         if use_beta_sigmas and importlib.util.find_spec("scipy") is None:
             raise ImportError(
                 "use_beta_sigmas: scipy is not installed, expected it for the quantiles of Beta(0.6, 0.6)"
             )
         if use_karras_sigmas + use_exponential_sigmas + use_beta_sigmas > 1:
             raise ValueError(
-                "use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas: got several, expected at most one of them"
+                "`use_karras_sigmas`, `use_exponential_sigmas`, `use_beta_sigmas`: got several, expected at most one"
             )
         super().__init__(num_train_timesteps, shift, not use_dynamic_shifting, shift_once)
 
@@ -89,7 +89,7 @@ class FlowMatchEulerDiscreteScheduler(FlowMatchScheduler):
         """Stretches a descending grid t (n,) about 1 to end in `shift_terminal`; ValueError where it ends in 1."""
         if t[-1] == 1:
             raise ValueError(
-                f"shift_terminal: got {self.config.shift_terminal} for a grid that ends in sigma 1, expected "
+                f"`shift_terminal`: got {self.config.shift_terminal} for a grid that ends in sigma 1, expected "
                 "a grid that can be stretched: more steps, or a last sigma below 1"
             )
         return 1 - (1 - t) * ((1 - self.config.shift_terminal) / (1 - t[-1]))
@@ -113,7 +113,7 @@ class FlowMatchEulerDiscreteScheduler(FlowMatchScheduler):
         Raises ValueError for anything else.
         """
         if self.config.use_dynamic_shifting and mu is None:
-            raise ValueError("mu: got None, expected a number, since use_dynamic_shifting is on")
+            raise ValueError("`mu`: got None, expected a number, since use_dynamic_shifting is on")
         total = self.config.num_train_timesteps
         given_sigmas = self._check_grid("sigmas", sigmas, 1.0)
         given_timesteps = self._check_grid("timesteps", timesteps, float(total))
@@ -151,9 +151,10 @@ class FlowMatchEulerDiscreteScheduler(FlowMatchScheduler):
         if steps is not None:
             counts["num_inference_steps"] = whole("num_inference_steps", steps)
         if not counts:
-            raise ValueError("num_inference_steps, sigmas, timesteps: got none, expected at least one of them")
+            raise ValueError("`num_inference_steps`, `sigmas`, `timesteps`: got none, expected at least one of them")
         if len(set(counts.values())) > 1:
-            raise ValueError(f"{', '.join(counts)}: got lengths {list(counts.values())}, expected them to agree")
+            names = ", ".join(f"`{name}`" for name in counts)
+            raise ValueError(f"{names}: got lengths {list(counts.values())}, expected them to agree")
         return next(iter(counts.values()))
 
     def _shifted(self, sigmas: np.ndarray, mu: float | None) -> np.ndarray:
@@ -175,7 +176,7 @@ class FlowMatchEulerDiscreteScheduler(FlowMatchScheduler):
         if self.config.use_exponential_sigmas:
             if last <= 0:
                 raise ValueError(
-                    "sigmas: got 0 as the last one, expected it above 0, since use_exponential_sigmas is on"
+                    "`sigmas`: got 0 as the last one, expected it above 0, since use_exponential_sigmas is on"
                 )
             return np.exp(np.linspace(math.log(first), math.log(last), steps))
         if self.config.use_beta_sigmas:
@@ -211,9 +212,9 @@ class FlowMatchEulerDiscreteScheduler(FlowMatchScheduler):
                 their own, and turn the sign of `model_output`.
         """
         if s_churn != 0:
-            raise ValueError(f"s_churn: got {s_churn}, expected 0; for noise in each step set stochastic_sampling")
+            raise ValueError(f"`s_churn`: got {s_churn}, expected 0; for noise in each step set stochastic_sampling")
         if per_token_timesteps is not None:
-            raise ValueError("per_token_timesteps: got a tensor, expected None: all tokens share one timestep here")
+            raise ValueError("`per_token_timesteps`: got a tensor, expected None: all tokens share one timestep here")
         index = self._begin_step(timestep)
         sigma, sigma_next = self.sigmas[index], self.sigmas[index + 1]
 

@@ -67,7 +67,7 @@ class FlowMatchHeunDiscreteScheduler(FlowMatchScheduler):
         given = self._check_grid("sigmas", sigmas, 1.0)
         if given is not None and num_inference_steps not in (None, len(given)):
             raise ValueError(
-                f"num_inference_steps: got {num_inference_steps} beside {len(given)} sigmas, expected them to agree"
+                f"`num_inference_steps`: got {num_inference_steps} beside {len(given)} sigmas, expected them to agree"
             )
         steps = whole("num_inference_steps", len(given) if given is not None else num_inference_steps)
         grid = self._static_shift(self._even_sigmas(steps) if given is None else given)
@@ -111,7 +111,7 @@ class FlowMatchHeunDiscreteScheduler(FlowMatchScheduler):
         first = self.state_in_first_order
         if first == bool(index % 2):
             raise ValueError(
-                f"begin_index: got {index}, a second stage, expected an even number: two calls of `step` are one step"
+                f"`begin_index`: got {index}, a second stage, expected an even number: two calls of `step` are one step"
             )
         start = index if first else index - 1
         sigma, sigma_next = self.sigmas[start], self.sigmas[start + 1]

@@ -51,9 +51,9 @@ class ScoreSdeVeScheduler(CompatibleScheduler):
         correct_steps: int = 1,
     ) -> None:
         if not snr > 0:
-            raise ValueError(f"snr: got {snr!r}, expected a number above 0")
+            raise ValueError(f"`snr`: got {snr!r}, expected a number above 0")
         if not isinstance(correct_steps, int) or isinstance(correct_steps, bool) or correct_steps < 0:
-            raise ValueError(f"correct_steps: got {correct_steps!r}, expected a whole number, at least 0")
+            raise ValueError(f"`correct_steps`: got {correct_steps!r}, expected a whole number, at least 0")
         self.init_noise_sigma = sigma_max
         self.set_timesteps(num_train_timesteps)
 
@@ -82,7 +82,7 @@ class ScoreSdeVeScheduler(CompatibleScheduler):
         steps = whole("num_inference_steps", num_inference_steps)
         end = self.config.sampling_eps if sampling_eps is None else sampling_eps
         if not 0 <= end < 1:
-            raise ValueError(f"sampling_eps: got {end!r}, expected a time in [0, 1)")
+            raise ValueError(f"`sampling_eps`: got {end!r}, expected a time in [0, 1)")
         self.timesteps = torch.linspace(1, end, steps, device=device)  # (n,)
         self.set_sigmas(steps)
 
@@ -108,16 +108,16 @@ class ScoreSdeVeScheduler(CompatibleScheduler):
         low = self.config.sigma_min if sigma_min is None else sigma_min
         high = self.config.sigma_max if sigma_max is None else sigma_max
         if not 0 < low < high:
-            raise ValueError(f"sigma_min, sigma_max: got {low!r} and {high!r}, expected 0 < sigma_min < sigma_max")
+            raise ValueError(f"`sigma_min`, `sigma_max`: got {low!r} and {high!r}, expected 0 < sigma_min < sigma_max")
         steps = whole("num_inference_steps", num_inference_steps)
         if steps != len(self.timesteps):
             raise ValueError(
-                f"num_inference_steps: got {steps}, expected that of set_timesteps, {len(self.timesteps)}: each time "
+                f"`num_inference_steps`: got {steps}, expected that of set_timesteps, {len(self.timesteps)}: each time "
                 "has a noise level"
             )
         if sampling_eps is not None and steps > 1 and not math.isclose(sampling_eps, self.timesteps[-1], rel_tol=1e-5):
             raise ValueError(
-                f"sampling_eps: got {sampling_eps!r}, expected that of set_timesteps, {self.timesteps[-1].item():g}"
+                f"`sampling_eps`: got {sampling_eps!r}, expected that of set_timesteps, {self.timesteps[-1].item():g}"
             )
         self.sigma_min, self.sigma_max = low, high
         device = self.timesteps.device
@@ -223,12 +223,12 @@ class ScoreSdeVeScheduler(CompatibleScheduler):
     def _check_score(model_output: torch.Tensor, sample: torch.Tensor) -> None:
         if model_output.shape != sample.shape:
             raise ValueError(
-                f"model_output: got shape {tuple(model_output.shape)}, expected the sample's, {tuple(sample.shape)}"
+                f"`model_output`: got shape {tuple(model_output.shape)}, expected the sample's, {tuple(sample.shape)}"
             )
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """x_t = data + sigma noise, with sigma of the indices `timesteps` (B,) in `discrete_sigmas`; (B, C, ...)."""
         if timesteps.is_floating_point():
-            raise ValueError(f"timesteps: got {timesteps.dtype}, expected indices of discrete_sigmas, whole numbers")
+            raise ValueError(f"`timesteps`: got {timesteps.dtype}, expected indices of discrete_sigmas, whole numbers")
         sigmas = self.discrete_sigmas.to(original_samples)[timesteps.to(original_samples.device)]
         return original_samples + sigmas.view(-1, *(1,) * (original_samples.ndim - 1)) * noise

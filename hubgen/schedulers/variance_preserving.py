@@ -80,7 +80,7 @@ class VariancePreservingScheduler(CompatibleScheduler):
         """
         if (num_inference_steps is None) == (timesteps is None):
             found = "neither" if timesteps is None else "both"
-            raise ValueError(f"num_inference_steps, timesteps: got {found}, expected exactly one of them")
+            raise ValueError(f"`num_inference_steps`, `timesteps`: got {found}, expected exactly one of them")
         if timesteps is not None:
             grid = self._check_timesteps(timesteps)
         else:
@@ -95,9 +95,9 @@ class VariancePreservingScheduler(CompatibleScheduler):
         grid = np.asarray(timesteps)
         last = self.config.num_train_timesteps - 1
         if grid.ndim != 1 or grid.size == 0 or not np.issubdtype(grid.dtype, np.integer):
-            raise ValueError(f"timesteps: got {timesteps!r}, expected a non-empty list of whole numbers")
+            raise ValueError(f"`timesteps`: got {timesteps!r}, expected a non-empty list of whole numbers")
         if (np.diff(grid) >= 0).any() or grid[0] > last or grid[-1] < 0:
-            raise ValueError(f"timesteps: got {grid.tolist()}, expected descending numbers within [0, {last}]")
+            raise ValueError(f"`timesteps`: got {grid.tolist()}, expected descending numbers within [0, {last}]")
         return grid.astype(np.int64)
 
     def _spaced_timesteps(self, steps: int) -> np.ndarray:
@@ -109,7 +109,7 @@ class VariancePreservingScheduler(CompatibleScheduler):
             grid = np.arange(steps)[::-1] * (total // steps) + self.config.steps_offset
             if grid[0] >= total:
                 raise ValueError(
-                    f"steps_offset: got {self.config.steps_offset}, which starts {steps} steps at timestep {grid[0]}, "
+                    f"`steps_offset`: got {self.config.steps_offset}, which starts {steps} steps at {grid[0]}, "
                     f"expected a start below num_train_timesteps, {total}"
                 )
         else:
@@ -120,7 +120,9 @@ class VariancePreservingScheduler(CompatibleScheduler):
     def _index(self, timestep: int | torch.Tensor) -> int:
         """The timestep as a number, without a wait where it is an element of `self.timesteps` on a device."""
         if isinstance(timestep, torch.Tensor) and timestep.numel() != 1:
-            raise ValueError(f"timestep: got a tensor of shape {tuple(timestep.shape)}, expected one timestep for all")
+            raise ValueError(
+                f"`timestep`: got a tensor of shape {tuple(timestep.shape)}, expected one timestep for all"
+            )
         if isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu":
             if timestep.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr():
                 return self._visited[timestep.storage_offset() - self.timesteps.storage_offset()]
@@ -135,7 +137,7 @@ class VariancePreservingScheduler(CompatibleScheduler):
         if self.num_inference_steps is None:
             return index - 1
         if index not in self._visited:
-            raise ValueError(f"timestep: got {index}, expected one of scheduler.timesteps, {self._visited}")
+            raise ValueError(f"`timestep`: got {index}, expected one of scheduler.timesteps, {self._visited}")
         position = self._visited.index(index)
         return self._visited[position + 1] if position + 1 < len(self._visited) else -1
 
@@ -190,4 +192,4 @@ class VariancePreservingScheduler(CompatibleScheduler):
 def check_choice(name: str, value: str, known: Sequence[str]) -> None:
     """Raises ValueError unless `value`, of the argument `name`, is one of `known`."""
     if value not in known:
-        raise ValueError(f"{name}: got {value!r}, expected one of {list(known)}")
+        raise ValueError(f"`{name}`: got {value!r}, expected one of {list(known)}")

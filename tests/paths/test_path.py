@@ -188,17 +188,23 @@ def test_prediction_names_translate_both_ways():
 @pytest.mark.parametrize(
     ("call", "named"),
     [
-        (lambda: RectifiedFlowPath("epsilon"), "prediction_type: got 'epsilon'"),
+        (lambda: RectifiedFlowPath("epsilon"), "`prediction_type`: got 'epsilon'"),
         (lambda: to_diffusers("score"), "prediction_type"),
         (lambda: from_diffusers("noise"), "prediction_type"),
-        (lambda: VariancePreservingPath(beta_schedule="quadratic"), "beta_schedule: got 'quadratic'"),
-        (lambda: VariancePreservingPath(num_train_timesteps=0), "num_train_timesteps: got 0"),
+        (lambda: VariancePreservingPath(beta_schedule="quadratic"), "`beta_schedule`: got 'quadratic'"),
+        (lambda: VariancePreservingPath(num_train_timesteps=0), "`num_train_timesteps`: got 0"),
         (lambda: VariancePreservingPath(beta_end=2.0), "betas"),
-        (lambda: VariancePreservingPath(trained_betas=[0.1, 0.2]), "trained_betas: got shape (2,)"),
-        (lambda: RectifiedFlowPath().sample(torch.ones(2, 3), torch.ones(2, 1), torch.rand(2)), "noise: got shape"),
-        (lambda: RectifiedFlowPath().sample(torch.ones(2, 3), torch.ones(2, 3), torch.rand(1)), "t: got shape (1,)"),
-        (lambda: RectifiedFlowPath().sample(torch.ones(2, 3), torch.ones(2, 3), torch.rand(2).half()), "t: got dtype"),
-        (lambda: RectifiedFlowPath().convert(*[torch.ones(2, 3)] * 2, torch.rand(2), "v", "eps"), "target: got 'eps'"),
+        (lambda: VariancePreservingPath(trained_betas=[0.1, 0.2]), "`trained_betas`: got shape (2,)"),
+        (lambda: RectifiedFlowPath().sample(torch.ones(2, 3), torch.ones(2, 1), torch.rand(2)), "`noise`: got shape"),
+        (lambda: RectifiedFlowPath().sample(torch.ones(2, 3), torch.ones(2, 3), torch.rand(1)), "`t`: got shape (1,)"),
+        (
+            lambda: RectifiedFlowPath().sample(torch.ones(2, 3), torch.ones(2, 3), torch.rand(2).half()),
+            "`t`: got dtype",
+        ),
+        (
+            lambda: RectifiedFlowPath().convert(*[torch.ones(2, 3)] * 2, torch.rand(2), "v", "eps"),
+            "`target`: got 'eps'",
+        ),
     ],
 )
 def test_bad_arguments_are_named(call, named):

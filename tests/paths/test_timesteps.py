@@ -60,10 +60,10 @@ def test_a_generator_repeats_the_draws(density):
 @pytest.mark.parametrize(
     ("call", "named"),
     [
-        (lambda: UniformDensity(shift=0), "shift: got 0"),
-        (lambda: LogitNormalDensity(std=-1), "std: got -1"),
-        (lambda: ModeDensity(2.0), "scale: got 2.0"),
-        (lambda: ModeDensity(-1.1), "scale: got -1.1"),
+        (lambda: UniformDensity(shift=0), "`shift`: got 0"),
+        (lambda: LogitNormalDensity(std=-1), "`std`: got -1"),
+        (lambda: ModeDensity(2.0), "`scale`: got 2.0"),
+        (lambda: ModeDensity(-1.1), "`scale`: got -1.1"),
     ],
 )
 def test_bad_arguments_are_named(call, named):

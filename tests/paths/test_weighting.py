@@ -40,5 +40,5 @@ def test_weights_are_finite_at_both_ends(make, kind):
 
 
 def test_a_bad_gamma_is_named():
-    with pytest.raises(ValueError, match="gamma: got 0"):
+    with pytest.raises(ValueError, match="`gamma`: got 0"):
         MinSnrWeighting(0)

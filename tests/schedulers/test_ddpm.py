@@ -172,26 +172,26 @@ def test_configs_travel_both_ways(tmp_path):
 @pytest.mark.parametrize(
     ("call", "named"),
     [
-        (lambda: DDPMScheduler().set_timesteps(0), "num_inference_steps: got 0"),
-        (lambda: DDPMScheduler().set_timesteps(-3), "num_inference_steps: got -3"),
-        (lambda: DDPMScheduler().set_timesteps(2.5), "num_inference_steps: got 2.5"),
-        (lambda: DDPMScheduler().set_timesteps(True), "num_inference_steps: got True"),
-        (lambda: DDPMScheduler().set_timesteps(1001), "num_inference_steps: got 1001"),
+        (lambda: DDPMScheduler().set_timesteps(0), "`num_inference_steps`: got 0"),
+        (lambda: DDPMScheduler().set_timesteps(-3), "`num_inference_steps`: got -3"),
+        (lambda: DDPMScheduler().set_timesteps(2.5), "`num_inference_steps`: got 2.5"),
+        (lambda: DDPMScheduler().set_timesteps(True), "`num_inference_steps`: got True"),
+        (lambda: DDPMScheduler().set_timesteps(1001), "`num_inference_steps`: got 1001"),
         (lambda: DDPMScheduler().set_timesteps(), "got neither"),
         (lambda: DDPMScheduler().set_timesteps(3, timesteps=[3, 2, 1]), "got both"),
-        (lambda: DDPMScheduler().set_timesteps(timesteps=[1, 2]), "timesteps: got [1, 2]"),
-        (lambda: DDPMScheduler().set_timesteps(timesteps=[]), "timesteps: got []"),
-        (lambda: DDPMScheduler().set_timesteps(timesteps=[1000, 2]), "timesteps: got [1000, 2]"),
-        (lambda: DDPMScheduler().set_timesteps(timesteps=[10.5, 2]), "timesteps: got [10.5, 2]"),
-        (lambda: DDPMScheduler(10, steps_offset=1).set_timesteps(10), "steps_offset: got 1"),
-        (lambda: DDPMScheduler(variance_type="big"), "variance_type: got 'big'"),
-        (lambda: DDPMScheduler(prediction_type="velocity"), "prediction_type: got 'velocity'"),
-        (lambda: DDPMScheduler(timestep_spacing="even"), "timestep_spacing: got 'even'"),
-        (lambda: DDPMScheduler(beta_schedule="none"), "beta_schedule: got 'none'"),
-        (lambda: DDPMScheduler().step(torch.ones(1, 6, 2, 2), 5, torch.ones(1, 3, 2, 2)), "model_output: got shape"),
+        (lambda: DDPMScheduler().set_timesteps(timesteps=[1, 2]), "`timesteps`: got [1, 2]"),
+        (lambda: DDPMScheduler().set_timesteps(timesteps=[]), "`timesteps`: got []"),
+        (lambda: DDPMScheduler().set_timesteps(timesteps=[1000, 2]), "`timesteps`: got [1000, 2]"),
+        (lambda: DDPMScheduler().set_timesteps(timesteps=[10.5, 2]), "`timesteps`: got [10.5, 2]"),
+        (lambda: DDPMScheduler(10, steps_offset=1).set_timesteps(10), "`steps_offset`: got 1"),
+        (lambda: DDPMScheduler(variance_type="big"), "`variance_type`: got 'big'"),
+        (lambda: DDPMScheduler(prediction_type="velocity"), "`prediction_type`: got 'velocity'"),
+        (lambda: DDPMScheduler(timestep_spacing="even"), "`timestep_spacing`: got 'even'"),
+        (lambda: DDPMScheduler(beta_schedule="none"), "`beta_schedule`: got 'none'"),
+        (lambda: DDPMScheduler().step(torch.ones(1, 6, 2, 2), 5, torch.ones(1, 3, 2, 2)), "`model_output`: got shape"),
         (
             lambda: DDPMScheduler().step(torch.ones(2, 3), torch.tensor([5, 6]), torch.ones(2, 3)),
-            "timestep: got a tensor of shape (2,)",
+            "`timestep`: got a tensor of shape (2,)",
         ),
         (
             lambda: DDPMScheduler(variance_type="learned").step(torch.ones(1, 3, 2), 5, torch.ones(1, 3, 2)),
@@ -212,5 +212,5 @@ def test_bad_arguments_are_named(call, named):
 def test_a_timestep_outside_the_grid_is_named():
     scheduler = DDPMScheduler()
     scheduler.set_timesteps(4)
-    with pytest.raises(ValueError, match="timestep: got 123"):
+    with pytest.raises(ValueError, match="`timestep`: got 123"):
         scheduler.step(torch.ones(1, 3), 123, torch.ones(1, 3))

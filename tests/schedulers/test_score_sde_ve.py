@@ -239,16 +239,19 @@ def test_configs_travel_both_ways(tmp_path):
 @pytest.mark.parametrize(
     ("call", "named"),
     [
-        (lambda: ScoreSdeVeScheduler(snr=0), "snr: got 0"),
-        (lambda: ScoreSdeVeScheduler(correct_steps=-1), "correct_steps: got -1"),
-        (lambda: ScoreSdeVeScheduler(sigma_min=2.0, sigma_max=1.0), "sigma_min, sigma_max: got 2.0 and 1.0"),
-        (lambda: ScoreSdeVeScheduler(sampling_eps=1.0), "sampling_eps: got 1.0"),
-        (lambda: ScoreSdeVeScheduler().set_timesteps(0), "num_inference_steps: got 0"),
-        (lambda: ScoreSdeVeScheduler().set_sigmas(10), "num_inference_steps: got 10, expected that of set_timesteps"),
-        (lambda: ScoreSdeVeScheduler().set_sigmas(2000, sampling_eps=0.1), "sampling_eps: got 0.1"),
-        (lambda: ScoreSdeVeScheduler().step_pred(torch.ones(1, 6), 0.5, torch.ones(1, 3)), "model_output: got shape"),
-        (lambda: ScoreSdeVeScheduler().step_correct(torch.ones(1, 6), torch.ones(1, 3)), "model_output: got shape"),
-        (lambda: ScoreSdeVeScheduler().add_noise(torch.ones(1, 3), torch.ones(1, 3), torch.ones(1)), "timesteps: got"),
+        (lambda: ScoreSdeVeScheduler(snr=0), "`snr`: got 0"),
+        (lambda: ScoreSdeVeScheduler(correct_steps=-1), "`correct_steps`: got -1"),
+        (lambda: ScoreSdeVeScheduler(sigma_min=2.0, sigma_max=1.0), "`sigma_min`, `sigma_max`: got 2.0 and 1.0"),
+        (lambda: ScoreSdeVeScheduler(sampling_eps=1.0), "`sampling_eps`: got 1.0"),
+        (lambda: ScoreSdeVeScheduler().set_timesteps(0), "`num_inference_steps`: got 0"),
+        (lambda: ScoreSdeVeScheduler().set_sigmas(10), "`num_inference_steps`: got 10, expected that of set_timesteps"),
+        (lambda: ScoreSdeVeScheduler().set_sigmas(2000, sampling_eps=0.1), "`sampling_eps`: got 0.1"),
+        (lambda: ScoreSdeVeScheduler().step_pred(torch.ones(1, 6), 0.5, torch.ones(1, 3)), "`model_output`: got shape"),
+        (lambda: ScoreSdeVeScheduler().step_correct(torch.ones(1, 6), torch.ones(1, 3)), "`model_output`: got shape"),
+        (
+            lambda: ScoreSdeVeScheduler().add_noise(torch.ones(1, 3), torch.ones(1, 3), torch.ones(1)),
+            "`timesteps`: got",
+        ),
     ],
 )
 def test_bad_arguments_are_named(call, named):
