@@ -40,13 +40,20 @@ def written_folder(path: Path) -> Iterator[Path]:
     What a killed process left beside it is removed first.
     """
     temporary, replaced = (path.with_name(f"{TEMPORARY}{prefix}{path.name}") for prefix in ("", "replaced-"))
+    if replaced.exists() and not path.exists():  # killed between the two renames: the old one comes back
+        replaced.rename(path)
     for leftover in (temporary, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         yield temporary
         if path.exists():
             path.rename(replaced)
-        temporary.rename(path)
+        try:
+            temporary.rename(path)
+        except BaseException:
+            if replaced.exists():
+                replaced.rename(path)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
     finally:
-        for leftover in (temporary, replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -48,3 +48,21 @@ def test_a_folder_changes_as_a_whole(tmp_path: Path) -> None:
         raise RuntimeError
     assert os.listdir(folder) == ["second"]
     assert os.listdir(tmp_path) == ["model"]
+
+
+def test_the_old_folder_stays_where_the_new_one_cannot_take_its_place(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "old").write_text("old")
+    with pytest.raises(FileNotFoundError), written_folder(folder):
+        pass  # nothing was written, so that there is nothing to rename
+    assert os.listdir(folder) == ["old"]
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_the_old_folder_comes_back_after_a_kill_between_the_two_renames(tmp_path: Path) -> None:
+    (tmp_path / ".tmp-replaced-model").mkdir()
+    (tmp_path / ".tmp-replaced-model" / "old").write_text("old")
+    with pytest.raises(RuntimeError), written_folder(tmp_path / "model"):
+        raise RuntimeError
+    assert os.listdir(tmp_path / "model") == ["old"]
