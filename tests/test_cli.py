@@ -234,7 +234,7 @@ def refused(result: Result) -> str:
     lines = [line for line in result.err.splitlines() if not line.startswith(("loading", "loaded"))]
     assert result.status == 2, result
     assert result.out == "" and len(lines) == 1 and lines[0].startswith("hubgen: error: "), result
-    assert [path for path in Path().iterdir() if path.suffix == ".tmp"] == []
+    assert list(Path().glob(".tmp-*")) == []
     return lines[0]
 
 

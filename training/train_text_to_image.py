@@ -42,7 +42,7 @@ from hubgen.conditioning.text import TextCondition
 from hubgen.data.cache import LatentCache, TextCache, cache_latents, cache_text_embeddings, module_digest
 from hubgen.data.image_folder import ImageTextFolder
 from hubgen.data.sampler import StepBatchSampler, step_generator, step_seed
-from hubgen.formats.atomic import written, written_folder
+from hubgen.formats.atomic import sweep, written
 from hubgen.hub.card import TrainingRecord, describe_data, text_to_image_card
 from hubgen.paths.path import ProbabilityPath, RectifiedFlowPath, VariancePreservingPath
 from hubgen.paths.prediction import to_diffusers
@@ -619,7 +619,8 @@ def draw_validation(pipeline: Any, settings: Settings, accelerator: Accelerator,
 
 def publish(pipeline: Any, folder: Path, settings: Settings, record: TrainingRecord) -> None:
     """The pipeline's folder with its card, whole or not there."""
-    with written_folder(folder) as temporary:
+    sweep(folder.parent)  # the run has its output folder to itself
+    with written(folder) as temporary:
         write_pipeline(pipeline, temporary, settings, record)
 
 

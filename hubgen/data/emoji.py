@@ -30,7 +30,7 @@ from hubgen.data.emoji_captions import Candidate, choose_held_out, clean_label, 
 from hubgen.data.errors import DataError
 from hubgen.data.packages import DEB_MAGIC, NpmPackage, fetch, file_digest, read_deb_member, read_members
 from hubgen.data.pictures import decode_picture, on_white, pad_to_square, scale
-from hubgen.formats.atomic import written
+from hubgen.formats.atomic import TEMPORARY, sweep, written
 
 STYLES = ("fluent", "noto")
 TRAIN, HELD_OUT = "train", "test"  # folder names that `datasets` recognises as splits
@@ -186,8 +186,7 @@ def build_emoji_dataset(
     splits = (TRAIN, HELD_OUT) if held_out else (TRAIN,)
     for split in splits:
         (output / split).mkdir(exist_ok=True)
-        for stale in (output / split).glob(".tmp-*"):
-            stale.unlink()
+        sweep(output / split)
 
     kept, pictures, distinct, same_pictures, same_captions = _render(present, source, size, progress)
     candidates = [Candidate(one.label, one.subgroup, far) for one, far in zip(kept, distinct, strict=True)]
@@ -272,7 +271,7 @@ def _check_folder(output: Path, settings: dict[str, Any]) -> EmojiBuild | None:
         raise DataError(f"output_dir: {output} is a file, expected a folder")
     marker = output / MARKER
     if not marker.is_file():
-        if any(not path.name.startswith(".tmp-") for path in output.iterdir()):
+        if any(not path.name.startswith(TEMPORARY) for path in output.iterdir()):
             raise DataError(f"output_dir: {output} holds other files and no {MARKER}, expected an empty or new folder")
         return None
     try:
@@ -321,10 +320,7 @@ def _build_of(output: Path, record: dict[str, Any], already_built: bool) -> Emoj
 
 
 def _write(path: Path, content: bytes, durable: bool = True) -> None:
-    """Write beside the name, then rename: a file under its own name is always whole.
-
-    What is not `durable` may come out empty where the machine, not only the process, fails: `_is_whole` sees that.
-    """
+    """Write what is not there already; what is not `durable` may come out empty, and `_is_whole` sees that."""
     if path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content:
         return
     with written(path, durable) as temporary:

@@ -156,7 +156,7 @@ def test_a_save_cut_at_any_write_fsync_or_rename_leaves_a_whole_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     functions = [
-        *((os, name) for name in ("fsync", "rename", "unlink", "rmdir")),
+        *((os, name) for name in ("fsync", "replace", "unlink", "rmdir")),
         *((checkpoints_module, name) for name in ("save_file", "_write_json")),
     ]
     outcomes = []
