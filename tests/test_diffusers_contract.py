@@ -54,8 +54,9 @@ def test_no_other_file_calls_a_private_method_of_these_libraries_that_is_not_lis
                 else:
                     used.setdefault(node.attr, set()).add(name)
     listed = {name for names in ATTRIBUTES.values() for name in names}
-    # Of torch and Python: hooks of modules, the version of a tensor, `os._exit`.
-    others = {"_C", "_version", "_forward_hooks", "_forward_pre_hooks", "_global_forward_hooks", "_exit"}
+    # Of torch and Python: what modules hold and their hooks, the version of a tensor, `os._exit`.
+    others = {"_modules", "_parameters", "_compiled_call_impl"}
+    others |= {"_C", "_version", "_forward_hooks", "_forward_pre_hooks", "_global_forward_hooks", "_exit"}
     others |= {"_global_forward_pre_hooks", "_are_functorch_transforms_active", "_foreach_lerp_"}
     kernels = "hubgen.acceleration.cpu.kernels"  # private operators of torch, which it tries before it uses them
     unlisted = {
