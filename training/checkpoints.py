@@ -67,7 +67,7 @@ class Checkpoints:
     ):
         if keep < 2:
             raise CheckpointError(
-                f"keep: found {keep}, expected at least 2 (a damaged checkpoint needs one before it)."
+                f"`keep`: got {keep}, expected at least 2 (a damaged checkpoint needs one before it)."
             )
         self.folder = Path(output_dir) / "checkpoints"
         self.keep, self.writer = keep, writer
@@ -245,7 +245,7 @@ class Checkpoints:
         stored = {path.name for path in folder.glob("*.safetensors")}
         wanted = {f"{name}.safetensors" for name in modules} | {f"optimizer.{name}.safetensors" for name in optimizers}
         if stored != wanted:
-            raise CheckpointError(f"{folder}: found {sorted(stored)}, expected {sorted(wanted)}.")
+            raise CheckpointError(f"{folder}: got {sorted(stored)}, expected {sorted(wanted)}.")
         for name, module in modules.items():
             path = folder / f"{name}.safetensors"
             tensors, expected = load_file(path), module.state_dict()
@@ -300,7 +300,7 @@ def _restore_optimizer(
     now = optimizer.state_dict()["param_groups"]
     if [group["params"] for group in now] != [group["params"] for group in stored["groups"]]:
         raise CheckpointError(
-            f"{path}: found groups of {[len(group['params']) for group in stored['groups']]} parameters, "
+            f"{path}: got groups of {[len(group['params']) for group in stored['groups']]} parameters, "
             f"expected {[len(group['params']) for group in now]}."
         )
     state: dict[int, dict[str, Any]] = {}

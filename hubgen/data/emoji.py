@@ -26,6 +26,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
+from hubgen.checks import is_whole
 from hubgen.data.emoji_captions import Candidate, choose_held_out, clean_label, wordings
 from hubgen.data.errors import DataError
 from hubgen.data.packages import DEB_MAGIC, NpmPackage, fetch, file_digest, read_deb_member, read_members
@@ -225,22 +226,24 @@ def build_emoji_dataset(
 
 def _check_options(style: str, size: int, seed: int, held_out: int, archive: Any, font: Any) -> None:
     if style not in STYLES:
-        raise DataError(f"style: found {style!r}, expected one of {', '.join(STYLES)}")
+        raise DataError(f"`style`: got {style!r}, expected one of {', '.join(STYLES)}")
     for name, value, least, most in (
         ("size", size, 8, 1024),
         ("seed", seed, 0, 2**63),
         ("held_out", held_out, 0, 10**6),
     ):
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise DataError(f"{name}: found {value!r}, expected an integer from {least} to {most}")
+        if not is_whole(value, least, most):
+            raise DataError(f"`{name}`: got {value!r}, expected an integer from {least} to {most}")
     if font is not None and style != "noto":
-        raise DataError(f"font: only style noto is drawn from a font, found style {style}")
+        raise DataError(
+            f"`font`: got a font with style {style!r}, expected style 'noto', which alone is drawn from one"
+        )
     if font is not None and archive is not None:
         raise DataError("font and archive: both name a source of pictures, expected one of them")
     if style == "noto" and font is None and size > NOTO_PACKAGE_SIZE:
         here = next((path for path in SYSTEM_FONTS if Path(path).is_file()), "NotoColorEmoji.ttf")
         raise DataError(
-            f"size: {NOTO.name} has pictures of {NOTO_PACKAGE_SIZE} pixels, found {size}; "
+            f"`size`: got {size}, expected at most {NOTO_PACKAGE_SIZE}, the pixels of {NOTO.name}'s pictures; "
             f"larger ones are drawn from the font: --font {here}"
         )
 
