@@ -25,12 +25,12 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from tests.models import NETWORKS, POOLED, TEXT_WIDTH
+from tests.models import WORDS as PIECES
 from tests.parity import randomize_
 
-WORDS = ["a", "the", "red", "blue", "green", "cat", "dog", "heart", "smiling", "apple", "big", "small"]
+WORDS = [word for word in PIECES if "#" not in word]
 START, END = "<|startoftext|>", "<|endoftext|>"
-TEXT_WIDTH = 16
-PROJECTION = 12
 # SD3 pads both CLIPs' states, side by side, to T5's width.
 T5_WIDTH = 2 * TEXT_WIDTH
 # Pixels of a picture's side per latent.
@@ -71,13 +71,13 @@ def t5_tokenizer() -> T5TokenizerFast:
 
 
 def clip_text(projected: bool = False, seed: int = 1, **config: Any) -> nn.Module:
-    """A CLIP text encoder of `TEXT_WIDTH` features; `projected` with the projection to `PROJECTION` features."""
+    """A CLIP text encoder of `TEXT_WIDTH` features; `projected` with the projection to `POOLED` features."""
     tokenizer = clip_tokenizer()
     defaults: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": TEXT_WIDTH,
         "intermediate_size": 32,
-        "projection_dim": PROJECTION,
+        "projection_dim": POOLED,
         "num_hidden_layers": 3,
         "num_attention_heads": 2,
         "max_position_embeddings": 77,
@@ -106,17 +106,14 @@ def t5_text(seed: int = 3) -> T5EncoderModel:
 
 
 def vae(**config: Any) -> diffusers.AutoencoderKL:
+    """Four pixels a latent."""
     defaults: dict[str, Any] = {
         "down_block_types": ("DownEncoderBlock2D",) * 3,
         "up_block_types": ("UpDecoderBlock2D",) * 3,
         "block_out_channels": (8, 8, 16),
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "latent_channels": 4,
         "sample_size": 32,
-        "scaling_factor": 0.18215,
     }
-    return randomize_(diffusers.AutoencoderKL(**{**defaults, **config}), 4).eval()
+    return NETWORKS["KL autoencoder"].build("diffusers", 4, **{**defaults, **config})
 
 
 def flow_vae(scaling_factor: float, shift_factor: float) -> diffusers.AutoencoderKL:
@@ -131,34 +128,13 @@ def flow_vae(scaling_factor: float, shift_factor: float) -> diffusers.Autoencode
 
 
 def unet(**config: Any) -> diffusers.UNet2DConditionModel:
-    defaults: dict[str, Any] = {
-        "sample_size": 8,
-        "in_channels": 4,
-        "out_channels": 4,
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        "block_out_channels": (8, 16),
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "attention_head_dim": 2,
-        "cross_attention_dim": TEXT_WIDTH,
-    }
-    return randomize_(diffusers.UNet2DConditionModel(**{**defaults, **config}), 5).eval()
+    return NETWORKS["SD 1.x"].build("diffusers", 5, **config)
 
 
 def sdxl_unet(time_ids: int, **config: Any) -> diffusers.UNet2DConditionModel:
-    """A U-Net told the pooled text and `time_ids` numbers: 6 of the base (sizes and crop), 5 of the refiner."""
-    return unet(
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2),
-        attention_head_dim=(1, 2),
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=time_ids * 8 + PROJECTION,
-        **config,
-    )
+    """A U-Net given the pooled text and `time_ids` numbers: 6 of the base (sizes and crop), 5 of the refiner."""
+    width = time_ids * 8 + POOLED
+    return NETWORKS["SDXL"].build("diffusers", 5, projection_class_embeddings_input_dim=width, **config)
 
 
 def betas(**config: Any) -> dict[str, Any]:
@@ -241,17 +217,13 @@ def sd3_5() -> diffusers.DiffusionPipeline:
 
 def sd3(**kind: Any) -> diffusers.DiffusionPipeline:
     """SD 3, or what `kind` makes of its transformer."""
-    transformer = diffusers.SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
+    transformer = NETWORKS["SD 3"].build(
+        "diffusers",
+        5,
         in_channels=16,
         out_channels=16,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
         joint_attention_dim=T5_WIDTH,
-        caption_projection_dim=16,
-        pooled_projection_dim=2 * PROJECTION,
+        pooled_projection_dim=2 * POOLED,
         pos_embed_max_size=12,
         **kind,
     )
@@ -263,23 +235,14 @@ def sd3(**kind: Any) -> diffusers.DiffusionPipeline:
         tokenizer_2=clip_tokenizer(pad_token="!"),
         text_encoder_3=t5_text(),
         tokenizer_3=t5_tokenizer(),
-        transformer=randomize_(transformer, 5).eval(),
+        transformer=transformer,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
     )
 
 
 def flux(guidance_embeds: bool, scheduler: dict[str, Any]) -> diffusers.DiffusionPipeline:
-    transformer = diffusers.FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=64,
-        num_layers=1,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=T5_WIDTH,
-        pooled_projection_dim=TEXT_WIDTH,
-        guidance_embeds=guidance_embeds,
-        axes_dims_rope=(4, 6, 6),
+    transformer = NETWORKS["FLUX.1 schnell"].build(
+        "diffusers", 5, in_channels=64, joint_attention_dim=T5_WIDTH, guidance_embeds=guidance_embeds
     )
     return diffusers.FluxPipeline(
         vae=flow_vae(0.3611, 0.1159),
@@ -287,7 +250,7 @@ def flux(guidance_embeds: bool, scheduler: dict[str, Any]) -> diffusers.Diffusio
         tokenizer=clip_tokenizer(),
         text_encoder_2=t5_text(),
         tokenizer_2=t5_tokenizer(),
-        transformer=randomize_(transformer, 5).eval(),
+        transformer=transformer,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**scheduler),
     )
 
@@ -307,14 +270,7 @@ CLASSES = {0: "tench, Tinca tinca", 1: "goldfish", 2: "white shark", 3: "hen", 4
 
 def dit(scheduler: Any = None, **config: Any) -> diffusers.DiTPipeline:
     """As `facebook/DiT-XL-2-256`: all 1000 classes and the learned variance, fewer and smaller blocks."""
-    defaults: dict[str, Any] = {
-        "num_attention_heads": 2,
-        "attention_head_dim": 8,
-        "num_layers": 2,
-        "sample_size": 8,
-        "out_channels": 8,
-    }
-    transformer = randomize_(diffusers.DiTTransformer2DModel(**{**defaults, **config}), 6).eval()
+    transformer = NETWORKS["DiT"].build("diffusers", 6, **{"num_embeds_ada_norm": 1000, **config})
     return diffusers.DiTPipeline(
         transformer=transformer,
         vae=vae(),
@@ -325,18 +281,7 @@ def dit(scheduler: Any = None, **config: Any) -> diffusers.DiTPipeline:
 
 def pixel_unet(**config: Any) -> diffusers.UNet2DModel:
     """DDPM's traits: padding on two sides only, frequencies to 1/10000, a single head."""
-    defaults: dict[str, Any] = {
-        "sample_size": 16,
-        "block_out_channels": (32, 64),
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-        "layers_per_block": 1,
-        "norm_eps": 1e-6,
-        "attention_head_dim": None,
-    }
-    if "time_embedding_type" not in config:
-        defaults |= {"downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1}
-    return randomize_(diffusers.UNet2DModel(**{**defaults, **config}), 5).eval()
+    return NETWORKS["DDPM"].build("diffusers", 5, **config)
 
 
 def ddpm() -> diffusers.DiffusionPipeline:
@@ -349,13 +294,7 @@ def ddim() -> diffusers.DiffusionPipeline:
 
 def ncsnpp() -> diffusers.DiffusionPipeline:
     """NCSN++ for large pictures: Fourier features of sigma, FIR resampling, a picture beside the features."""
-    unet = pixel_unet(
-        down_block_types=("SkipDownBlock2D", "AttnSkipDownBlock2D"),
-        up_block_types=("AttnSkipUpBlock2D", "SkipUpBlock2D"),
-        time_embedding_type="fourier",
-        mid_block_scale_factor=2**0.5,
-        norm_num_groups=None,
-    )
+    unet = NETWORKS["NCSN++"].build("diffusers", 5)
     return diffusers.ScoreSdeVePipeline(unet=unet, scheduler=diffusers.ScoreSdeVeScheduler(snr=0.075, sigma_max=348.0))
 
 

@@ -234,7 +234,7 @@ def refused(result: Result) -> str:
     lines = [line for line in result.err.splitlines() if not line.startswith(("loading", "loaded"))]
     assert result.status == 2, result
     assert result.out == "" and len(lines) == 1 and lines[0].startswith("hubgen: error: "), result
-    assert [path for path in Path().iterdir() if path.name.startswith(".tmp-")] == []
+    assert list(Path().glob(".tmp-*")) == []
     return lines[0]
 
 
@@ -247,20 +247,20 @@ def refused(result: Result) -> str:
         (["generate", " "], "prompt 1 of 1 is empty"),
         (["generate", "a", ""], "prompt 2 of 2 is empty"),
         (["generate", "\udcff"], "not valid UTF-8"),
-        (["generate", "a", "--num-inference-steps", "-3"], "--num-inference-steps: expected a whole number"),
-        (["generate", "a", "--num-inference-steps", "1.5"], "found '1.5'"),
-        (["generate", "a", "-n", "0"], "found '0'"),
+        (["generate", "a", "--num-inference-steps", "-3"], "--num-inference-steps: got '-3', expected a whole number"),
+        (["generate", "a", "--num-inference-steps", "1.5"], "got '1.5'"),
+        (["generate", "a", "-n", "0"], "got '0'"),
         (["generate", "a", "-n", "9" * 25], "from 1 to 10000"),
-        (["generate", "a", "--size", "0"], "--size: expected N or WIDTHxHEIGHT"),
-        (["generate", "a", "--size", "64x"], "found '64x'"),
-        (["generate", "a", "--size", "800000"], "found '800000'"),
-        (["generate", "a", "--seed", "-1"], "--seed: expected a whole number from 0"),
+        (["generate", "a", "--size", "0"], "--size: got '0', expected N or WIDTHxHEIGHT"),
+        (["generate", "a", "--size", "64x"], "got '64x'"),
+        (["generate", "a", "--size", "800000"], "got '800000'"),
+        (["generate", "a", "--seed", "-1"], "--seed: got '-1', expected a whole number from 0"),
         (["generate", "a", "--seed", str(2**63)], "2^63 - 1"),
-        (["generate", "a", "--guidance-scale", "nan"], "expected a finite number, found 'nan'"),
+        (["generate", "a", "--guidance-scale", "nan"], "got 'nan', expected a finite number"),
         (["generate", "a", "--dtype", "int8"], "invalid choice: 'int8'"),
         (["generate", "a", "--steps", "3"], "unrecognized arguments: --steps"),
-        (["generate", "a", "--out", "cat.txt"], "--out cat.txt: expected a file name ending in .png"),
-        (["generate", "a", "--out", "cat"], "found ''"),
+        (["generate", "a", "--out", "cat.txt"], "--out cat.txt: got '.txt', expected a file name ending in .png"),
+        (["generate", "a", "--out", "cat"], "got ''"),
         (["generate", "a", "--out", "no/cat.png"], "the folder no does not exist"),
         (["generate", "a", "--out", "."], "is a folder"),
         (["generate", "a", "--model", "nowhere"], "--model nowhere: no such folder"),
@@ -271,7 +271,7 @@ def refused(result: Result) -> str:
         (["generate", "--from", __file__], "not a picture"),
         (["data", "emoji"], "required: --out"),
         (["data", "emoji", "--out", "d", "--style", "apple"], "invalid choice: 'apple'"),
-        (["data", "emoji", "--out", "d", "--size", "0"], "--size: expected a whole number"),
+        (["data", "emoji", "--out", "d", "--size", "0"], "--size: got '0', expected a whole number"),
         (["data", "emoji", "--out", "d", "--archive", "no.tgz"], "--archive no.tgz: no such file"),
     ],
 )

@@ -6,9 +6,10 @@
         state.json                       step, identity of the run, optimizer groups, whatever the script adds
         manifest.json                    size and sha256 of each of the above; written last
 
-A save writes and fsyncs all files in `.tmp-step-N`, then the manifest, renames the folder, fsyncs its parent, and only
-then removes old checkpoints. A folder named `step-N` is therefore complete at every moment; bits that rot later fail
-the hash, and the checkpoint before is taken. Tensors are safetensors and the rest is JSON; nothing is ever unpickled.
+A save writes all files and then the manifest in a folder `.tmp-*`, fsyncs them, renames the folder, fsyncs its parent,
+and only then removes old checkpoints. A folder named `step-N` is therefore complete at every moment; bits that rot
+later fail the hash, and the checkpoint before is taken. Tensors are safetensors and the rest is JSON; nothing is ever
+unpickled.
 """
 
 import errno
@@ -29,6 +30,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import Optimizer
+
+from hubgen.formats.atomic import sweep, written
 
 FORMAT = 1
 """Version of the layout above, part of every manifest."""
@@ -64,7 +67,7 @@ class Checkpoints:
     ):
         if keep < 2:
             raise CheckpointError(
-                f"keep: found {keep}, expected at least 2 (a damaged checkpoint needs one before it)."
+                f"`keep`: got {keep}, expected at least 2 (a damaged checkpoint needs one before it)."
             )
         self.folder = Path(output_dir) / "checkpoints"
         self.keep, self.writer = keep, writer
@@ -73,7 +76,7 @@ class Checkpoints:
         if writer:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._acquire_lock(Path(output_dir) / ".lock")
-            self._sweep()
+            sweep(self.folder)
             probe = self.folder / ".tmp-probe"
             probe.write_bytes(b"a folder that cannot be written to fails here and not at the first save")
             probe.unlink()
@@ -110,26 +113,18 @@ class Checkpoints:
             tensors[f"{name}.safetensors"] = {key: _own_copy(value) for key, value in module.state_dict().items()}
         for name, optimizer in (optimizers or {}).items():
             tensors[f"optimizer.{name}.safetensors"], state["optimizers"][name] = _flatten_optimizer(optimizer)
-        temporary = self.folder / f".tmp-{target.name}"
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            for file_name, content in tensors.items():
-                save_file(content, temporary / file_name)
-                _fsync(temporary / file_name)
-            _write_json(temporary / "state.json", state)
-            names = [*tensors, "state.json"]
-            files = {
-                name: {"size": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name)} for name in names
-            }
-            _write_json(temporary / "manifest.json", {"format": FORMAT, "step": step, "files": files})
-            _fsync(temporary)
-            if target.exists():  # a damaged checkpoint of the same step
-                os.rename(target, self.folder / f".tmp-replaced-{target.name}")
-            os.rename(temporary, target)
-            _fsync(self.folder)
+            with written(target) as temporary:  # in the place of a damaged checkpoint of the same step, if there is one
+                temporary.mkdir()
+                for file_name, content in tensors.items():
+                    save_file(content, temporary / file_name)
+                _write_json(temporary / "state.json", state)
+                files = {
+                    name: {"size": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name)}
+                    for name in [*tensors, "state.json"]
+                }
+                _write_json(temporary / "manifest.json", {"format": FORMAT, "step": step, "files": files})
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
             if not _is_disk_full(error):
                 raise
             size = sum(t.numel() * t.element_size() for content in tensors.values() for t in content.values())
@@ -141,7 +136,7 @@ class Checkpoints:
             ) from error
         for old in self.steps()[: -self.keep]:
             self._remove(self.folder / f"step-{old:08d}")
-        self._sweep()
+        sweep(self.folder)
         return target
 
     # Restoring
@@ -206,13 +201,6 @@ class Checkpoints:
         reference = weakref.ref(self)
         os.register_at_fork(after_in_child=lambda: (checkpoints := reference()) and checkpoints.close())  # type: ignore[func-returns-value]
 
-    def _sweep(self) -> None:
-        for leftover in self.folder.glob(".tmp-*"):
-            if leftover.is_dir() and not leftover.is_symlink():
-                shutil.rmtree(leftover, ignore_errors=True)
-            else:
-                leftover.unlink(missing_ok=True)
-
     def _remove(self, folder: Path) -> None:
         # Renamed first: a removal that is killed half way leaves a temporary, not half a checkpoint.
         doomed = folder.with_name(f".tmp-removed-{folder.name}")
@@ -257,7 +245,7 @@ class Checkpoints:
         stored = {path.name for path in folder.glob("*.safetensors")}
         wanted = {f"{name}.safetensors" for name in modules} | {f"optimizer.{name}.safetensors" for name in optimizers}
         if stored != wanted:
-            raise CheckpointError(f"{folder}: found {sorted(stored)}, expected {sorted(wanted)}.")
+            raise CheckpointError(f"{folder}: got {sorted(stored)}, expected {sorted(wanted)}.")
         for name, module in modules.items():
             path = folder / f"{name}.safetensors"
             tensors, expected = load_file(path), module.state_dict()
@@ -312,7 +300,7 @@ def _restore_optimizer(
     now = optimizer.state_dict()["param_groups"]
     if [group["params"] for group in now] != [group["params"] for group in stored["groups"]]:
         raise CheckpointError(
-            f"{path}: found groups of {[len(group['params']) for group in stored['groups']]} parameters, "
+            f"{path}: got groups of {[len(group['params']) for group in stored['groups']]} parameters, "
             f"expected {[len(group['params']) for group in now]}."
         )
     state: dict[int, dict[str, Any]] = {}
@@ -354,18 +342,7 @@ def _differences(stored: Any, now: Any, name: str = "") -> list[str]:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def _is_disk_full(error: Exception) -> bool:

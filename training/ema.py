@@ -29,7 +29,7 @@ class ExponentialMovingAverage(nn.Module):
     def __init__(self, module: nn.Module, decay: float = 0.9999, warmup: bool = True):
         super().__init__()
         if not 0 <= decay < 1:
-            raise ValueError(f"decay: found {decay}, expected a number of at least 0 and below 1.")
+            raise ValueError(f"`decay`: got {decay}, expected a number of at least 0 and below 1.")
         self.decay, self.warmup = decay, warmup
         self.shadow = copy.deepcopy(module).float().eval().requires_grad_(False)
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))

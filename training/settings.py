@@ -219,7 +219,7 @@ def _read_recipe(path: Path) -> dict[Any, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise SettingsError(f"--config {path}: found {type(content).__name__}, expected a mapping of setting to value.")
+        raise SettingsError(f"--config {path}: got {type(content).__name__}, expected a mapping of setting to value.")
     return content
 
 
@@ -229,7 +229,7 @@ def _raise_usage(message: str) -> NoReturn:
 
 def _raise_unknown(given: str, name: str, hints: dict[str, Any], where: str) -> NoReturn:
     if not given.startswith("-") and where == "on the command line":
-        raise SettingsError(f"found '{given}' on the command line, expected --setting value.")
+        raise SettingsError(f"got '{given}' on the command line, expected --setting value.")
     known = [*hints, "config"] if where == "on the command line" else list(hints)
     close = difflib.get_close_matches(name.replace("-", "_"), known, n=1, cutoff=0.5)
     advice = f"did you mean '{close[0]}'?" if close else f"known settings: {', '.join(sorted(known))}."
@@ -241,7 +241,7 @@ def _convert(value: Any, expected: Any, key: str, where: str, *, from_text: bool
 
     A recipe's values have types already; those of the command line (`from_text`) are lists of words.
     """
-    mismatch = SettingsError(f"setting '{key}' {where}: found {_show(value, from_text)}, expected {_name(expected)}.")
+    mismatch = SettingsError(f"setting '{key}' {where}: got {_show(value, from_text)}, expected {_name(expected)}.")
     origin, arguments = get_origin(expected), get_args(expected)
     if origin is Annotated:
         try:

@@ -34,6 +34,7 @@ from hubgen.autoencoders.efficientnet import EfficientNetLite0
 from hubgen.autoencoders.perceptual import PerceptualLoss
 from hubgen.data.image_folder import ImageTextFolder
 from hubgen.data.sampler import StepBatchSampler, step_generator
+from hubgen.formats.atomic import sweep, written
 from hubgen.hub.card import TrainingRecord, describe_data
 from hubgen.training.checkpoints import Checkpoints
 from hubgen.training.ema import ExponentialMovingAverage
@@ -345,18 +346,20 @@ def main(settings: Settings) -> None:
     progress.close()
 
     if accelerator.is_main_process:
-        with ema.applied(autoencoder):
-            shift, scale = measure_latents(autoencoder, dataset, settings)
-            autoencoder.register_to_config(shift_factor=shift, scaling_factor=scale)
-            autoencoder.save_pretrained(settings.output_dir / "autoencoder")
         reports = settings.output_dir / "validation" / "metrics.jsonl"
         lines = reports.read_text(encoding="utf-8").splitlines() if reports.is_file() else []
-        TrainingRecord(
+        record = TrainingRecord(
             script="hubgen.training.train_autoencoder",
             settings=identity_of(settings),
             data=describe_data(settings.data_dir, len(dataset), dataset.fingerprint),
             curve=list({row["step"]: row for row in map(json.loads, lines)}.values()),
-        ).save(settings.output_dir / "autoencoder")
+        )
+        sweep(settings.output_dir)  # the run has its output folder to itself
+        with ema.applied(autoencoder), written(settings.output_dir / "autoencoder") as temporary:
+            shift, scale = measure_latents(autoencoder, dataset, settings)
+            autoencoder.register_to_config(shift_factor=shift, scaling_factor=scale)
+            autoencoder.save_pretrained(temporary)
+            record.save(temporary)
         print(f"autoencoder written to {settings.output_dir / 'autoencoder'} (scale {scale:.5f}, shift {shift:.5f})")
     accelerator.end_training()
 

@@ -42,7 +42,7 @@ from hubgen.conditioning.text import TextCondition
 from hubgen.data.cache import LatentCache, TextCache, cache_latents, cache_text_embeddings, module_digest
 from hubgen.data.image_folder import ImageTextFolder
 from hubgen.data.sampler import StepBatchSampler, step_generator, step_seed
-from hubgen.formats.atomic import written, written_folder
+from hubgen.formats.atomic import sweep, written
 from hubgen.hub.card import TrainingRecord, describe_data, text_to_image_card
 from hubgen.paths.path import ProbabilityPath, RectifiedFlowPath, VariancePreservingPath
 from hubgen.paths.prediction import to_diffusers
@@ -223,14 +223,12 @@ class Settings:
     def __post_init__(self) -> None:
         if self.path == "rectified_flow" and self.prediction_type not in (None, "velocity"):
             raise SettingsError(
-                f"setting 'prediction_type': found '{self.prediction_type}', expected 'velocity' with rectified_flow."
+                f"setting 'prediction_type': got '{self.prediction_type}', expected 'velocity' with rectified_flow."
             )
         if self.path == "ddpm" and self.prediction_type == "velocity":
-            raise SettingsError(
-                "setting 'prediction_type': found 'velocity', expected noise, data or v with path ddpm."
-            )
+            raise SettingsError("setting 'prediction_type': got 'velocity', expected noise, data or v with path ddpm.")
         if self.pretrained_backbone is not None and self.backbone_config:
-            raise SettingsError("setting 'backbone_config': found together with pretrained_backbone, expected one.")
+            raise SettingsError("setting 'backbone_config': got together with pretrained_backbone, expected one.")
 
 
 def main(settings: Settings) -> None:
@@ -420,7 +418,7 @@ def load_frozen(cls: type, folder: Path, setting: str) -> Any:
     """A part that is used and not trained, from its folder."""
     if not (folder / "config.json").is_file():
         raise SettingsError(
-            f"setting '{setting}': found {folder} without a config.json, expected a {cls.__name__} folder."
+            f"setting '{setting}': got {folder} without a config.json, expected a {cls.__name__} folder."
         )
     return cls.from_pretrained(folder).eval().requires_grad_(False)  # type: ignore[attr-defined]
 
@@ -473,7 +471,7 @@ def build_backbone(settings: Settings, latents: LatentCache, text: TextCache) ->
     for name, value in needed.items():
         if given.get(name, value) != value:
             raise SettingsError(
-                f"setting 'backbone_config': found {name} {given[name]}, expected {value}, as autoencoder and text "
+                f"setting 'backbone_config': got {name} {given[name]}, expected {value}, as autoencoder and text "
                 "encoder have it."
             )
     return model
@@ -619,7 +617,8 @@ def draw_validation(pipeline: Any, settings: Settings, accelerator: Accelerator,
 
 def publish(pipeline: Any, folder: Path, settings: Settings, record: TrainingRecord) -> None:
     """The pipeline's folder with its card, whole or not there."""
-    with written_folder(folder) as temporary:
+    sweep(folder.parent)  # the run has its output folder to itself
+    with written(folder) as temporary:
         write_pipeline(pipeline, temporary, settings, record)
 
 

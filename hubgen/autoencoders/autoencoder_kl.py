@@ -172,7 +172,7 @@ class AutoencoderKL(StrictModelMixin, SingleFileMixin, AttentionMixin, ConfigMix
             ValueError: The channels are not what the model takes.
         """
         if z.ndim != 4 or z.shape[1] != self.config.latent_channels:
-            raise ValueError(f"`z` must have shape (B, {self.config.latent_channels}, h, w), got {tuple(z.shape)}.")
+            raise ValueError(f"`z`: got {tuple(z.shape)}, expected (B, {self.config.latent_channels}, h, w).")
         sample = self._sliced(self._decode, z)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 

@@ -21,7 +21,7 @@ class PatchDiscriminator(nn.Module):
     def __init__(self, in_channels: int = 3, width: int = 64, num_layers: int = 3):
         super().__init__()
         if num_layers < 1:
-            raise ValueError(f"`num_layers` must be at least 1, got {num_layers}.")
+            raise ValueError(f"`num_layers`: got {num_layers}, expected at least 1.")
         layers: list[nn.Module] = [nn.Conv2d(in_channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         channels = width
         for i in range(1, num_layers + 1):

@@ -147,10 +147,10 @@ class EfficientNetLite0(nn.Module):
             stages: Increasing indices into `STAGE_CHANNELS` and `STAGE_STRIDES`.
         """
         if list(stages) != sorted(set(stages)) or not stages or stages[0] < 0 or stages[-1] >= len(STAGE_BLOCKS):
-            raise ValueError(f"stages must be increasing and in 0..{len(STAGE_BLOCKS) - 1}, got {tuple(stages)}")
+            raise ValueError(f"`stages`: got {tuple(stages)}, expected increasing ones in 0..{len(STAGE_BLOCKS) - 1}.")
         wanted = {STAGE_BLOCKS[stage] for stage in stages}
         if pixels.ndim != 4 or pixels.shape[1] != 3:
-            raise ValueError(f"pixels must be (B, 3, H, W), got {tuple(pixels.shape)}")
+            raise ValueError(f"`pixels`: got {tuple(pixels.shape)}, expected (B, 3, H, W).")
         x = F.relu6(self.stem(self._normalise(pixels)))  # (B, 32, H/2, W/2)
         features = [x] if -1 in wanted else []
         for index, block in enumerate(self.blocks[: max(wanted) + 1]):

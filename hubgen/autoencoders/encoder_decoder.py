@@ -215,14 +215,15 @@ def check_architecture(
     ):
         if len(types) != levels or not set(types) <= set(known):
             raise ValueError(
-                f"`{name}` must be one of {', '.join(map(repr, known))} for each of the {levels} levels of "
-                f"`block_out_channels`, got {tuple(types)}."
+                f"`{name}`: got {tuple(types)}, expected one of {', '.join(map(repr, known))} for each of the {levels} "
+                "levels of `block_out_channels`."
             )
     if act_fn not in ("silu", "swish"):
-        raise ValueError(f"`act_fn` must be 'silu', got {act_fn!r}.")
+        raise ValueError(f"`act_fn`: got {act_fn!r}, expected 'silu'.")
     if any(width % norm_num_groups for width in block_out_channels):
         raise ValueError(
-            f"`norm_num_groups` {norm_num_groups} must divide all of `block_out_channels` {tuple(block_out_channels)}."
+            f"`norm_num_groups`: got {norm_num_groups}, expected a divisor of all of `block_out_channels` "
+            f"{tuple(block_out_channels)}."
         )
 
 
@@ -230,6 +231,5 @@ def check_pixels(name: str, pixels: torch.Tensor, channels: int, multiple: int) 
     """Raises ValueError unless `pixels` are (B, `channels`, H, W) with H and W multiples of `multiple`."""
     if pixels.ndim != 4 or pixels.shape[1] != channels or pixels.shape[2] % multiple or pixels.shape[3] % multiple:
         raise ValueError(
-            f"`{name}` must have shape (B, {channels}, H, W) with H and W multiples of {multiple}, "
-            f"got {tuple(pixels.shape)}."
+            f"`{name}`: got {tuple(pixels.shape)}, expected (B, {channels}, H, W) with H and W multiples of {multiple}."
         )

@@ -49,7 +49,7 @@ class PerceptualLoss(nn.Module):
     ):
         super().__init__()
         if resize is not None and resize < 1:
-            raise ValueError(f"resize must be a positive number of pixels or None, got {resize}")
+            raise ValueError(f"`resize`: got {resize}, expected a positive number of pixels or None.")
         self.features = features.requires_grad_(False).eval()
         self.stages = None if stages is None else tuple(stages)
         self.resize = resize
@@ -73,7 +73,7 @@ class PerceptualLoss(nn.Module):
         """
         if pixels.shape != target.shape or pixels.ndim != 4 or pixels.shape[1] != 3:
             raise ValueError(
-                f"pixels and target must both be (B, 3, H, W), got {tuple(pixels.shape)} and {tuple(target.shape)}"
+                f"`pixels`, `target`: got {tuple(pixels.shape)} and {tuple(target.shape)}, expected (B, 3, H, W) twice."
             )
         with torch.autocast(pixels.device.type, enabled=False):
             pixels_maps = self._stage_features(pixels.float())

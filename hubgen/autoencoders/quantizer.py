@@ -61,10 +61,10 @@ class VectorQuantizer(nn.Module):
     ):
         super().__init__()
         if remap is not None:
-            raise ValueError(f"`remap` must be None (reduced codebooks are not supported), got {remap!r}.")
+            raise ValueError(f"`remap`: got {remap!r}, expected None (reduced codebooks are not supported).")
         for name, value in (("n_e", n_e), ("vq_embed_dim", vq_embed_dim)):
             if value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+                raise ValueError(f"`{name}`: got {value}, expected at least 1.")
         self.n_e = n_e
         self.vq_embed_dim = vq_embed_dim
         self.beta = beta
@@ -82,7 +82,7 @@ class VectorQuantizer(nn.Module):
             ValueError: The latents do not have D channels.
         """
         if z.ndim != 4 or z.shape[1] != self.vq_embed_dim:
-            raise ValueError(f"`z` must have shape (B, {self.vq_embed_dim}, h, w), got {tuple(z.shape)}.")
+            raise ValueError(f"`z`: got {tuple(z.shape)}, expected (B, {self.vq_embed_dim}, h, w).")
         z = z.permute(0, 2, 3, 1)  # (B, h, w, D)
         indices = self.nearest(z.reshape(-1, self.vq_embed_dim))  # (N,)
         z_q = self.embedding(indices).view(z.shape)  # (B, h, w, D)
@@ -146,7 +146,7 @@ class VectorQuantizer(nn.Module):
             ValueError: Nothing was counted, so that all codes would seem dead; or `z` is of another shape.
         """
         if z.ndim != 4 or z.shape[1] != self.vq_embed_dim:
-            raise ValueError(f"`z` must have shape (B, {self.vq_embed_dim}, h, w), got {tuple(z.shape)}.")
+            raise ValueError(f"`z`: got {tuple(z.shape)}, expected (B, {self.vq_embed_dim}, h, w).")
         if not self.counts.any():
             raise ValueError("No assignments were counted: quantise in training mode before reviving codes.")
         dead = (self.counts == 0).nonzero()[:, 0]  # (dead,)

@@ -88,7 +88,7 @@ class VQModel(StrictModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
         super().__init__()
         if norm_type != "group":
             raise ValueError(
-                f"`norm_type` must be 'group', got {norm_type!r}; MoVQ's spatial norm is not supported, load such "
+                f"`norm_type`: got {norm_type!r}, expected 'group'; MoVQ's spatial norm is not supported, load such "
                 "models with diffusers' VQModel."
             )
         check_architecture(down_block_types, up_block_types, block_out_channels, act_fn, norm_num_groups)
@@ -152,11 +152,11 @@ class VQModel(StrictModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
         dim = self.quantize.vq_embed_dim
         if lookup:
             if shape is None or len(shape) != 4 or shape[3] != dim:
-                raise ValueError(f"`shape` must be (B, h, w, {dim}) where codes are looked up, got {shape}.")
+                raise ValueError(f"`shape`: got {shape}, expected (B, h, w, {dim}) where codes are looked up.")
             if h.is_floating_point():
-                raise ValueError(f"`h` must be indices where codes are looked up, got {h.dtype}.")
+                raise ValueError(f"`h`: got {h.dtype}, expected indices where codes are looked up.")
         elif h.ndim != 4 or h.shape[1] != dim:
-            raise ValueError(f"`h` must have shape (B, {dim}, h, w), got {tuple(h.shape)}.")
+            raise ValueError(f"`h`: got {tuple(h.shape)}, expected (B, {dim}, h, w).")
 
         if lookup:
             quantized = self.quantize.get_codebook_entry(h, shape)

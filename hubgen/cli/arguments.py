@@ -35,20 +35,20 @@ def add_command(commands: Any, name: str, *, summary: str, description: str, epi
 def positive(text: str) -> int:
     number = whole(text)
     if not 1 <= number <= 10_000:  # more would be a slip of the keyboard, and days of work
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 10000, found {text!r}")
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number from 1 to 10000")
     return number
 
 
 def seed(text: str) -> int:
     number = whole(text)
     if not 0 <= number <= LARGEST_SEED:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2^63 - 1, found {text!r}")
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number from 0 to 2^63 - 1")
     return number
 
 
 def whole(text: str) -> int:
     if not re.fullmatch(r"[+-]?[0-9]{1,30}", text):
-        raise argparse.ArgumentTypeError(f"expected a whole number, found {text!r}")
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number")
     return int(text)
 
 
@@ -58,7 +58,7 @@ def finite(text: str) -> float:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise argparse.ArgumentTypeError(f"expected a finite number, found {text!r}")
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a finite number")
     return number
 
 
@@ -68,7 +68,7 @@ def size(text: str) -> tuple[int, int]:
     sides = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not all(1 <= side <= LARGEST_SIDE for side in sides):
         raise argparse.ArgumentTypeError(
-            f"expected N or WIDTHxHEIGHT in pixels, from 1 to {LARGEST_SIDE}, such as 64 or 96x64, found {text!r}"
+            f"got {text!r}, expected N or WIDTHxHEIGHT in pixels, from 1 to {LARGEST_SIDE}, such as 64 or 96x64"
         )
     return sides
 
@@ -79,5 +79,5 @@ def size(text: str) -> tuple[int, int]:
 def fraction(text: str) -> float:
     number = finite(text)
     if not 0 < number <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number above 0 and at most 1, found {text!r}")
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number above 0 and at most 1")
     return number

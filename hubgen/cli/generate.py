@@ -237,7 +237,7 @@ def check_pictures(
             raise ValueError(f"{option} {path}: {error.strerror or error}") from error
     if len(set(sizes.values())) > 1:
         found = ", ".join(f"{option} {width}x{height}" for option, (width, height) in sizes.items())
-        raise ValueError(f"--mask {mask}: must have the size of the picture, found {found}")
+        raise ValueError(f"--mask {mask}: got {found}, expected the size of the picture")
     return str(image) if image else None, str(mask) if mask else None
 
 
@@ -260,7 +260,7 @@ def check_out(out: Path) -> Path:
     if out.is_dir():
         raise ValueError(f"--out {out}: is a folder, expected a file name such as {out / 'cat.png'}")
     if out.suffix.lower() not in FORMATS:
-        raise ValueError(f"--out {out}: expected a file name ending in {', '.join(FORMATS)}, found {out.suffix!r}")
+        raise ValueError(f"--out {out}: got {out.suffix!r}, expected a file name ending in {', '.join(FORMATS)}")
     if not out.parent.is_dir():
         raise ValueError(f"--out {out}: the folder {out.parent} does not exist; create it first")
     try:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hubgen.checks import whole
+
 logger = logging.getLogger(__name__)
 
 # Encoders trained by contrast with images: their pooled output is the sentence. Elsewhere (BERT's is trained on "is
@@ -84,14 +86,13 @@ class TextCondition:
         if max_length is None:
             max_length = min(self.tokenizer.model_max_length, positions or self.tokenizer.model_max_length)
             if max_length > 100_000:
-                raise ValueError("`max_length` must be given, because neither tokenizer nor text encoder has a limit.")
-        if not isinstance(max_length, int) or max_length <= self.special_tokens:
-            raise ValueError(
-                f"`max_length` must be a whole number above {self.special_tokens} (special tokens), got {max_length!r}."
-            )
+                raise ValueError(
+                    "`max_length`: got None, expected a number: neither tokenizer nor text encoder has a limit."
+                )
+        max_length = whole("max_length", max_length, self.special_tokens + 1)
         if positions is not None and max_length > positions:
             raise ValueError(
-                f"`max_length` must be at most the text encoder's {positions} positions, got {max_length}."
+                f"`max_length`: got {max_length}, expected at most the text encoder's {positions} positions."
             )
         return max_length
 
@@ -121,7 +122,7 @@ class TextCondition:
             ValueError: `prompts` is not a non-empty list of strings.
         """
         if not isinstance(prompts, list | tuple) or not prompts or not all(isinstance(p, str) for p in prompts):
-            raise ValueError(f"`prompts` must be a non-empty list of strings, got {prompts!r}.")
+            raise ValueError(f"`prompts`: got {prompts!r}, expected a non-empty list of strings.")
         for prompt in prompts:
             self._warn_of_truncation(prompt)
         batch = self.tokenizer(

@@ -26,11 +26,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
+from hubgen.checks import is_whole
 from hubgen.data.emoji_captions import Candidate, choose_held_out, clean_label, wordings
 from hubgen.data.errors import DataError
 from hubgen.data.packages import DEB_MAGIC, NpmPackage, fetch, file_digest, read_deb_member, read_members
 from hubgen.data.pictures import decode_picture, on_white, pad_to_square, scale
-from hubgen.formats.atomic import written
+from hubgen.formats.atomic import TEMPORARY, sweep, written
 
 STYLES = ("fluent", "noto")
 TRAIN, HELD_OUT = "train", "test"  # folder names that `datasets` recognises as splits
@@ -186,8 +187,7 @@ def build_emoji_dataset(
     splits = (TRAIN, HELD_OUT) if held_out else (TRAIN,)
     for split in splits:
         (output / split).mkdir(exist_ok=True)
-        for stale in (output / split).glob(".tmp-*"):
-            stale.unlink()
+        sweep(output / split)
 
     kept, pictures, distinct, same_pictures, same_captions = _render(present, source, size, progress)
     candidates = [Candidate(one.label, one.subgroup, far) for one, far in zip(kept, distinct, strict=True)]
@@ -226,22 +226,24 @@ def build_emoji_dataset(
 
 def _check_options(style: str, size: int, seed: int, held_out: int, archive: Any, font: Any) -> None:
     if style not in STYLES:
-        raise DataError(f"style: found {style!r}, expected one of {', '.join(STYLES)}")
+        raise DataError(f"`style`: got {style!r}, expected one of {', '.join(STYLES)}")
     for name, value, least, most in (
         ("size", size, 8, 1024),
         ("seed", seed, 0, 2**63),
         ("held_out", held_out, 0, 10**6),
     ):
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise DataError(f"{name}: found {value!r}, expected an integer from {least} to {most}")
+        if not is_whole(value, least, most):
+            raise DataError(f"`{name}`: got {value!r}, expected an integer from {least} to {most}")
     if font is not None and style != "noto":
-        raise DataError(f"font: only style noto is drawn from a font, found style {style}")
+        raise DataError(
+            f"`font`: got a font with style {style!r}, expected style 'noto', which alone is drawn from one"
+        )
     if font is not None and archive is not None:
         raise DataError("font and archive: both name a source of pictures, expected one of them")
     if style == "noto" and font is None and size > NOTO_PACKAGE_SIZE:
         here = next((path for path in SYSTEM_FONTS if Path(path).is_file()), "NotoColorEmoji.ttf")
         raise DataError(
-            f"size: {NOTO.name} has pictures of {NOTO_PACKAGE_SIZE} pixels, found {size}; "
+            f"`size`: got {size}, expected at most {NOTO_PACKAGE_SIZE}, the pixels of {NOTO.name}'s pictures; "
             f"larger ones are drawn from the font: --font {here}"
         )
 
@@ -272,7 +274,7 @@ def _check_folder(output: Path, settings: dict[str, Any]) -> EmojiBuild | None:
         raise DataError(f"output_dir: {output} is a file, expected a folder")
     marker = output / MARKER
     if not marker.is_file():
-        if any(not path.name.startswith(".tmp-") for path in output.iterdir()):
+        if any(not path.name.startswith(TEMPORARY) for path in output.iterdir()):
             raise DataError(f"output_dir: {output} holds other files and no {MARKER}, expected an empty or new folder")
         return None
     try:
@@ -321,10 +323,7 @@ def _build_of(output: Path, record: dict[str, Any], already_built: bool) -> Emoj
 
 
 def _write(path: Path, content: bytes, durable: bool = True) -> None:
-    """Write beside the name, then rename: a file under its own name is always whole.
-
-    What is not `durable` may come out empty where the machine, not only the process, fails: `_is_whole` sees that.
-    """
+    """Write what is not there already; what is not `durable` may come out empty, and `_is_whole` sees that."""
     if path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content:
         return
     with written(path, durable) as temporary:

@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from hubgen.checks import is_whole
 from hubgen.data.errors import DataError
 from hubgen.data.pictures import MAX_PIXELS, crop_to_square, decode_picture, on_white, scale
 
@@ -58,9 +59,9 @@ class ImageTextFolder(Dataset):
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         if on_error not in ("fail", "skip"):
-            raise DataError(f"on_error: found {on_error!r}, expected 'fail' or 'skip'")
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-            raise DataError(f"size: found {size!r}, expected a positive integer or None")
+            raise DataError(f"`on_error`: got {on_error!r}, expected 'fail' or 'skip'")
+        if size is not None and not is_whole(size):
+            raise DataError(f"`size`: got {size!r}, expected a positive integer or None")
         self.size = size
         self.max_pixels = max_pixels
         self.folder = _folder_of(Path(root), split)
@@ -116,7 +117,7 @@ class ImageTextFolder(Dataset):
         pictures = [self._pixels(self.file_names[index]) for index in indices]
         shapes = {tuple(picture.shape) for picture in pictures}
         if len(shapes) != 1:
-            raise DataError(f"{self.folder}: found pictures of {sorted(shapes)}, expected one shape; give a size")
+            raise DataError(f"{self.folder}: got pictures of {sorted(shapes)}, expected one shape; give a size")
         return torch.stack(pictures)
 
     def _pixels(self, file_name: str) -> torch.Tensor:
@@ -163,7 +164,7 @@ class ImageTextFolder(Dataset):
                 continue
             rows.append((number, file_name, wordings))
         if not rows and not self.skipped:
-            raise DataError(f"{path}: found no rows, expected one for each picture")
+            raise DataError(f"{path}: got no rows, expected one for each picture")
         return rows
 
     def _read_row(self, number: int, line: bytes, caption_column: str) -> tuple[str, list[str]]:
@@ -177,7 +178,7 @@ class ImageTextFolder(Dataset):
         except (ValueError, RecursionError) as problem:
             raise DataError(f"{place}: not JSON ({problem}), expected an object") from None
         if not isinstance(row, dict):
-            raise DataError(f"{place}: found {_kind(row)}, expected a JSON object")
+            raise DataError(f"{place}: got {_kind(row)}, expected a JSON object")
         file_name = self._inside(place, _text_in(row, "file_name", place))
         text = _text_in(row, caption_column, place)
         others = row.get("captions") if caption_column == "text" else None
@@ -221,17 +222,17 @@ def _folder_of(root: Path, split: str | None) -> Path:
             raise DataError(f"{root}: holds no {METADATA}, but splits: {', '.join(inner)}; name one of them as split")
         return root
     if PurePosixPath(split).name != split or split in ("", ".", ".."):
-        raise DataError(f"split: found {split!r}, expected the name of a folder in {root}")
+        raise DataError(f"`split`: got {split!r}, expected the name of a folder in {root}")
     for name in SPLIT_FOLDERS.get(split, (split,)):
         if (root / name).is_dir():
             return root / name
     found = sorted(path.name for path in root.iterdir() if path.is_dir())
-    raise DataError(f"split: {root} has no folder {split!r}, found {', '.join(found) or 'none'}")
+    raise DataError(f"`split`: got {split!r}, expected a folder of {root}: {', '.join(found) or 'it has none'}")
 
 
 def _text_in(row: dict[str, Any], column: str, place: str) -> str:
     if column not in row:
-        raise DataError(f"{place}: no {column!r}, found {', '.join(map(repr, row)) or 'nothing'}")
+        raise DataError(f"{place}: got {', '.join(map(repr, row)) or 'nothing'}, expected {column!r} too")
     value = row[column]
     if not isinstance(value, str):
         raise DataError(f"{place}: {column} is {_kind(value)}, expected a string")

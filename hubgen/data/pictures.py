@@ -25,23 +25,23 @@ def decode_picture(content: bytes, name: str, max_pixels: int = MAX_PIXELS) -> I
     one of more than `max_pixels`; the size is checked before any pixel is decoded.
     """
     if not content:
-        raise DataError(f"{name}: found an empty file, expected a picture")
+        raise DataError(f"{name}: got an empty file, expected a picture")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the budget below is the stricter rule
             picture = Image.open(io.BytesIO(content))
         width, height = picture.size
         if width * height > max_pixels:
-            raise DataError(f"{name}: found {width}x{height} pixels, expected at most {max_pixels} in all")
+            raise DataError(f"{name}: got {width}x{height} pixels, expected at most {max_pixels} in all")
         if min(width, height) < SHORTEST_SIDE:
-            raise DataError(f"{name}: found {width}x{height} pixels, expected at least {SHORTEST_SIDE} on each side")
+            raise DataError(f"{name}: got {width}x{height} pixels, expected at least {SHORTEST_SIDE} on each side")
         frames = getattr(picture, "n_frames", 1)
         if frames > 1 and picture.format != "MPO":  # a camera's JPEG with previews behind the picture
-            raise DataError(f"{name}: found an animation of {frames} frames, expected a still picture")
+            raise DataError(f"{name}: got an animation of {frames} frames, expected a still picture")
         picture.load()
         picture = ImageOps.exif_transpose(picture)
         if picture.mode == "F":
-            raise DataError(f"{name}: found floating-point pixels, expected 8 or 16 bits for each channel")
+            raise DataError(f"{name}: got floating-point pixels, expected 8 or 16 bits for each channel")
         if picture.mode == "I" or picture.mode.startswith("I;16"):  # one channel of 16 bits; Pillow would clip it
             picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
         transparent = "A" in picture.getbands() or "a" in picture.getbands() or "transparency" in picture.info
@@ -49,9 +49,9 @@ def decode_picture(content: bytes, name: str, max_pixels: int = MAX_PIXELS) -> I
     except DataError:
         raise
     except UnidentifiedImageError as problem:
-        raise DataError(f"{name}: found {_first_bytes(content)}, expected a picture (PNG, JPEG, WebP, …)") from problem
+        raise DataError(f"{name}: got {_first_bytes(content)}, expected a picture (PNG, JPEG, WebP, …)") from problem
     except Image.DecompressionBombError as problem:
-        raise DataError(f"{name}: found far more pixels than {max_pixels}, the most that are decoded") from problem
+        raise DataError(f"{name}: got far more pixels than {max_pixels}, the most that are decoded") from problem
     except (OSError, SyntaxError, ValueError, EOFError) as problem:
         raise DataError(f"{name}: truncated or damaged picture ({problem}), expected a whole one") from problem
 

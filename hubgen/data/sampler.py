@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import Sampler
 
+from hubgen.checks import whole
+
 
 def step_seed(seed: int, step: int, rank: int = 0, stream: str = "noise") -> int:
     """A 63-bit seed that differs for every (seed, step, rank, stream)."""
@@ -69,10 +71,8 @@ class StepBatchSampler(Sampler[list[int]]):
             ("start_step", start_step, 0),
             ("world_size", world_size, 1),
         ):
-            if value < least:
-                raise ValueError(f"{name}: found {value}, expected at least {least}.")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank: found {rank}, expected 0 to {world_size - 1} (world_size {world_size}).")
+            whole(name, value, least)
+        whole("rank", rank, 0, world_size - 1)
         self.num_samples, self.batch_size, self.num_steps = num_samples, batch_size, num_steps
         self.seed, self.start_step, self.rank, self.world_size = seed, start_step, rank, world_size
         self._permutations: dict[int, list[int]] = {}

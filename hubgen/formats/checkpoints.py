@@ -99,7 +99,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not readable as JSON ({error}).") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}.")
+        raise ValueError(f"{path}: got {type(content).__name__}, expected a JSON object.")
     return content
 
 
@@ -131,7 +131,7 @@ def read_index(index: Path) -> dict[str, Path]:
     """Tensor name -> shard, all paths checked before any shard is opened."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index}: `weight_map` is to map tensors' names to files, found {str(weight_map)[:80]}.")
+        raise ValueError(f"{index}: got `weight_map` {str(weight_map)[:80]}, expected tensors' names to files.")
     paths: dict[str, Path] = {}
     for name in weight_map.values():
         if not isinstance(name, str) or name not in paths:  # what is no string is refused by name

@@ -115,7 +115,7 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
     try:
         content = json.loads(raw)
         if not isinstance(content, dict):
-            raise ValueError(f"expected an object, found {type(content).__name__}")
+            raise ValueError(f"got {type(content).__name__}, expected an object")
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are among them
         raise ValueError(f"{path}: the safetensors header is corrupt ({error}). Get the file again.") from error
     content.pop("__metadata__", None)

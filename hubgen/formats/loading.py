@@ -66,7 +66,7 @@ class StrictModelMixin(ModelMixin):
                 missing or unknown, or shapes differ: all are listed.
         """
         if pretrained_model_name_or_path is None:
-            raise ValueError("`pretrained_model_name_or_path` is to be a folder or a repository, got None.")
+            raise ValueError("`pretrained_model_name_or_path`: got None, expected a folder or a repository.")
         if kwargs.get("use_safetensors") is False or kwargs.get("use_flashpack"):
             raise ValueError("hubgen reads weights from safetensors only; drop `use_safetensors` or `use_flashpack`.")
         finite = kwargs.pop("check_finite", False)

@@ -90,7 +90,7 @@ class NativePipeline(DiffusionPipeline):
         loaded = super().load_config(pretrained_model_name_or_path, *args, **kwargs)
         index, *others = loaded if isinstance(loaded, tuple) else (loaded,)
         if not isinstance(index, dict):
-            raise ValueError(f"{pretrained_model_name_or_path}: the index must be a JSON object, got {index!r:.100}.")
+            raise ValueError(f"{pretrained_model_name_or_path}: got the index {index!r:.100}, expected a JSON object.")
         index = cls.with_our_classes(index)
         return (index, *others) if others else index
 
@@ -137,7 +137,7 @@ class NativePipeline(DiffusionPipeline):
             if is_component(value):
                 require_class(*value, where=f"{where}: `{name}`")
             elif value is not None and value != [None, None]:
-                raise ValueError(f"{where}: `{name}` must be [library, class] or [null, null], got {value!r}.")
+                raise ValueError(f"{where}: got `{name}` {value!r}, expected [library, class] or [null, null].")
 
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
         """Writes the index: that of diffusers' pipeline where there is one for these components, else hubgen's."""

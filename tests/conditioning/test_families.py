@@ -8,8 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from hubgen.backbones.dit import DiTTransformer2DModel
-from hubgen.backbones.flux import FluxTransformer2DModel
 from hubgen.conditioning.condition import Condition
 from hubgen.conditioning.families import Doors, family_of
 from hubgen.conditioning.families.flux import pack, token_positions, unpack
@@ -28,26 +26,7 @@ SIZED: dict[str, Any] = {
 }
 
 
-def flux(**config: Any) -> nn.Module:
-    defaults = {
-        "in_channels": 16,
-        "num_layers": 1,
-        "num_single_layers": 1,
-        "attention_head_dim": 16,
-        "num_attention_heads": 2,
-        "joint_attention_dim": models.TEXT_WIDTH,
-        "pooled_projection_dim": models.TEXT_WIDTH,
-        "guidance_embeds": True,
-        "axes_dims_rope": (4, 6, 6),
-    }
-    return models.randomised(FluxTransformer2DModel(**{**defaults, **config}))
-
-
-def dit() -> nn.Module:
-    sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "num_layers": 2, "sample_size": 8}
-    return models.randomised(DiTTransformer2DModel(**sizes, num_embeds_ada_norm=10))
-
-
+flux, dit = models.NETWORKS["FLUX.1 dev"].build, models.NETWORKS["DiT"].build
 BACKBONES: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
     "mmdit": (models.transformer, {"tokens", "pooled"}),
     "unet": (models.unet, {"tokens"}),
@@ -185,7 +164,7 @@ def test_conditions_are_joined_repeated_and_counted() -> None:
 
 def test_more_numbers_than_the_unet_embeds_are_refused() -> None:
     unet, x_t, t = official.sdxl_unet(5), torch.randn(2, 4, 8, 8), torch.tensor([1.0, 2.0])
-    tokens, pooled = torch.randn(2, 5, unet.config.cross_attention_dim), torch.randn(2, official.PROJECTION)
+    tokens, pooled = torch.randn(2, 5, unet.config.cross_attention_dim), torch.randn(2, models.POOLED)
     six = MicroConditioning((16, 16), (0, 0), (16, 16)).rows(2)
     with pytest.raises(ValueError, match="got 6 numbers.*expected 5.*requires_aesthetics_score"):
         predict(unet, x_t, t, Condition(tokens=tokens, pooled=pooled, micro=six))

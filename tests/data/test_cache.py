@@ -11,6 +11,7 @@ from hubgen.autoencoders.autoencoder_kl import AutoencoderKL
 from hubgen.conditioning.text import TextCondition
 from hubgen.data.cache import cache_latents, cache_text_embeddings, module_digest
 from hubgen.data.errors import DataError
+from tests import models
 
 
 class Pictures:
@@ -30,15 +31,7 @@ class Pictures:
 
 @pytest.fixture
 def vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-    ).eval()
+    return models.vae()
 
 
 @pytest.fixture

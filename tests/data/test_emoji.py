@@ -184,9 +184,9 @@ def test_a_folder_with_foreign_files_is_refused_and_left_alone(tmp_path: Path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"size": 0}, r"^size: found 0, expected an integer from 8 to 1024$"),
-        ({"size": 64.0}, r"^size: found 64.0"),
-        ({"held_out": -1}, r"^held_out: found -1"),
+        ({"size": 0}, r"^`size`: got 0, expected an integer from 8 to 1024$"),
+        ({"size": 64.0}, r"^`size`: got 64.0"),
+        ({"held_out": -1}, r"^`held_out`: got -1"),
         ({"held_out": 40}, r"^held_out: 40 captions asked for, but only \d+ of 39"),
         ({"archive": "/nowhere/emoji.tgz"}, r"^archive: /nowhere/emoji.tgz: no such file"),
         ({"archive": FIXTURES / "README.md"}, r"README.md: not a readable package archive"),
@@ -209,7 +209,7 @@ def test_a_truncated_archive_is_named(tmp_path: Path):
 
 
 def test_an_unknown_style_is_refused(tmp_path: Path):
-    with pytest.raises(DataError, match="style: found 'apple', expected one of fluent, noto"):
+    with pytest.raises(DataError, match="`style`: got 'apple', expected one of fluent, noto"):
         build_emoji_dataset("apple", 32, tmp_path / "out")
 
 
@@ -280,7 +280,7 @@ def test_a_file_that_is_no_emoji_font_is_named(tmp_path: Path):
 
 
 def test_noto_above_the_package_size_asks_for_the_font(tmp_path: Path):
-    with pytest.raises(DataError, match=r"size: .*64 pixels, found 128; .*--font"):
+    with pytest.raises(DataError, match=r"`size`: got 128, expected at most 64, .*--font"):
         build_emoji_dataset("noto", 128, tmp_path)
 
 

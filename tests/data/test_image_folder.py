@@ -135,12 +135,12 @@ ANIMATION = encoded(picture(), "GIF", save_all=True, append_images=[picture((0, 
 BAD_PICTURES = {
     "truncated PNG": (noise(32)[:-600], "truncated or damaged picture"),
     "truncated JPEG": (noise(32, "JPEG")[:-200], "truncated or damaged picture"),
-    "empty file": (b"", "found an empty file, expected a picture"),
+    "empty file": (b"", "got an empty file, expected a picture"),
     "HTML": (b"<!doctype html><title>Not found</title>", r"begin with b'<!doctype ht', expected a picture"),
-    "177 megapixels": (png_header_of(13300, 13300), "found 13300x13300 pixels, expected at most 50000000"),
+    "177 megapixels": (png_header_of(13300, 13300), "got 13300x13300 pixels, expected at most 50000000"),
     "400 megapixels": (png_header_of(20000, 20000), "far more pixels than 50000000"),
-    "one pixel": (encoded(picture(size=(1, 1))), "found 1x1 pixels, expected at least 8"),
-    "animation": (ANIMATION, "found an animation of 2 frames, expected a still picture"),
+    "one pixel": (encoded(picture(size=(1, 1))), "got 1x1 pixels, expected at least 8"),
+    "animation": (ANIMATION, "got an animation of 2 frames, expected a still picture"),
 }
 
 
@@ -162,7 +162,7 @@ def test_an_unusable_picture_is_skipped_only_when_asked_and_counted(good: Path, 
 
 
 BAD_ROWS = {
-    "no caption": ({"file_name": "x.png"}, r"no 'text', found 'file_name'"),
+    "no caption": ({"file_name": "x.png"}, r"got 'file_name', expected 'text'"),
     "null caption": ({"file_name": "x.png", "text": None}, "text is null, expected a string"),
     "number as caption": ({"file_name": "x.png", "text": 3}, "text is int 3, expected a string"),
     "empty caption": ({"file_name": "x.png", "text": "  "}, "text is empty"),
@@ -170,12 +170,12 @@ BAD_ROWS = {
     "half a character": (b'{"file_name": "x.png", "text": "\\ud800"}', "text holds half a character"),
     "captions no list": ({"file_name": "x.png", "text": "x", "captions": "x"}, "captions is str 'x', expected a list"),
     "empty wording": ({"file_name": "x.png", "text": "x", "captions": ["x", ""]}, r"captions\[1\] is empty"),
-    "no file name": ({"text": "x"}, r"no 'file_name', found 'text'"),
+    "no file name": ({"text": "x"}, r"got 'text', expected 'file_name'"),
     "missing file": ({"file_name": "x.png", "text": "x"}, "x.png: no such file, expected a picture"),
     "a folder": ({"file_name": ".", "text": "x"}, "no such file"),
     "twice the same file": ({"file_name": "./red.png", "text": "x"}, "red.png stands in row 1 already"),
     "no JSON": (b"file_name,text", "not JSON"),
-    "no object": ([1], "found list"),
+    "no object": ([1], "got list"),
     "not UTF-8": (b'{"file_name": "x.png", "text": "caf\xe9"}', "not UTF-8"),
 }
 
@@ -219,18 +219,18 @@ def test_missing_folders_metadata_and_splits_are_named(good: Path, tmp_path: Pat
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"empty/metadata.jsonl: no such file"):
         ImageTextFolder(tmp_path / "empty")
-    with pytest.raises(DataError, match="found no rows"):
+    with pytest.raises(DataError, match="got no rows"):
         ImageTextFolder(write(tmp_path / "bare", []))
-    with pytest.raises(DataError, match=r"has no folder 'test', found bare, empty, good"):
+    with pytest.raises(DataError, match=r"`split`: got 'test', expected a folder of .*: bare, empty, good"):
         ImageTextFolder(tmp_path, split="test")
     with pytest.raises(DataError, match=r"holds no metadata.jsonl, but splits: bare, good; name one"):
         ImageTextFolder(tmp_path)
-    with pytest.raises(DataError, match=r"split: found '../good'"):
+    with pytest.raises(DataError, match=r"`split`: got '../good'"):
         ImageTextFolder(tmp_path, split="../good")
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"size": 0}, "size: found 0"), ({"on_error": "ignore"}, "on_error: found 'ignore'")]
+    ("options", "message"), [({"size": 0}, "`size`: got 0"), ({"on_error": "ignore"}, "`on_error`: got 'ignore'")]
 )
 def test_unusable_options_are_named(good: Path, options: dict, message: str):
     with pytest.raises(DataError, match=message):

@@ -44,9 +44,9 @@ def test_a_batch_larger_than_the_data_wraps_around() -> None:
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [
-        ({"num_samples": 0}, "num_samples: found 0"),
-        ({"batch_size": -1}, "batch_size: found -1"),
-        ({"rank": 2, "world_size": 2}, "rank: found 2"),
+        ({"num_samples": 0}, "`num_samples`: got 0"),
+        ({"batch_size": -1}, "`batch_size`: got -1"),
+        ({"rank": 2, "world_size": 2}, "`rank`: got 2"),
     ],
 )
 def test_wrong_sizes_are_named(wrong: dict[str, int], named: str) -> None:

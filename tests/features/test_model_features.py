@@ -2,11 +2,10 @@
 
 Each feature is one function of a library's name and a network: it builds that library's model in miniature, uses the
 feature and asserts that it did what it is for. hubgen has to pass; how diffusers' class fares is recorded beside it,
-for the README's table.
+for the README's table. What a class of diffusers lacks is one of `MISSING`; whatever else it raises fails the test.
 """
 
 import copy
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,10 +18,10 @@ from safetensors import safe_open
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from tests.models import DENOISERS, LIBRARIES, NETWORKS, Network
+from tests.compatibility import REPOSITORIES
+from tests.models import DENOISERS, NETWORKS, Network
 from tests.parity import first_output, randomize_
 
-TESTS = Path(__file__).parent.parent
 Feature = Callable[[str, Network, Path], None]
 
 
@@ -62,10 +61,10 @@ def gradient_checkpointing(library: str, network: Network, folder: Path) -> None
         output.square().mean().backward()
         outputs.append(output.detach())
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-    assert_same(outputs[1], outputs[0])
-    assert gradients[0].keys() == gradients[1].keys()
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+    assert torch.equal(outputs[1], outputs[0])
+    trained = {n for n, p in model.named_parameters() if p.requires_grad and not n.startswith("quantize.")}
+    assert gradients[0].keys() == gradients[1].keys() == trained
+    torch.testing.assert_close(gradients[1], gradients[0])
 
 
 def attention_processors(library: str, network: Network, folder: Path) -> None:
@@ -105,7 +104,12 @@ def attention_backend(library: str, network: Network, folder: Path) -> None:
 
     with Watched():
         assert_same(predicted(model, network), expected)
-    assert Watched.fused and not any(Watched.fused), "an attention did not take the plain kernel"
+    if not Watched.fused or any(Watched.fused):
+        raise BackendIgnored("an attention did not take the plain kernel")
+
+
+class BackendIgnored(AssertionError):
+    """A model takes the name of a backend and goes on as before."""
 
 
 def adapters(library: str, network: Network, folder: Path) -> None:
@@ -261,88 +265,47 @@ FEATURES: dict[str, Feature] = {
     "sharded files": sharded,
     "variant, torch_dtype": variant,
 }
-CASES = [(name, feature) for name in NETWORKS for feature in FEATURES if name in DENOISERS or feature != "step cache"]
+MISSING: dict[str, tuple[type[Exception], str]] = {
+    "gradient checkpointing": (ValueError, "does not support gradient checkpointing"),
+    "attention processors": (AttributeError, "has no attribute 'attn_processors'"),
+    "attention backends": (BackendIgnored, "did not take the plain kernel"),
+    "LoRA adapters": (AttributeError, "has no attribute 'add_adapter'"),
+    "compile_repeated_blocks": (ValueError, "`_repeated_blocks` attribute is empty"),
+    "device_map": (ValueError, "does not support `device_map='auto'`"),
+    "group offload": (ValueError, "does not support group offloading"),
+    "step cache": (AttributeError, "has no attribute 'enable_cache'"),
+}
+"""How a class of diffusers fails that is without a feature."""
+CASES = [
+    (name, feature)
+    for name in NETWORKS
+    for feature in FEATURES
+    if (name in DENOISERS or feature != "step cache")
+    # Its residual blocks come in more shapes than torch recompiles one piece of code for.
+    and (name, feature) != ("guided diffusion", "compile_repeated_blocks")
+]
 
 
 @pytest.mark.parametrize(("name", "feature"), CASES, ids=[f"{name}-{feature}" for name, feature in CASES])
 def test_the_feature_works(name: str, feature: str, tmp_path: Path, shows: Callable[..., None]) -> None:
     network, function = NETWORKS[name], FEATURES[feature]
-    if not all(hasattr(library, network.class_name) for library in LIBRARIES.values()):
-        pytest.fail(f"{network.class_name} is not in both libraries")
     reason = None
     try:
         function("diffusers", network, tmp_path / "theirs")
-    except Exception as error:
-        where = traceback.extract_tb(error.__traceback__)[-1].filename
-        if Path(where).is_relative_to(TESTS) and not isinstance(error, AssertionError):
-            raise  # the test itself is broken: this says nothing about diffusers
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
-    shows(name, feature, reason is None, reason)
+    except Exception as problem:
+        kind, message = MISSING.get(feature, ((), ""))
+        if not isinstance(problem, kind) or message not in str(problem):
+            raise
+        reason = f"{type(problem).__name__}: {str(problem).splitlines()[0]}"[:200]
+    if name in REPOSITORIES:
+        shows(name, feature, reason is None, reason)
     function("hubgen", network, tmp_path / "ours")
 
 
-# ---- what every model keeps to, beside diffusers' class ----
+def test_what_is_not_a_missing_feature_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(library: str, network: Network, folder: Path) -> None:
+        raise ImportError("a name that the harness does not find")
 
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", NETWORKS)
-def test_config_and_names_are_those_of_diffusers(name: str) -> None:
-    ours, theirs = (NETWORKS[name].build(library) for library in LIBRARIES)
-    # Arguments that hubgen's class does not have are those that choose variants which it does not build.
-    assert {key: theirs.config[key] for key in ours.config if not key.startswith("_")} == {
-        key: value for key, value in ours.config.items() if not key.startswith("_")
-    }
-    assert ours.state_dict().keys() == theirs.state_dict().keys()
-    assert list(ours.attn_processors) == list(getattr(theirs, "attn_processors", ours.attn_processors))
-
-
-@pytest.mark.parametrize("saver", LIBRARIES)
-@pytest.mark.parametrize("name", NETWORKS)
-def test_saved_by_one_library_a_model_loads_in_the_other(name: str, saver: str, tmp_path: Path) -> None:
-    network = NETWORKS[name]
-    (loader,) = LIBRARIES.keys() - {saver}
-    model = network.build(saver)
-    model.save_pretrained(tmp_path)
-    loaded = getattr(LIBRARIES[loader], network.class_name).from_pretrained(tmp_path)
-    assert_same(predicted(loaded, network), predicted(model, network))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", NETWORKS)
-def test_the_output_is_an_object_or_a_tuple(name: str) -> None:
-    network = NETWORKS[name]
-    model = network.build("hubgen")
-    assert torch.equal(model(**network.inputs()).sample, model(**network.inputs(), return_dict=False)[0])
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", DENOISERS)
-def test_one_timestep_serves_the_whole_batch(name: str) -> None:
-    network, (model, inputs) = NETWORKS[name], (NETWORKS[name].build("hubgen"), NETWORKS[name].inputs())
-    one = inputs[network.steps][:1]
-    each = run(model, {**inputs, network.steps: one.expand(2)})
-    assert_same(run(model, {**inputs, network.steps: one}), each, rtol=1e-5)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", DENOISERS)
-def test_the_whole_forward_compiles_without_a_graph_break(name: str) -> None:
-    network = NETWORKS[name]
-    model = network.build("hubgen")
-    expected = predicted(model, network)
-    torch.compiler.reset()
-    assert_same(run(torch.compile(model, fullgraph=True, backend="eager"), network.inputs()), expected)
-    torch.compiler.reset()
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", NETWORKS)
-def test_fused_projections_compute_the_same(name: str) -> None:
-    network = NETWORKS[name]
-    model = network.build("hubgen")
-    expected = predicted(model, network)
-    model.fuse_qkv_projections()
-    assert any(getattr(module, "fused_projections", False) for module in model.modules())
-    assert_same(predicted(model, network), expected)
-    model.unfuse_qkv_projections()
-    assert torch.equal(predicted(model, network), expected)
+    monkeypatch.setitem(FEATURES, "step cache", broken)
+    with pytest.raises(ImportError):
+        test_the_feature_works("SD 1.x", "step cache", tmp_path, lambda *_: pytest.fail("something was shown"))

@@ -1,68 +1,121 @@
-"""A reader sees the old content or the new one, and never a part of it."""
+"""A name holds the old content or all of the new, whatever ends the writing; nothing is left beside it."""
 
+import itertools
 import os
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from hubgen.formats.atomic import written, written_folder
+from hubgen.formats.atomic import sweep, written
 
 
-def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
-    path = tmp_path / "file.json"
-    path.write_text("old")
+def write(path: Path, text: str) -> None:
     with written(path) as temporary:
-        temporary.write_text("new")
-        assert path.read_text() == "old"
-        assert temporary.parent == tmp_path
-    assert path.read_text() == "new"
-    assert os.listdir(tmp_path) == ["file.json"]
+        temporary.write_text(text)
 
 
-def test_an_error_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> None:
-    path = tmp_path / "file.json"
-    path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), written(path) as temporary:
-        temporary.write_text("half")
-        raise KeyboardInterrupt
-    assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["file.json"]
+def write_folder(path: Path, text: str) -> None:
+    with written(path) as temporary:
+        (temporary / "inner").mkdir(parents=True)
+        (temporary / "inner" / "file").write_text(text)
+
+
+def content(path: Path) -> str | None:
+    if path.is_dir():
+        return (path / "inner" / "file").read_text()
+    return path.read_text() if path.exists() else None
+
+
+KINDS = pytest.mark.parametrize("make", [write, write_folder])
+
+
+@KINDS
+def test_the_new_replaces_the_old_and_nothing_stays_beside(make: Callable[..., None], tmp_path: Path) -> None:
+    for text in ("old", "new"):
+        make(tmp_path / "name", text)
+        assert content(tmp_path / "name") == text
+        assert os.listdir(tmp_path) == ["name"]
+
+
+@KINDS
+def test_an_error_in_the_block_leaves_the_old_and_nothing_beside(make: Callable[..., None], tmp_path: Path) -> None:
+    make(tmp_path / "name", "old")
+    for problem in (OSError, KeyboardInterrupt):
+        with pytest.raises(problem), written(tmp_path / "name") as temporary:
+            make(temporary, "half")
+            raise problem
+        assert content(tmp_path / "name") == "old"
+        assert os.listdir(tmp_path) == ["name"]
+
+
+def test_a_folder_that_cannot_take_the_name_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path / "name", "old")
+    replace = os.replace
+
+    def refuse(source: Path, target: Path) -> None:
+        if content(source) == "new":
+            raise OSError("no such luck")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="no such luck"):
+        write_folder(tmp_path / "name", "new")
+    assert content(tmp_path / "name") == "old"
+    assert os.listdir(tmp_path) == ["name"]
 
 
 def test_a_file_has_the_rights_of_any_new_file(tmp_path: Path) -> None:
-    with written(tmp_path / "one") as temporary:
-        temporary.write_text("")
-    (tmp_path / "other").write_text("")
-    assert (tmp_path / "one").stat().st_mode == (tmp_path / "other").stat().st_mode
+    (tmp_path / "plain").touch()
+    write(tmp_path / "name", "new")
+    assert (tmp_path / "name").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def test_a_folder_changes_as_a_whole(tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    for content in ("first", "second"):
-        with written_folder(folder) as temporary:
-            temporary.mkdir()
-            (temporary / content).write_text(content)
-        assert os.listdir(folder) == [content]
-    with pytest.raises(RuntimeError), written_folder(folder) as temporary:
-        temporary.mkdir()
-        raise RuntimeError
-    assert os.listdir(folder) == ["second"]
-    assert os.listdir(tmp_path) == ["model"]
+def test_the_next_writer_brings_a_folder_back_that_was_set_aside(tmp_path: Path) -> None:
+    write_folder(tmp_path / ".tmp-replaced-name", "old")
+    with pytest.raises(KeyboardInterrupt), written(tmp_path / "name"):
+        raise KeyboardInterrupt
+    assert content(tmp_path / "name") == "old"
+    assert os.listdir(tmp_path) == ["name"]
 
 
-def test_the_old_folder_stays_where_the_new_one_cannot_take_its_place(tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "old").write_text("old")
-    with pytest.raises(FileNotFoundError), written_folder(folder):
-        pass  # nothing was written, so that there is nothing to rename
-    assert os.listdir(folder) == ["old"]
-    assert os.listdir(tmp_path) == ["model"]
+class PowerLoss(BaseException):
+    """Ends the writing where it stands: nothing is cleaned up."""
 
 
-def test_the_old_folder_comes_back_after_a_kill_between_the_two_renames(tmp_path: Path) -> None:
-    (tmp_path / ".tmp-replaced-model").mkdir()
-    (tmp_path / ".tmp-replaced-model" / "old").write_text("old")
-    with pytest.raises(RuntimeError), written_folder(tmp_path / "model"):
-        raise RuntimeError
-    assert os.listdir(tmp_path / "model") == ["old"]
+@KINDS
+def test_a_cut_at_any_step_leaves_the_old_or_the_new_and_what_is_beside_is_swept(
+    make: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcomes: list[str | None] = []
+    for cut_after in itertools.count():
+        folder = tmp_path / str(cut_after)
+        folder.mkdir()
+        make(folder / "name", "old")
+        calls = itertools.count()
+
+        def cut(original: Any, calls: Iterator[int] = calls, cut_after: int = cut_after) -> Any:
+            def call(*arguments: Any, **keywords: Any) -> Any:
+                if next(calls) >= cut_after:
+                    raise PowerLoss
+                return original(*arguments, **keywords)
+
+            return call
+
+        finished = False
+        with monkeypatch.context() as patch:
+            for name in ("fsync", "replace", "unlink", "rmdir"):
+                patch.setattr(os, name, cut(getattr(os, name)))
+            with suppress(PowerLoss):
+                make(folder / "name", "new")
+                finished = True
+        outcomes.append(content(folder / "name"))
+        sweep(folder)
+        assert os.listdir(folder) == ["name"]
+        assert content(folder / "name") == (outcomes[-1] or "old")
+        if finished:
+            break
+    # A folder has one moment without the name: the old one is set aside, and comes back.
+    assert {"old", "new"} <= set(outcomes) and outcomes.count(None) == (make is write_folder)

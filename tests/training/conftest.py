@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from accelerate.state import AcceleratorState
 from PIL import Image, ImageDraw
-from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from hubgen.autoencoders.autoencoder_kl import AutoencoderKL
+from tests import models
 
 COLORS = ("red", "green", "blue")
 SHAPES = ("ball", "box")
@@ -38,33 +36,9 @@ def problem(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("problem")
     draw_pictures(root / "data" / "train", 14)
     draw_pictures(root / "data" / "held_out", 4, first=14)
-    torch.manual_seed(0)
-    AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-        shift_factor=0.1,
-        scaling_factor=0.9,
-    ).save_pretrained(root / "autoencoder")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", *COLORS, *SHAPES]
-    (root / "text").mkdir()
-    vocabulary = root / "text" / "vocab.txt"
-    vocabulary.write_text("\n".join(words))
-    by_word = {word: number for number, word in enumerate(words)}
-    BertTokenizerFast(vocab_file=str(vocabulary), vocab=by_word).save_pretrained(root / "text")
-    config = BertConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=16,
-    )
-    BertModel(config).save_pretrained(root / "text")
+    models.vae(scaling_factor=0.9).save_pretrained(root / "autoencoder")
+    models.tokenizer(max_length=16).save_pretrained(root / "text")
+    models.text_encoder().save_pretrained(root / "text")
     return {
         "data_dir": str(root / "data"),
         "autoencoder": str(root / "autoencoder"),
@@ -72,22 +46,11 @@ def problem(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
 
 
-MMDIT = {
-    "patch_size": 2,
-    "num_layers": 2,
-    "num_attention_heads": 2,
-    "attention_head_dim": 8,
-    "pos_embed_max_size": 8,
-    "qk_norm": "rms_norm",
-}
-UNET = {
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-    "block_out_channels": [8, 8],
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "attention_head_dim": 2,
-}
+# What a recipe says of a backbone; the rest follows from autoencoder and text encoder.
+SIZED = ("in_channels", "out_channels", "sample_size", "joint_attention_dim", "pooled_projection_dim")
+SIZED += ("caption_projection_dim", "cross_attention_dim")
+MMDIT = {name: value for name, value in {**models.SD3, "qk_norm": "rms_norm"}.items() if name not in SIZED}
+UNET = {name: value for name, value in models.UNET.items() if name not in SIZED}
 
 
 @pytest.fixture

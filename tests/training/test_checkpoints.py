@@ -91,7 +91,7 @@ def test_nothing_to_restore_is_none(tmp_path: Path) -> None:
 def test_only_the_newest_are_kept_and_no_temporaries(tmp_path: Path) -> None:
     save_steps(tmp_path, 5, keep=3)
     assert names(tmp_path) == ["step-00000003", "step-00000004", "step-00000005"]
-    with pytest.raises(CheckpointError, match="keep: found 1, expected at least 2"):
+    with pytest.raises(CheckpointError, match="`keep`: got 1, expected at least 2"):
         Checkpoints(tmp_path, keep=1)
 
 
@@ -156,7 +156,7 @@ def test_a_save_cut_at_any_write_fsync_or_rename_leaves_a_whole_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     functions = [
-        *((os, name) for name in ("fsync", "rename", "unlink", "rmdir")),
+        *((os, name) for name in ("fsync", "replace", "unlink", "rmdir")),
         *((checkpoints_module, name) for name in ("save_file", "_write_json")),
     ]
     outcomes = []

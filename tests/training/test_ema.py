@@ -89,5 +89,5 @@ def test_no_random_number_is_drawn() -> None:
 
 @pytest.mark.parametrize("decay", [1.0, -0.1, float("nan")])
 def test_an_impossible_decay_is_refused(decay: float) -> None:
-    with pytest.raises(ValueError, match="decay: found"):
+    with pytest.raises(ValueError, match="`decay`: got"):
         ExponentialMovingAverage(tiny_model(), decay=decay)

@@ -80,11 +80,11 @@ def test_lists_are_words_and_none_unsets(tmp_path: Path) -> None:
     [
         ("learning_rat: 1e-3", ["learning_rat", "did you mean 'learning_rate'"]),
         ("learning_rate: fast", ["learning_rate", "'fast'", "float above 0"]),
-        ("learning_rate: 0", ["learning_rate", "found 0", "above 0"]),
+        ("learning_rate: 0", ["learning_rate", "got 0", "above 0"]),
         ("learning_rate: .nan", ["learning_rate", "nan"]),
         ("warmup_steps: 1.5", ["warmup_steps", "1.5", "int or none"]),
         ("warmup_steps: true", ["warmup_steps", "True"]),
-        ("gradient_checkpointing: 1", ["gradient_checkpointing", "found 1 (int)", "bool"]),
+        ("gradient_checkpointing: 1", ["gradient_checkpointing", "got 1 (int)", "bool"]),
         ("gradient_checkpointing: 'yes'", ["gradient_checkpointing", "'yes'"]),
         ("mixed_precision: fp8", ["mixed_precision", "'fp8'", "no, bf16"]),
         ("betas: [0.9]", ["betas", "[0.9]", "list of 2"]),
@@ -92,7 +92,7 @@ def test_lists_are_words_and_none_unsets(tmp_path: Path) -> None:
         ("prompts: [1]", ["prompts", "[1]", "list of str"]),
         ("widths: [1, x]", ["widths", "list of int"]),
         ("backbone_config: 3", ["backbone_config", "mapping"]),
-        ("[1, 2]", ["found list", "mapping of setting to value"]),
+        ("[1, 2]", ["got list", "mapping of setting to value"]),
         ("a: b: c", ["cannot be read as YAML"]),
     ],
 )

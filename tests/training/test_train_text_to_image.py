@@ -176,9 +176,9 @@ def test_other_settings_or_data_are_refused_with_the_differences(
     ("wrong", "named"),
     [
         ({"backbone_config": MMDIT | {"num_layer": 3}}, "unknown key 'num_layer'"),
-        ({"backbone_config": MMDIT | {"in_channels": 3}}, "found in_channels 3, expected 4"),
-        ({"prediction_type": "noise"}, "'prediction_type': found 'noise', expected 'velocity'"),
-        ({"autoencoder": "/nowhere"}, "'autoencoder': found /nowhere"),
+        ({"backbone_config": MMDIT | {"in_channels": 3}}, "got in_channels 3, expected 4"),
+        ({"prediction_type": "noise"}, "'prediction_type': got 'noise', expected 'velocity'"),
+        ({"autoencoder": "/nowhere"}, "'autoencoder': got /nowhere"),
         ({"text_encoder": "/nowhere"}, "'text_encoder': /nowhere"),
         ({"ema_decay": 1}, "'ema_decay'"),
     ],
