@@ -87,7 +87,7 @@ BASE_CLASSES = {
     "SchedulerMixin": "diffusers.schedulers.scheduling_utils",
 }
 
-__all__ = ["__version__", *HOMES]  # noqa: PLE0604
+__all__ = ["__version__", *HOMES]
 
 
 def __getattr__(name: str) -> Any:

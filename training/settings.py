@@ -22,6 +22,7 @@ import dataclasses
 import difflib
 import errno
 import inspect
+import itertools
 import math
 import os
 import sys
@@ -202,7 +203,7 @@ def field_docstrings(cls: type) -> dict[str, str]:
             body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body  # type: ignore[attr-defined]
         except (OSError, TypeError, SyntaxError):
             continue
-        for node, below in zip(body, body[1:], strict=False):
+        for node, below in itertools.pairwise(body):
             is_text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and is_text:
                 docs[node.target.id] = inspect.cleandoc(str(below.value.value)).replace("\n", " ")  # type: ignore[attr-defined]

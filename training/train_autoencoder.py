@@ -46,6 +46,8 @@ from hubgen.training.settings import Range, run_script, settings_to_dict
 
 @dataclass(frozen=True)
 class Settings:
+    """Settings of a run: fields of a YAML recipe, and options of the command line."""
+
     data_dir: Path
     """Folder of pictures with metadata.jsonl, as `hubgen data` writes it."""
 
@@ -170,6 +172,7 @@ class Reconstruction(nn.Module):
 
 
 def main(settings: Settings) -> None:
+    """Trains from the settings, going on where an earlier run of them stopped."""
     accelerator = Accelerator(
         mixed_precision=settings.mixed_precision,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,

@@ -66,6 +66,8 @@ HELD_OUT_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 @dataclass(frozen=True)
 class Settings:
+    """Settings of a run: fields of a YAML recipe, and options of the command line."""
+
     data_dir: Path
     """Folder of pictures with metadata.jsonl, as `hubgen data` writes it."""
 
@@ -232,6 +234,7 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
+    """Trains from the settings, going on where an earlier run of them stopped."""
     accelerator = Accelerator(
         mixed_precision=settings.mixed_precision,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
@@ -478,18 +481,21 @@ def build_backbone(settings: Settings, latents: LatentCache, text: TextCache) ->
 
 
 def build_path(settings: Settings) -> ProbabilityPath:
+    """The probability path that the settings name."""
     if settings.path == "rectified_flow":
         return RectifiedFlowPath()
     return VariancePreservingPath(settings.prediction_type or "noise", beta_schedule=settings.beta_schedule)
 
 
 def build_density(settings: Settings) -> TimestepDensity:
+    """Where on the path the training samples its times."""
     if settings.timestep_density == "uniform":
         return UniformDensity(shift=settings.timestep_shift)
     return LogitNormalDensity(settings.logit_mean, settings.logit_std, shift=settings.timestep_shift)
 
 
 def build_weighting(settings: Settings) -> Weighting:
+    """Weight of the loss by time."""
     return uniform_weighting if settings.weighting == "uniform" else MinSnrWeighting(settings.min_snr_gamma)
 
 

@@ -7,6 +7,7 @@ those of diffusers' blocks of the same names.
 Shapes: B batch, C channels of the latents, H and W pixels, h = H / f and w = W / f with f = 2 ** (levels - 1).
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,9 +37,7 @@ class Level(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, num_layers: int, groups: int):
         super().__init__()
         widths = [in_channels] + [out_channels] * num_layers
-        self.resnets = nn.ModuleList(
-            [ResnetBlock2D(i, o, groups=groups) for i, o in zip(widths[:-1], widths[1:], strict=True)]
-        )
+        self.resnets = nn.ModuleList([ResnetBlock2D(i, o, groups=groups) for i, o in itertools.pairwise(widths)])
         attentions = num_layers if self.has_attention else 0
         self.attentions = nn.ModuleList([SpatialAttention(out_channels, groups) for _ in range(attentions)])
 

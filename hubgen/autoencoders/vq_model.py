@@ -158,10 +158,7 @@ class VQModel(StrictModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
         elif h.ndim != 4 or h.shape[1] != dim:
             raise ValueError(f"`h`: got {tuple(h.shape)}, expected (B, {dim}, h, w).")
 
-        if lookup:
-            quantized = self.quantize.get_codebook_entry(h, shape)
-        else:
-            quantized = h
+        quantized = self.quantize.get_codebook_entry(h, shape) if lookup else h
         if force_not_quantize:
             commit_loss = torch.zeros(h.shape[0], device=quantized.device, dtype=quantized.dtype)
         else:

@@ -22,6 +22,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_command(commands: Any, name: str, *, summary: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """A subcommand's parser; line breaks in `description` and `epilog` are kept."""
     return commands.add_parser(
         name,
         help=summary,
@@ -33,6 +34,7 @@ def add_command(commands: Any, name: str, *, summary: str, description: str, epi
 
 
 def positive(text: str) -> int:
+    """From 1 to 10,000; for `type=` of argparse."""
     number = whole(text)
     if not 1 <= number <= 10_000:  # more would be a slip of the keyboard, and days of work
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number from 1 to 10000")
@@ -40,6 +42,7 @@ def positive(text: str) -> int:
 
 
 def seed(text: str) -> int:
+    """A seed that every generator takes."""
     number = whole(text)
     if not 0 <= number <= LARGEST_SEED:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number from 0 to 2^63 - 1")
@@ -47,12 +50,14 @@ def seed(text: str) -> int:
 
 
 def whole(text: str) -> int:
+    """An integer, in decimal digits."""
     if not re.fullmatch(r"[+-]?[0-9]{1,30}", text):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number")
     return int(text)
 
 
 def finite(text: str) -> float:
+    """A number other than infinity and NaN."""
     try:
         number = float(text)
     except ValueError:
@@ -77,6 +82,7 @@ def size(text: str) -> tuple[int, int]:
 
 
 def fraction(text: str) -> float:
+    """Above 0, up to 1."""
     number = finite(text)
     if not 0 < number <= 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a number above 0 and at most 1")

@@ -30,6 +30,7 @@ exit status:
 
 
 def add_data(commands: Any) -> None:
+    """Adds `hubgen data` to the command line."""
     parser = add_command(
         commands,
         "data",

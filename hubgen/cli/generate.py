@@ -59,6 +59,7 @@ exit status:
 
 
 def add_generate(commands: Any) -> None:
+    """Adds `hubgen generate` to the command line."""
     parser = add_command(
         commands,
         "generate",
@@ -207,6 +208,7 @@ def generate(arguments: argparse.Namespace) -> None:
 
 
 def check_prompts(prompts: list[str]) -> list[str]:
+    """Raises UsageError for a prompt that is empty or no text; returns all."""
     for number, prompt in enumerate(prompts, start=1):
         if not prompt.strip():
             raise ValueError(f"prompt {number} of {len(prompts)} is empty; expected words")
@@ -252,6 +254,7 @@ def default_out(prompt: str, source: Path | None) -> Path:
 
 
 def slug(prompt: str) -> str:
+    """A file name of the prompt's letters and digits."""
     return re.sub(r"[\W_]+", "-", prompt.lower())[:60].strip("-") or "picture"
 
 
@@ -386,6 +389,7 @@ def kind_of(index: dict[str, Any], request: Request) -> Kind:
 
 
 def load_pipeline(kind: Kind, request: Request, folder: Path | None) -> Any:
+    """Loads the bundled model, or the one in `folder`, as the request says."""
     import torch
 
     import hubgen
@@ -507,4 +511,5 @@ def tell_other_versions(path: Path, made_with: dict[str, str]) -> None:
 
 
 def first_given(*values: Any) -> Any:
+    """The first value that is not None."""
     return next((value for value in values if value is not None), None)

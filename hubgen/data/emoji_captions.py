@@ -57,8 +57,11 @@ def words_of(caption: str) -> frozenset[str]:
 
 
 def _countable_words(caption: str) -> frozenset[str]:
-    """Words as letters and digits bound them, and words as blanks do: "eight" inside "eight-thirty" is no word to a
-    reader who splits at blanks, so a held-out word has to occur in both senses."""
+    """Words as letters and digits bound them, and words as blanks do.
+
+    "eight" inside "eight-thirty" is no word to a reader who splits at blanks: a held-out word has to occur in both
+    senses.
+    """
     return words_of(caption) | frozenset(f" {word}" for word in caption.lower().split())
 
 

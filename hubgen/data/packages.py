@@ -61,7 +61,7 @@ class NpmPackage:
 
     def url(self) -> str:
         """Address of the archive at the registry that npm's own environment variable names, or at npm's."""
-        registry = os.environ.get("NPM_CONFIG_REGISTRY") or os.environ.get("npm_config_registry") or NPM_REGISTRY
+        registry = os.environ.get("NPM_CONFIG_REGISTRY") or os.environ.get("npm_config_registry") or NPM_REGISTRY  # noqa: SIM112
         if not registry.startswith(("https://", "http://")):
             raise DataError(f"NPM_CONFIG_REGISTRY: got {registry!r}, expected an http(s) address")
         return f"{registry.rstrip('/')}/{self.name}/-/{self.name.rsplit('/', 1)[-1]}-{self.version}.tgz"

@@ -21,6 +21,7 @@ def index_names(stem: str, variant: str | None) -> tuple[str, ...]:
 
 
 def weights_name(stem: str, variant: str | None) -> str:
+    """File name of the weights: `diffusion_pytorch_model.fp16.safetensors` of variant "fp16"."""
     return f"{stem}.safetensors" if variant is None else f"{stem}.{variant}.safetensors"
 
 

@@ -3,6 +3,7 @@
 The other encoders in single files (1.x, the small one of XL, SD3, FLUX) have the names of transformers.
 """
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,17 +37,19 @@ def key_map(config: Mapping[str, Any]) -> list[Rule]:
 
 
 def is_open_clip(keys: Mapping[str, Any]) -> bool:
+    """Whether the tensors are named as OpenCLIP names them."""
     return "positional_embedding" in keys
 
 
 def unused(key: str, config: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
-    """Whether a file's text encoder may have this tensor although the model does without it: CLIP's temperature, the
-    layers after the one that is read (Stable Diffusion 2 drops the last), the projection of a model that has none, and
-    the table 0, 1, 2, ... of positions.
+    """Whether a file's text encoder may have this tensor although the model does without it.
+
+    These are CLIP's temperature, the layers after the one that is read (Stable Diffusion 2 drops the last), the
+    projection of a model that has none, and the table 0, 1, 2, ... of positions.
     """
     parts = key.split(".")
     last = config["num_hidden_layers"]
-    behind = [int(n) for before, n in zip(parts, parts[1:], strict=False) if before in ("resblocks", "layers")]
+    behind = [int(n) for before, n in itertools.pairwise(parts) if before in ("resblocks", "layers")]
     return (
         key in ("logit_scale", "attn_mask")
         or key.endswith("embeddings.position_ids")
@@ -56,8 +59,9 @@ def unused(key: str, config: Mapping[str, Any], expected: Mapping[str, Any]) -> 
 
 
 def with_prefix(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Gives or takes the `text_model.` of the names as the model at hand wants it: transformers dropped it from one of
-    its two classes in version 5.6.
+    """Gives or takes the `text_model.` of the names, as the model at hand wants it.
+
+    transformers dropped it from one of its two classes in version 5.6.
     """
     wanted = any(name.startswith("text_model.") for name in expected)
     plain = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}

@@ -1,8 +1,8 @@
-"""Key maps: how the tensors of an original layout are called, cut and laid in ours. A map is a table of rules, and it
-reads in both directions.
+"""Key maps: how the tensors of an original layout are called, cut and laid in ours, and back.
 
-A rule names a module (or a whole key) on each side. `x_block.attn.proj` -> `attn.to_out.0` takes `.weight` and `.bias`
-along; of several rules that fit a key, the one with the longest name holds. `how` says what happens to the tensor.
+A map is a table of rules, which reads in both directions. A rule names a module (or a whole key) on each side.
+`x_block.attn.proj` -> `attn.to_out.0` takes `.weight` and `.bias` along; of several rules that fit a key, the one with
+the longest name holds. `how` says what happens to the tensor.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -169,5 +169,6 @@ def to_original(tensors: Mapping[str, torch.Tensor], table: Sequence[Rule]) -> d
 
 
 def refuse(lines: Sequence[str], what: str) -> None:
+    """Raises ValueError with `what` and the keys, if there are any."""
     if lines:
         raise ValueError(f"{what} {len(lines)} tensors:{listing(sorted(lines), 50)}")

@@ -24,6 +24,7 @@ def current_name(name: str, expected: Mapping[str, object]) -> str:
 
 
 def is_attention_weight(name: str) -> bool:
+    """Whether a tensor was stored under an older name of the attention's linear layers."""
     return any(name.endswith(f".{layer}.weight") for layer in ATTENTION.values())
 
 

@@ -127,8 +127,10 @@ class StrictModelMixin(ModelMixin):
     def check_checkpoint(
         cls, model: torch.nn.Module, checkpoint: Checkpoint, ignore_mismatched_sizes: bool = False
     ) -> None:
-        """Compares a checkpoint with a model on the meta device; ValueError lists all that is missing, unknown or of
-        another shape or kind.
+        """Compares a checkpoint with a model on the meta device.
+
+        Raises:
+            ValueError: Tensors are missing, unknown or of another shape or kind; it lists all of them.
         """
         expected = model.state_dict()
         # as in diffusers, which reads old names from single files alone: shards are younger than the new names
@@ -237,6 +239,7 @@ def describe_difference(
 
 
 def index_patterns(variant: str | None, subfolder: str) -> list[str]:
+    """Names of the index files to ask the Hub for."""
     prefix = f"{subfolder}/" if subfolder else ""
     return [prefix + name for name in index_names(DIFFUSERS_STEM, variant)]
 

@@ -1,3 +1,4 @@
-"""Publishing and loading: the bundled model, model cards, what a picture says about itself, and hubgen's classes in
-diffusers' loader.
+"""Publishing and loading.
+
+The bundled model, model cards, what a picture says about itself, and hubgen's classes in diffusers' loader.
 """

@@ -173,7 +173,7 @@ class NativePipeline(DiffusionPipeline):
             elif name.startswith("_") and name not in written:
                 written[name] = value
         slots, _ = native_class._get_signature_keys(native_class)
-        return {**dict.fromkeys(slots, [None, None]), **written}
+        return {**{key: [None, None] for key in slots}, **written}
 
 
 def is_component(value: object) -> bool:

@@ -219,6 +219,7 @@ def plan(file: SingleFile, source: Source, classes: Mapping[str, type]) -> tuple
 
 
 def has_any_weights(folder: Path) -> bool:
+    """Whether the folder has weights that diffusers or transformers would load."""
     return folder.is_dir() and any(has_weights(folder, stem) for stem in (DIFFUSERS_STEM, TRANSFORMERS_STEM))
 
 

@@ -1,0 +1,1 @@
+"""What the backbones are made of."""

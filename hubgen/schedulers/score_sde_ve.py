@@ -1,5 +1,6 @@
-"""Predictor-corrector sampling of the variance-exploding SDE: "Score-Based Generative Modeling through Stochastic
-Differential Equations" (2011.13456), algorithm 2 and section 4.2.
+"""Predictor-corrector sampling of the variance-exploding SDE.
+
+"Score-Based Generative Modeling through Stochastic Differential Equations" (2011.13456), algorithm 2 and section 4.2:
 
     dx = sqrt(d sigma(t)^2 / dt) dw      x_t = data + sigma(t) noise      sigma(t) = sigma_min (sigma_max / sigma_min)^t
 
@@ -125,7 +126,7 @@ class ScoreSdeVeScheduler(CompatibleScheduler):
         self.discrete_sigmas = torch.linspace(math.log(low), math.log(high), steps, device=device).exp()
 
     def sigma(self, timestep: torch.Tensor) -> torch.Tensor:
-        """sigma(t) = sigma_min (sigma_max / sigma_min)^t, the noise level that the model is told; any shape."""
+        """The noise level that the model is told, sigma_min (sigma_max / sigma_min)^t; any shape."""
         return self.sigma_min * (self.sigma_max / self.sigma_min) ** timestep
 
     def get_adjacent_sigma(self, timesteps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

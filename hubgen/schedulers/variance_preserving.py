@@ -124,7 +124,8 @@ class VariancePreservingScheduler(CompatibleScheduler):
                 f"`timestep`: got a tensor of shape {tuple(timestep.shape)}, expected one timestep for all"
             )
         if isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu":
-            if timestep.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr():
+            own = timestep.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr()
+            if own:
                 return self._visited[timestep.storage_offset() - self.timesteps.storage_offset()]
         return int(timestep)
 

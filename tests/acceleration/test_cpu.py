@@ -40,7 +40,7 @@ def test_winograds_convolution_is_the_convolution(size: tuple[int, int], bias: b
     assert relative(fast.double(), exact) < 5e-6
 
 
-@pytest.mark.parametrize("stride, padding, dilation", [(1, 1, 1), (2, 1, 1), (1, 0, 2), (2, 0, 1)])
+@pytest.mark.parametrize(("stride", "padding", "dilation"), [(1, 1, 1), (2, 1, 1), (1, 0, 2), (2, 0, 1)])
 def test_a_convolution_by_columns_is_the_convolution(stride: int, padding: int, dilation: int) -> None:
     conv = nn.Conv2d(6, 8, 3, stride=stride, padding=padding, dilation=dilation)
     x = torch.randn(2, 6, 9, 11)

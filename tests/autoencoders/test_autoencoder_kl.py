@@ -152,7 +152,7 @@ def test_a_discriminator_learns_to_tell_noise_from_a_constant():
 
 
 @pytest.mark.parametrize(
-    "change,word",
+    ("change", "word"),
     [
         ({"act_fn": "relu"}, "act_fn"),
         ({"down_block_types": ("AttnDownBlock2D",) * 3}, "down_block_types"),

@@ -80,7 +80,7 @@ def test_codes_are_looked_up_by_index_as_in_diffusers():
         ours.decode(indices.float(), **told)
 
 
-@pytest.mark.parametrize("preset,codes,ratio", [(vq_f4, (8192, 3), 4), (vq_f8, (16384, 4), 8)])
+@pytest.mark.parametrize(("preset", "codes", "ratio"), [(vq_f4, (8192, 3), 4), (vq_f8, (16384, 4), 8)])
 def test_presets_have_the_papers_codebooks_and_diffusers_parameters(preset, codes, ratio):
     with torch.device("meta"):
         ours = preset()
@@ -245,7 +245,7 @@ def test_in_bfloat16_the_nearest_code_is_found_in_float32():
 
 
 @pytest.mark.parametrize(
-    "change,message",
+    ("change", "message"),
     [
         ({"norm_type": "spatial"}, "`norm_type`: got 'spatial', expected 'group'; MoVQ"),
         ({"act_fn": "relu"}, "act_fn"),

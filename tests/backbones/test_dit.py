@@ -48,7 +48,7 @@ def test_dit_xl_2_has_the_published_parameters(size):
     assert sum(parameter.numel() for parameter in ours.parameters()) == 749_826_464
 
 
-@pytest.mark.parametrize("preset,layers,width", [(dit_s_2, 12, 384), (dit_b_2, 12, 768), (dit_l_2, 24, 1024)])
+@pytest.mark.parametrize(("preset", "layers", "width"), [(dit_s_2, 12, 384), (dit_b_2, 12, 768), (dit_l_2, 24, 1024)])
 def test_presets_have_the_papers_depth_and_width(preset, layers, width):
     with torch.device("meta"):
         model = preset(128, num_embeds_ada_norm=10)
@@ -96,7 +96,7 @@ def test_in_training_a_label_is_dropped_for_all_blocks_together():
 
 
 @pytest.mark.parametrize(
-    "change,word",
+    ("change", "word"),
     [
         ({"norm_type": "layer_norm"}, "norm_type"),
         ({"num_embeds_ada_norm": None}, "num_embeds_ada_norm"),
@@ -112,7 +112,7 @@ def test_a_config_that_the_architecture_does_not_know_is_refused_by_name(change,
 
 
 @pytest.mark.parametrize(
-    "change,message",
+    ("change", "message"),
     [
         (
             {"hidden_states": torch.zeros(2, 3, 8, 8)},

@@ -95,7 +95,7 @@ def test_config_parameters_and_processors_are_named_as_in_diffusers(variant):
 
 
 @pytest.mark.parametrize(
-    "preset, count",
+    ("preset", "count"),
     [
         (ddpm_cifar10, 35_746_307),
         (ddpm_celebahq_256, 113_673_219),
@@ -175,7 +175,7 @@ def test_old_names_of_attention_weights_load(tmp_path):
     """Checkpoints of 2022, such as google/ddpm-cifar10-32, say query, key, value and proj_attn."""
     from safetensors.torch import load_file, save_file
 
-    ours, theirs = pair(**VARIANTS["ddpm"])
+    _ours, theirs = pair(**VARIANTS["ddpm"])
     theirs.save_pretrained(tmp_path)
     file = tmp_path / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
@@ -188,7 +188,7 @@ def test_old_names_of_attention_weights_load(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "config, message",
+    ("config", "message"),
     [
         ({"block_out_channels": (16, 32, 32)}, "`down_block_types`: got .*, expected one entry a level, 3"),
         ({"up_block_types": ("UpBlock2D",)}, "`up_block_types`: got .*, expected one entry a level, 2"),
@@ -223,7 +223,7 @@ def test_a_config_that_cannot_be_built_is_refused_by_name(config, message):
 
 
 @pytest.mark.parametrize(
-    "config, change, message",
+    ("config", "change", "message"),
     [
         (
             {},

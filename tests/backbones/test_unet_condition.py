@@ -80,7 +80,7 @@ def test_config_parameters_and_processors_are_named_as_in_diffusers(variant):
 
 
 @pytest.mark.parametrize(
-    "preset, count",
+    ("preset", "count"),
     [
         (stable_diffusion_1, 859_520_964),
         (stable_diffusion_2, 865_910_724),
@@ -215,7 +215,7 @@ def test_diffusers_pipelines_accept_the_model():
 
 
 @pytest.mark.parametrize(
-    "config, message",
+    ("config", "message"),
     [
         ({"down_block_types": ("AttnDownBlock2D", "DownBlock2D")}, "`down_block_types`: got 'AttnDownBlock2D'"),
         ({"up_block_types": ("UpBlock2D",)}, "`up_block_types`: got .*, expected one entry a level, 2"),
@@ -256,7 +256,7 @@ def test_a_config_that_cannot_be_built_is_refused_by_name(config, message):
 
 
 @pytest.mark.parametrize(
-    "config, change, message",
+    ("config", "change", "message"),
     [
         (
             {},

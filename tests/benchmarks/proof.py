@@ -116,7 +116,7 @@ def text_pipeline(family: str, **config: Any) -> Any:
 
     ddim = {"beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
     names = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
-    parts: dict[str, Any] = {"vae": vae()}
+    parts: dict[str, Any] = {"vae": vae(**config.pop("vae", {}))}
     texts: list[Any]
     if family in ("sd", "own-unet"):
         parts["unet"] = random_weights(hubgen.UNet2DConditionModel(**{**UNET, **config}), 3)
@@ -159,6 +159,13 @@ def picture(seed: int) -> Any:
     return torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
 
 
+def latents(seed: int) -> Any:
+    """Half denoised, for a refiner."""
+    import torch
+
+    return torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
 def mask() -> Any:
     import torch
 
@@ -174,16 +181,21 @@ def new_embeddings(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any])
 
 PROMPT: dict[str, Any] = {"prompt": "a red cat", "num_inference_steps": 4, "height": 16, "width": 16}
 GUIDED: dict[str, Any] = {**PROMPT, "guidance_scale": 5.0, "negative_prompt": "the small dog"}
+LATENTS = "latents"
 IMAGE: dict[str, Any] = {"image": 1, "strength": 0.6}
 MASK: dict[str, Any] = {"image": 1, "mask_image": True, "strength": 0.8}
 CALLBACK: dict[str, Any] = {
     "callback_on_step_end": new_embeddings,
     "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"],
 }
-# name -> (family, changes to the backbone's config, arguments of the call)
+BY_CHANNEL = {"shift_factor": None, "latents_mean": (0.1, -0.2, 0.3, 0.0), "latents_std": (0.8, 1.1, 0.9, 1.3)}
+OFF: dict[str, Any] = {**PROMPT, "guidance_scale": 1.0}
+INTERVAL: dict[str, Any] = {"guidance_interval": (0.3, 0.8)}
+# name -> (family, changes to the backbone's config ("vae": to the autoencoder's), arguments of the call)
 TEXT_CALLS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "sd text": ("sd", {}, GUIDED),
-    "sd text, no guidance": ("sd", {}, {**PROMPT, "guidance_scale": 1.0}),
+    "sd text, no guidance": ("sd", {}, OFF),
+    "sd text, latents normalised by channel": ("sd", {"vae": BY_CHANNEL}, GUIDED),
     "sd text, interval and rescale": (
         "sd",
         {},
@@ -197,20 +209,28 @@ TEXT_CALLS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "sd distilled": ("sd", {"time_cond_proj_dim": 8}, {**PROMPT, "guidance_scale": 5.0}),
     "sdxl text": ("sdxl", {}, {**GUIDED, "original_size": (20, 24), "negative_original_size": (16, 16)}),
     "sdxl text, no negative prompt": ("sdxl", {}, {**PROMPT, "guidance_scale": 5.0}),
+    "sdxl text, no guidance": ("sdxl", {}, OFF),
+    "sdxl text, interval": ("sdxl", {}, {**GUIDED, **INTERVAL}),
+    "sdxl text, the first half": ("sdxl", {}, {**GUIDED, "denoising_end": 0.5}),
     "sdxl image": ("sdxl", {}, {**GUIDED, **IMAGE}),
     "sdxl mask": ("sdxl", {}, {**GUIDED, **MASK}),
     "refiner image": ("refiner", {}, {**GUIDED, **IMAGE, "aesthetic_score": 7.0}),
+    "refiner latents, the second half": ("refiner", {}, {**GUIDED, "image": LATENTS, "denoising_start": 0.5}),
     "sd3 text": ("sd3", {}, GUIDED),
+    "sd3 text, no guidance": ("sd3", {}, OFF),
     "sd3 text, two attentions": ("sd3", {"dual_attention_layers": (0,), "qk_norm": "rms_norm"}, GUIDED),
-    "sd3 text, interval": ("sd3", {}, {**GUIDED, "guidance_interval": (0.3, 0.8)}),
+    "sd3 text, interval": ("sd3", {}, {**GUIDED, **INTERVAL}),
     "sd3 image": ("sd3", {}, {**GUIDED, **IMAGE}),
     "sd3 mask": ("sd3", {}, {**GUIDED, **MASK}),
     "flux text": ("flux", {}, {**PROMPT, "guidance_scale": 3.5}),
     "flux text, true guidance": ("flux", {}, {**GUIDED, "true_cfg_scale": 3.0}),
+    "flux text, true guidance, interval": ("flux", {}, {**GUIDED, "true_cfg_scale": 3.0, **INTERVAL}),
     "flux text, schnell": ("flux", {"guidance_embeds": False}, PROMPT),
     "flux image": ("flux", {}, {**PROMPT, **IMAGE}),
     "flux mask": ("flux", {}, {**PROMPT, **MASK}),
     "own text": ("own", {}, GUIDED),
+    "own text, no guidance": ("own", {}, OFF),
+    "own text, interval": ("own", {}, {**GUIDED, **INTERVAL}),
     "own text, callback": ("own", {}, {**GUIDED, **CALLBACK}),
     "own image": ("own", {}, {**GUIDED, **IMAGE}),
     "own mask": ("own", {}, {**GUIDED, **MASK}),
@@ -234,7 +254,7 @@ def text_calls() -> Iterator[tuple[str, Any]]:
 
         arguments = dict(arguments)
         if "image" in arguments:
-            arguments["image"] = picture(arguments["image"])
+            arguments["image"] = latents(2) if arguments["image"] == LATENTS else picture(arguments["image"])
         if "mask_image" in arguments:
             arguments["mask_image"] = mask()
         for kind, more in (("latents", {"output_type": "latent"}), ("picture", {"output_type": "pt"})):
@@ -260,9 +280,13 @@ def other_calls() -> Iterator[tuple[str, Any]]:
         scheduler = hubgen.DDPMScheduler(variance_type=kind, clip_sample=False)
         pipe = ClassToImagePipeline(vae=vae(shift_factor=None), scheduler=scheduler, transformer=dit)
         pipe.set_progress_bar_config(disable=True)
-        for scale in (4.0, 1.0):
-            call = {"generator": seeded(), "num_inference_steps": 4, "guidance_scale": scale}
-            yield f"dit, {kind} variance, guidance {scale:g}", pipe([3, 1], output_type="latent", **call).images
+        for guidance, more in (
+            ("guidance", {"guidance_scale": 4.0}),
+            ("no guidance", {"guidance_scale": 1.0}),
+            ("interval", {"guidance_scale": 4.0, **INTERVAL}),
+        ):
+            call = {"generator": seeded(), "num_inference_steps": 4, **more}
+            yield f"dit, {kind} variance, {guidance}", pipe([3, 1], output_type="latent", **call).images
     pixels = {"sample_size": 16, "block_out_channels": (8, 16), "norm_num_groups": 4, "attention_head_dim": 8}
     pixels |= {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "layers_per_block": 1}
     unet = random_weights(hubgen.UNet2DModel(**pixels, up_block_types=("AttnUpBlock2D", "UpBlock2D")), 3)
@@ -315,6 +339,18 @@ TRAININGS: dict[str, list[str]] = {
 }
 
 
+def logged(folder: Path) -> Iterator[tuple[str, Any]]:
+    """Every curve that a run wrote for TensorBoard, by name."""
+    import torch
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (events,) = (path for path in folder.rglob("events.out.tfevents.*") if path.parent.name == "logs")
+    curves = EventAccumulator(str(events))
+    curves.Reload()
+    for name in sorted(curves.Tags()["scalars"]):
+        yield name, torch.tensor([event.value for event in curves.Scalars(name)]).double()
+
+
 def losses(folder: Path) -> Iterator[tuple[str, Any]]:
     """Of every step of short trainings, and the weights that they end with."""
     import torch
@@ -325,7 +361,7 @@ def losses(folder: Path) -> Iterator[tuple[str, Any]]:
     bert().save_pretrained(text)
     tokenizer(8).save_pretrained(text)
     common = ["--data_dir", data, "--size", "16", "--max_train_steps", str(STEPS), "--log_steps", "1"]
-    common += ["--report_to", "none", "--checkpoint_steps", str(STEPS), "--validation_split", "held_out"]
+    common += ["--checkpoint_steps", str(STEPS), "--validation_split", "held_out"]
     common += ["--validation_steps", str(STEPS)]
 
     def run(script: str, output: Path, *arguments: Any) -> None:
@@ -334,12 +370,15 @@ def losses(folder: Path) -> Iterator[tuple[str, Any]]:
         if done.returncode:
             raise RuntimeError(f"{script} failed:\n{done.stderr[-3000:]}")
 
-    run("train_autoencoder", folder / "vae", *AUTOENCODER.split())
+    run("train_autoencoder", folder / "vae", "--report_to", "tensorboard", *AUTOENCODER.split())
+    for curve, values in logged(folder / "vae"):
+        yield f"autoencoder trained: {curve}", values
     weights = load_file(folder / "vae" / "autoencoder" / "diffusion_pytorch_model.safetensors")
     yield "autoencoder trained: weights", torch.cat([value.flatten() for value in weights.values()])
     for name, arguments in TRAININGS.items():
         output = folder / name
         parts = ["--autoencoder", folder / "vae" / "autoencoder", "--text_encoder", text, "--max_text_tokens", "8"]
+        parts += ["--report_to", "none"]
         run("train_text_to_image", output, *parts, "--batch_size", "4", "--export_dtype", "float32", *arguments)
         rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
         yield f"{name} trained: losses", torch.tensor([row["loss"] for row in rows if "loss" in row]).double()
@@ -352,6 +391,12 @@ def record(target: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
+    import hubgen
+
+    # Else a side would be compared with itself, and always be equal.
+    installed = Path(os.environ["PYTHONPATH"])
+    if installed.resolve() not in Path(str(hubgen.__file__)).resolve().parents:
+        raise RuntimeError(f"hubgen: got {hubgen.__file__}, expected the one installed in {installed}.")
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -75,10 +75,7 @@ def run(side: str, name: str, folder: Path) -> dict[str, Any]:
     case = CASES[name]
     config = case.config
     start = time.perf_counter()
-    if side == "diffusers":
-        network = saved(case, config, folder / "model")
-    else:
-        network = loaded(case, folder / "model")
+    network = saved(case, config, folder / "model") if side == "diffusers" else loaded(case, folder / "model")
     ready = time.perf_counter()
     tensors = outputs(network, case.inputs(config))
     done = time.perf_counter()

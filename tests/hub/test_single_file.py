@@ -81,8 +81,9 @@ def test_a_pipeline_comes_back_from_a_single_file(
 
 @pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl", "sd3"])
 def test_diffusers_reads_the_file_that_we_write(name: str, official: Callable[[str], Path], tmp_path: Path) -> None:
-    """FLUX is not among them: diffusers' converter has the width of the published models built in. Of two CLIPs it
-    tells by their widths which is which, and these here are of the same: those are handed over.
+    """FLUX is not among them: diffusers' converter has the width of the published models built in.
+
+    Of two CLIPs it tells by their widths which is which, and these here are of the same: those are handed over.
     """
     pipe = load(official(name))
     pipe.save_single_file(tmp_path / "x.safetensors")

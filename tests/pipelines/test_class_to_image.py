@@ -152,7 +152,7 @@ def test_the_label_for_no_class_makes_guidance_change_nothing(pipe):
     torch.testing.assert_close(latents(pipe, (1000,)), latents(pipe, (1000,), guidance_scale=1.0))
 
 
-@pytest.mark.parametrize("output_type,shape", [("np", (1, 32, 32, 3)), ("pt", (1, 3, 32, 32))])
+@pytest.mark.parametrize(("output_type", "shape"), [("np", (1, 32, 32, 3)), ("pt", (1, 3, 32, 32))])
 def test_output_types_have_their_shapes_and_range(pipe, output_type, shape):
     images = pipe(1, num_inference_steps=1, output_type=output_type).images
     assert tuple(images.shape) == shape and images.min() >= 0 and images.max() <= 1
@@ -239,7 +239,7 @@ def test_a_class_conditional_unet_is_a_backbone_too(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options,message",
+    ("options", "message"),
     [
         ({"class_labels": []}, "`class_labels`: got none"),
         ({"class_labels": [1001]}, "`class_labels`: got 1001, expected one of 0 ... 1000"),

@@ -129,7 +129,7 @@ def test_the_scheduler_that_an_official_repository_names_loads_as_in_diffusers(n
 @pytest.mark.parametrize("name", [name for name, config in OFFICIAL.items() if "beta_start" in config])
 def test_the_config_of_another_class_loads_and_no_key_of_it_is_lost(scheduler, name, tmp_path):
     config = OFFICIAL[name]
-    loaded, unused = getattr(hubgen, scheduler).from_pretrained(
+    loaded, _unused = getattr(hubgen, scheduler).from_pretrained(
         repository(tmp_path, config), subfolder="scheduler", return_unused_kwargs=True
     )
     assert {key: value for key, value in config.items() if key != "_class_name"}.items() <= public(loaded).items()

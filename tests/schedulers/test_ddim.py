@@ -1,5 +1,7 @@
 """DDIMScheduler: diffusers' scheduler step by step, DDPM at eta = 1, and back to the noise."""
 
+import itertools
+
 import diffusers
 import pytest
 import torch
@@ -183,7 +185,7 @@ def there_and_back(steps: int, kind: str) -> float:
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_inverting_and_sampling_return_the_start_to_an_error_that_falls_with_the_steps(kind):
     errors = [there_and_back(steps, kind) for steps in (25, 50, 100, 200)]
-    assert all(1.8 < before / after < 2.2 for before, after in zip(errors, errors[1:], strict=False))
+    assert all(1.8 < before / after < 2.2 for before, after in itertools.pairwise(errors))
     assert errors[-1] < 0.03
 
 

@@ -26,8 +26,7 @@ TILES_AT_A_TIME = 320
 
 @lru_cache(maxsize=4)
 def matrices(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Two-dimensional transforms as single matrices, float32: of inputs (36, 36), of kernels (36, 9), of outputs
-    (16, 36)."""
+    """Two-dimensional transforms as float32 matrices: inputs (36, 36), kernels (36, 9), outputs (16, 36)."""
 
     def powers(count: int) -> torch.Tensor:
         rows = [[point**n for n in range(count)] for point in POINTS]
