@@ -65,8 +65,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if not session.config.getoption("--record-compatibility"):
-        return
+    if not session.config.getoption("--record-compatibility") or hasattr(session.config, "workerinput"):
+        return  # with several processes, the one that collects their reports stores them
     from tests.compatibility import collect, store
 
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")

@@ -486,7 +486,7 @@ def test_a_picture_is_drawn_over_and_inside_a_mask(
         (("a cat", "--mask", "mask.png"), "comes with --image"),
         (("a cat", "--image", "none.png"), "none.png: No such file"),
         (("a cat", "--image", "text.png"), "text.png: not a picture"),
-        (("a cat", "--image", "start.png", "--mask", "small.png"), "must have the size of the picture"),
+        (("a cat", "--image", "start.png", "--mask", "small.png"), "expected the size of the picture"),
         (("a cat", "--image", "start.png", "--strength", "-0.5"), "expected a number above 0 and at most 1"),
         (("a cat", "--config", "somewhere"), "for single .safetensors files"),
         (("a cat", "--model", "text.safetensors", "--config", "."), "text.safetensors"),

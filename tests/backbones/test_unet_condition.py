@@ -265,9 +265,9 @@ def test_a_config_that_cannot_be_built_is_refused_by_name(config, message):
         ),
         ({}, {"sample": torch.zeros(4, 8, 8)}, r"`sample`.*\(4, 8, 8\)"),
         ({}, {"timestep": torch.zeros(3)}, r"`timestep`.*\(3,\)"),
-        ({}, {"encoder_hidden_states": None}, r"`encoder_hidden_states`: got None, expected \(2, tokens, 24\)"),
+        ({}, {"encoder_hidden_states": None}, r"`encoder_hidden_states`: got None, expected \(2, tokens, 16\)"),
         ({}, {"encoder_hidden_states": torch.zeros(2, 5, 32)}, r"`encoder_hidden_states`.*\(2, 5, 32\)"),
-        ({}, {"encoder_hidden_states": torch.zeros(1, 5, 24)}, r"`encoder_hidden_states`.*\(1, 5, 24\)"),
+        ({}, {"encoder_hidden_states": torch.zeros(1, 5, 16)}, r"`encoder_hidden_states`.*\(1, 5, 16\)"),
         (
             {},
             {"encoder_attention_mask": torch.ones(2, 4)},
@@ -287,8 +287,8 @@ def test_a_config_that_cannot_be_built_is_refused_by_name(config, message):
         (SDXL, {"added_cond_kwargs": {"text_embeds": torch.zeros(2, 20)}}, r"got the keys \['text_embeds'\]"),
         (
             SDXL,
-            {"added_cond_kwargs": {"text_embeds": torch.zeros(2, 20), "time_ids": torch.zeros(2, 5)}},
-            "60 together, expected `projection_class_embeddings_input_dim` = 68",
+            {"added_cond_kwargs": {"text_embeds": torch.zeros(2, 12), "time_ids": torch.zeros(2, 5)}},
+            "52 together, expected `projection_class_embeddings_input_dim` = 60",
         ),
         ({}, {"down_block_additional_residuals": [torch.zeros(1)] * 4}, "`mid_block_additional_residual`"),
         (

@@ -15,6 +15,7 @@ import platform
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -242,6 +243,7 @@ class Step:
     def __init__(self, row: Row, model: Any, method: Callable[..., Any], inputs: dict[str, Any]):
         self.row, self.model, self.method, self.inputs = row, model, method, inputs
         self.stack = ExitStack()
+        weakref.finalize(self, self.stack.close)  # also at the end of the process, while its modules are still there
         self.once()
 
     def once(self) -> None:

@@ -39,7 +39,7 @@ BACKBONES: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
     "lcm": (lambda: models.unet(time_cond_proj_dim=8), {"tokens", "guidance_scale"}),
     "flux-dev": (flux, {"tokens", "pooled", "guidance_scale"}),
     "flux-schnell": (lambda: flux(guidance_embeds=False), {"tokens", "pooled"}),
-    "dit": (dit, {"labels"}),
+    "dit": (lambda: dit(out_channels=4), {"labels"}),
 }
 FIELDS = ("tokens", "pooled", "labels", "micro", "guidance_scale")
 

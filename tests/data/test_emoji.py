@@ -192,7 +192,7 @@ def test_a_folder_with_foreign_files_is_refused_and_left_alone(tmp_path: Path):
         ({"archive": FIXTURES / "README.md"}, r"README.md: not a readable package archive"),
         ({"archive": NAMES}, r"holds no pictures below package/assets/, expected an archive of @lobehub"),
         ({"names_archive": PICTURES}, r"holds no package/LICENSE, expected an archive of emojibase-data"),
-        ({"font": FONT, "archive": None}, r"^font: only style noto is drawn from a font"),
+        ({"font": FONT, "archive": None}, r"^`font`: got a font with style"),
     ],
 )
 def test_unusable_options_are_named_on_one_line(tmp_path: Path, options: dict, message: str):

@@ -104,7 +104,7 @@ def lose_a_key(folder: Path) -> None:
 
 def ask_for_more_layers(folder: Path) -> None:
     path = folder / "transformer" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "num_layers": 3}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_layers": 4}))
 
 
 def remove_component(folder: Path) -> None:
@@ -122,7 +122,7 @@ def remove_weights(folder: Path) -> None:
         (lead_text_encoder_elsewhere, "text_encoder_3/.*index.json: weight_map names '../model.safetensors'"),
         (pickle_text_encoder, "text_encoder_2: only pickled weights"),
         (lose_a_key, "vae/.*1 tensors missing:\\s+decoder.conv_in.bias"),
-        (ask_for_more_layers, "transformer/.*tensors missing:.*transformer_blocks.2"),
+        (ask_for_more_layers, "transformer/.*tensors missing:.*transformer_blocks.3"),
         (remove_component, "vae: no such folder"),
         (remove_weights, "vae: no diffusion_pytorch_model.safetensors"),
     ],
