@@ -48,12 +48,18 @@ def check_tensor_names(argument: str, names: Sequence[str] | dict[str, Any], kno
 
 
 def check_eta(scheduler: Any, eta: float) -> dict[str, Any]:
-    """`eta` as an option of the scheduler's `step`; raises ValueError if it is not 0 and the scheduler takes none."""
-    if not eta:
-        return {}
-    if "eta" not in inspect.signature(scheduler.step).parameters:
+    """`eta` as an option of the scheduler's `step`, whose own default may be another than 0.
+
+    Raises:
+        ValueError: It is no number, or not 0 where the scheduler takes none.
+    """
+    if not is_number(eta):
+        raise ValueError(f"`eta`: got {eta!r}, expected a finite number.")
+    if "eta" in inspect.signature(scheduler.step).parameters:
+        return {"eta": float(eta)}
+    if eta:
         raise ValueError(f"`eta`: got {eta!r}, expected 0: {type(scheduler).__name__} takes none.")
-    return {"eta": eta}
+    return {}
 
 
 def check_strength(strength: float) -> float:

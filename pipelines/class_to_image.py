@@ -31,8 +31,8 @@ from hubgen.pipelines.denoising import Generator
 from hubgen.pipelines.denoising_pipeline import DenoisingPipeline
 from hubgen.pipelines.starts import starting_noise
 
-# What a callback may change: whose branch's condition it is, and which field of it.
-LABELS = {"class_labels": (POSITIVE, "labels")}
+# What a callback may change: whose branches' rows it has, and which field of their conditions.
+LABELS = {"class_labels": ((POSITIVE,), "labels")}
 
 
 @loadable
@@ -183,8 +183,8 @@ class ClassToImagePipeline(DenoisingPipeline):
         with accelerated(self) as fast:
             tabulate = partial(predictor.tabulate, fast, grid, guidance.all_branches)
             tabulate()
-            names = callback_on_step_end_tensor_inputs
-            after_step = self.acts(callback_on_step_end, names, predictor, LABELS, fast, tabulate)
+            names, needed = callback_on_step_end_tensor_inputs, lambda: guidance.all_branches
+            after_step = self.acts(callback_on_step_end, names, predictor, LABELS, needed, fast, tabulate)
             guided = GuidedNoise(guidance, space.channels)
             latents = self.denoise(fast.around(predict), latents, grid, guided, generator, after_step)
             with fast.network():

@@ -4,7 +4,7 @@ Shapes: B pictures, (B, ...) latents.
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from hubgen.conditioning.guidance import Guidance
 from hubgen.conditioning.predict import Predictor
 from hubgen.diffusers_contract import reset_step_hooks
 from hubgen.hub.native import NativePipeline
-from hubgen.pipelines.callbacks import Callback, StepCallback
+from hubgen.pipelines.callbacks import Callback, Fields, StepCallback
 from hubgen.pipelines.denoising import AfterStep, Generator, Predict, denoise
 
 LEARNED_VARIANCES = ("learned", "learned_range")
@@ -95,20 +95,25 @@ class DenoisingPipeline(NativePipeline):
         callback: Callback | None,
         tensor_names: Sequence[str],
         predictor: Predictor,
-        fields: Mapping[str, tuple[str, str]],
+        fields: Fields,
+        needed: Callable[[], Sequence[str]],
         fast: Acceleration,
         tabulate: Callable[[], None] = lambda: None,
     ) -> list[AfterStep]:
         """What a user's callback adds to the end of a step.
 
         Args:
-            callback: See `StepCallback`, as for `tensor_names`, `predictor` and `fields`; `None` adds nothing.
+            callback: `None` adds nothing. This and the next arguments: see `StepCallback`.
+            tensor_names: Of the tensors that it asks for.
+            predictor: Whose conditions it may change.
+            fields: The tensors that there are.
+            needed: The branches that steps need now.
             fast: Of the call; the callback may change the models.
             tabulate: Has `fast` compute its tables anew, after a change of models or conditions.
         """
         if callback is None:
             return []
-        act = StepCallback(callback, self, tensor_names, predictor, fields)
+        act = StepCallback(callback, self, tensor_names, predictor, fields, needed)
 
         def guarded(step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
             conditions = predictor.conditions

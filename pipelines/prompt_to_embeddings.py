@@ -22,6 +22,17 @@ EMBEDDINGS = {
     "negative_prompt_embeds": (NEGATIVE, "tokens"),
     "negative_pooled_prompt_embeds": (NEGATIVE, "pooled"),
 }
+# What a callback may ask for: whose branches' rows a tensor has, and which field of their conditions.
+BOTH = (NEGATIVE, POSITIVE)
+SHOWN = {
+    "prompt_embeds": (BOTH, "tokens"),
+    "pooled_prompt_embeds": (BOTH, "pooled"),
+    "add_text_embeds": (BOTH, "pooled"),
+    "add_time_ids": (BOTH, "micro"),
+    "negative_prompt_embeds": ((NEGATIVE,), "tokens"),
+    "negative_pooled_prompt_embeds": ((NEGATIVE,), "pooled"),
+    "negative_add_time_ids": ((NEGATIVE,), "micro"),
+}
 PROMPTS = ("prompt", "prompt_2", "prompt_3")
 NEGATIVES = ("negative_prompt", "negative_prompt_2", "negative_prompt_3")
 

@@ -23,7 +23,7 @@ from hubgen.checks import whole
 from hubgen.conditioning.families import BackboneFamily, StartRules
 from hubgen.controls.control import Control, Generator, Start, Target
 from hubgen.controls.inpaint import Inpaint, is_shown_masks
-from hubgen.data.images import Canvas, Images, crop_region, one_size, read_images, read_masks
+from hubgen.data.images import Canvas, Images, crop_region, is_black, one_size, read_images, read_masks
 from hubgen.pipelines.checks import check_share, check_strength
 from hubgen.schedulers.times import noised, timestep_after
 
@@ -108,9 +108,9 @@ class ImageStart(NoiseStart):
     """An image to begin from, and what else a call says about it, checked before any network runs.
 
     Args:
-        arguments: With an image, which is one or n images, n a divisor of the number of pictures B: PIL (RGB), arrays
-            (n, H, W, 3) or tensors (n, 3, H, W) in [0, 1], or latents (n, C, h, w) as the backbone has them. A mask is
-            white (from 0.5 on) where the picture is to be made anew.
+        arguments: With an image, which is one or n images, n a divisor of the number of pictures B: PIL, arrays
+            (n, H, W, 3) or tensors (n, 3, H, W) in [0, 1] or of uint8, or latents (n, C, h, w) as the backbone has
+            them. A mask, of any size, is white (from 0.5 on) where the picture is to be made anew.
         family: Of the backbone.
         space: Of its latents.
         default_strength: Of diffusers' pipeline for this task.
@@ -127,6 +127,8 @@ class ImageStart(NoiseStart):
         self.strength = check_strength(default_strength if arguments.strength is None else arguments.strength)
         self.image = read_images(arguments.image, space.channels)
         self.mask = None if arguments.mask_image is None else read_masks(arguments.mask_image)
+        if self.mask is not None and arguments.padding_mask_crop is None and is_black(self.mask):
+            logger.warning("`mask_image` is black everywhere: nothing of the image is made anew.")
         super().__init__(self._size(arguments.height, arguments.width))
         crop = self._crop(arguments.padding_mask_crop, arguments.output_type)
         self.canvas = Canvas(self.size, space.multiple, space.channels, crop)
@@ -158,11 +160,8 @@ class ImageStart(NoiseStart):
         found = one_size("image", self.image)
         if is_latent:
             found = (found[0] * space.factor, found[1] * space.factor)
-        if self.mask is not None and (sides := one_size("mask_image", self.mask)) != found:
-            raise ValueError(
-                f"`mask_image`: got {sides[0]}x{sides[1]} pixels (height x width), expected those of the image, "
-                f"{found[0]}x{found[1]}."
-            )
+        if self.mask is not None:
+            one_size("mask_image", self.mask)  # it is resized as the image is
         if is_latent:
             own = found
         elif self.rules.keeps_image_size and self.mask is None:
@@ -198,6 +197,9 @@ class ImageStart(NoiseStart):
                 raise ValueError(f"`{name}`: got a tensor or several, expected one PIL image with `padding_mask_crop`.")
         if output_type != "pil":
             raise ValueError(f"`output_type`: got {output_type!r}, expected 'pil' with `padding_mask_crop`.")
+        if is_black(self.mask):
+            raise ValueError("`mask_image`: got a mask that is black everywhere, expected white where to crop.")
+        self.mask = [self.mask[0].resize(self.image[0].size)]
         return crop_region(self.mask[0], self.size, self.space.multiple, int(padding))
 
     # ---- the start ----

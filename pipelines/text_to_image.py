@@ -31,7 +31,7 @@ from hubgen.backbones.unet_condition import UNet2DConditionModel
 from hubgen.checks import whole
 from hubgen.conditioning.condition import Condition
 from hubgen.conditioning.families import BackboneFamily, family_of
-from hubgen.conditioning.guidance import ClassifierFreeGuidance
+from hubgen.conditioning.guidance import NEGATIVE, ClassifierFreeGuidance, Guidance
 from hubgen.conditioning.micro import MicroArguments
 from hubgen.conditioning.predict import Predictor
 from hubgen.conditioning.prompts import PromptCondition
@@ -40,7 +40,7 @@ from hubgen.controls.inpaint import is_shown_masks
 from hubgen.data.images import Images
 from hubgen.hub.registration import loadable
 from hubgen.hub.single_file import SingleFilePipelineMixin
-from hubgen.pipelines.callbacks import Callback
+from hubgen.pipelines.callbacks import Callback, LiveGuidance
 from hubgen.pipelines.checks import (
     arguments_of,
     check_eta,
@@ -51,7 +51,7 @@ from hubgen.pipelines.checks import (
 from hubgen.pipelines.defaults import READS, Defaults, FamilyDefaults, defaults_of
 from hubgen.pipelines.denoising import AfterStep, Generator
 from hubgen.pipelines.denoising_pipeline import DenoisingPipeline
-from hubgen.pipelines.prompt_to_embeddings import EMBEDDINGS, Prompt, PromptArguments, embed
+from hubgen.pipelines.prompt_to_embeddings import SHOWN, Prompt, PromptArguments, embed
 from hubgen.pipelines.safety import blacken
 from hubgen.pipelines.starts import ImageArguments, start_of, until
 
@@ -108,7 +108,7 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
         *("transformer", "unet", "safety_checker", "feature_extractor", "image_encoder"),
     ]
     _exclude_from_cpu_offload = ["safety_checker"]
-    _callback_tensor_inputs = ["latents", *EMBEDDINGS]
+    _callback_tensor_inputs = ["latents", *SHOWN]
     reads = READS
 
     def __init__(
@@ -254,7 +254,9 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
             output_type: "pil"; "np", (B, H, W, 3) in [0, 1]; "pt", (B, 3, H, W) in [0, 1]; or "latent", (B, C, h, w).
             return_dict: Whether to return `TextToImageOutput` or a tuple of its values that are not `None`.
             callback_on_step_end: `(pipeline, step, timestep, tensors) -> tensors`; those returned replace the old ones.
-            callback_on_step_end_tensor_inputs: Names of `tensors`, of `_callback_tensor_inputs`.
+            callback_on_step_end_tensor_inputs: Names of `tensors`, of `_callback_tensor_inputs`. As in diffusers, those
+                without `negative` in their names hold the rows of the negative branch too, first, while it is needed;
+                a callback that sets `_guidance_scale` to 0 ends the guidance, and may hand back the second half.
             guidance_rescale: See `ClassifierFreeGuidance`.
             guidance_interval: See `ClassifierFreeGuidance`.
             prompt_2: For the second text encoder; `None` for `prompt`.
@@ -265,9 +267,10 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
             max_sequence_length: Tokens that T5 reads: 256 for SD3, 512 for FLUX, if `None`.
             true_cfg_scale: Strength of classifier-free guidance for models that take `guidance_scale` as an input, if
                 there is a negative prompt; it doubles the work.
-            image: One or n images to begin from, n a divisor of the number of pictures: PIL (RGB), arrays (n, H, W, 3)
-                or tensors (n, 3, H, W) in [0, 1], or latents (n, C, h, w).
-            mask_image: White (from 0.5 on) where the image is made anew; of the image's size.
+            image: One or n images to begin from, n a divisor of the number of pictures: PIL (transparency becomes
+                white), arrays (n, H, W, 3) or tensors (n, 3, H, W) in [0, 1] or of uint8, or latents (n, C, h, w).
+            mask_image: White (from 0.5 on), or opaque in a picture with transparent parts, where the image is made
+                anew; brought to the image's size.
             strength: In [0, 1], the share of the grid that is done: how far back towards noise an image goes. `None`
                 for the default of diffusers' pipeline.
             masked_image_latents: (n, C, h, w), in the place of the encoded masked image, for inpainting models.
@@ -305,7 +308,8 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
         guidance = self.prepare_guidance(
             family, true_cfg_scale, guidance_rescale, guidance_interval, prompts.has_negative
         )
-        prompts.check(condition, family, guidance.enabled)
+        guided = NEGATIVE in guidance.all_branches
+        prompts.check(condition, family, guided)
         start = start_of(images, family, space, defaults.strength)
         micro.check("micro" in family.takes, self.config.requires_aesthetics_score)
         check_generator(generator, prompts.batch)
@@ -334,7 +338,7 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
             control.check(target)
         self.begin_call(target.timesteps)
 
-        conditions = self.encode_prompt(prompts, condition, micro, guidance.enabled, target)
+        conditions = self.encode_prompt(prompts, condition, micro, guided, target)
         begin = start.begin(target, latents)
         prepared = [control.prepare(target, begin) for control in controls]
         predict = Predictor(self.backbone, conditions, family, open_doors(prepared, attention))
@@ -342,8 +346,8 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
         with accelerated(self) as fast, opened(self.backbone, prepared):
             tabulate = partial(predict.tabulate, fast, target.timesteps, guidance.all_branches)
             tabulate()
-            names = callback_on_step_end_tensor_inputs
-            after_step += self.acts(callback_on_step_end, names, predict, EMBEDDINGS, fast, tabulate)
+            names, needed = callback_on_step_end_tensor_inputs, lambda: guidance.all_branches
+            after_step += self.acts(callback_on_step_end, names, predict, SHOWN, needed, fast, tabulate)
             latents = self.denoise(
                 fast.around(predict),
                 begin.x_t,
@@ -368,8 +372,11 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
         rescale: float,
         interval: tuple[float, float],
         has_negative: bool,
-    ) -> ClassifierFreeGuidance:
-        """How the predictions of a step become one; with distilled weights, `guidance_scale` is an input of theirs."""
+    ) -> Guidance:
+        """How the predictions of a step become one; with distilled weights, `guidance_scale` is an input of theirs.
+
+        Elsewhere it is read anew for each step: a callback may set `_guidance_scale`.
+        """
         guidance = ClassifierFreeGuidance(self.guidance_scale, rescale, interval)
         if not family.distilled:
             if true_cfg_scale is not None:
@@ -377,7 +384,7 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
                     f"`true_cfg_scale`: got {true_cfg_scale!r}, expected none: `guidance_scale` is this model's "
                     "classifier-free guidance."
                 )
-            return guidance
+            return LiveGuidance(guidance, lambda: self._guidance_scale)
         guidance = ClassifierFreeGuidance(1.0 if true_cfg_scale is None else true_cfg_scale, rescale, interval)
         if guidance.enabled and not has_negative:
             logger.warning("`true_cfg_scale` has no effect without a negative prompt.")

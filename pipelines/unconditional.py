@@ -155,7 +155,7 @@ class UnconditionalPipeline(DenoisingPipeline):
 
         latents = starting_noise(self.scheduler, shape, generator, latents, device)
         with accelerated(self) as fast:
-            after_step = self.acts(callback_on_step_end, callback_on_step_end_tensor_inputs, predictor, {}, fast)
+            after_step = self.acts(callback_on_step_end, callback_on_step_end_tensor_inputs, predictor, {}, tuple, fast)
             latents = self.denoise(
                 fast.around(predict),
                 latents,

@@ -485,8 +485,11 @@ def test_a_picture_is_drawn_over_and_inside_a_mask(
     [
         (("a cat", "--mask", "mask.png"), "comes with --image"),
         (("a cat", "--image", "none.png"), "none.png: No such file"),
-        (("a cat", "--image", "text.png"), "text.png: not a picture"),
-        (("a cat", "--image", "start.png", "--mask", "small.png"), "expected the size of the picture"),
+        (("a cat", "--image", "text.png"), "--image text.png: got 10 bytes that begin with"),
+        (("a cat", "--image", "start.png", "--max-pixels", "1000"), "got 32x32 pixels, expected at most 1000"),
+        (("a cat", "--size", "72"), "--size 72x72: `height`: got 72, expected at most 64, the largest"),
+        (("a cat", "--steps", "3"), "the nearest option is --num-inference-steps (see `hubgen generate --help`)"),
+        (("a cat", "--imge=x"), "the nearest option is --image (see `hubgen generate --help`)"),
         (("a cat", "--image", "start.png", "--strength", "-0.5"), "expected a number above 0 and at most 1"),
         (("a cat", "--config", "somewhere"), "for single .safetensors files"),
         (("a cat", "--model", "text.safetensors", "--config", "."), "text.safetensors"),

@@ -141,7 +141,7 @@ class LatentSpace:
         """
         size = (self.default_size[0] if height is None else height, self.default_size[1] if width is None else width)
         for name, side in zip(("height", "width"), size, strict=True):
-            whole(name, side)
+            side = whole(name, side)
             if side > self.largest:
                 raise ValueError(
                     f"`{name}`: got {side}, expected at most {self.largest}, the largest that this model makes."
@@ -152,4 +152,4 @@ class LatentSpace:
                 raise ValueError(
                     f"`{name}`: got {side}, expected a multiple of {self.multiple}; the nearest: {nearest}."
                 )
-        return size
+        return int(size[0]), int(size[1])

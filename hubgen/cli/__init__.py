@@ -54,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     leave as exceptions, with their traceback.
     """
     try:
-        arguments = build_parser().parse_args(argv)
+        arguments, unknown = build_parser().parse_known_args(argv)
+        if unknown:
+            arguments.parser.refuse_unknown(unknown)
         run: Callable[[argparse.Namespace], None] = arguments.run
         run(arguments)
     except KeyboardInterrupt:

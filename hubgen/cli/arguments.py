@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
 import re
 import sys
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from hubgen.hub.provenance import LARGEST_SEED, LARGEST_SIDE
@@ -16,6 +18,17 @@ EXIT_ERROR = 2
 class Parser(argparse.ArgumentParser):
     """argparse with its errors in hubgen's one line."""
 
+    def refuse_unknown(self, words: Sequence[str]) -> NoReturn:
+        """Ends with the options that this parser does not know, and the nearest ones that it does."""
+        known = [option for option in self._option_string_actions if option.startswith("--")]
+        for word in words:
+            name = word.split("=")[0]
+            inside = [option for option in known if len(name) > 4 and name.lstrip("-") in option]
+            near = inside or difflib.get_close_matches(name, known, n=1)
+            if near:
+                self.error(f"unrecognized arguments: {' '.join(words)}; the nearest option is {near[0]}")
+        self.error(f"unrecognized arguments: {' '.join(words)}")
+
     def error(self, message: str) -> NoReturn:
         print(f"hubgen: error: {' '.join(message.split())} (see `{self.prog} --help`)", file=sys.stderr)
         raise SystemExit(EXIT_ERROR)
@@ -23,7 +36,7 @@ class Parser(argparse.ArgumentParser):
 
 def add_command(commands: Any, name: str, *, summary: str, description: str, epilog: str) -> argparse.ArgumentParser:
     """A subcommand's parser; line breaks in `description` and `epilog` are kept."""
-    return commands.add_parser(
+    parser = commands.add_parser(
         name,
         help=summary,
         description=description,
@@ -31,6 +44,8 @@ def add_command(commands: Any, name: str, *, summary: str, description: str, epi
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.set_defaults(parser=parser)
+    return parser
 
 
 def positive(text: str) -> int:
@@ -38,6 +53,14 @@ def positive(text: str) -> int:
     number = whole(text)
     if not 1 <= number <= 10_000:  # more would be a slip of the keyboard, and days of work
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number from 1 to 10000")
+    return number
+
+
+def pixels(text: str) -> int:
+    """How large a picture may be."""
+    number = whole(text)
+    if not 1 <= number <= 10**12:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number from 1")
     return number
 
 

@@ -70,6 +70,8 @@ def data_emoji(arguments: argparse.Namespace) -> None:
         path = options[name]
         if path is not None and not path.is_file():
             raise ValueError(f"--{name.replace('_', '-')} {path}: no such file")
+    if arguments.out.exists() and not arguments.out.is_dir():
+        raise ValueError(f"--out {arguments.out}: is a file, expected the folder to write")
     given = {name: value for name, value in options.items() if value is not None}
     print(build_emoji_dataset(arguments.style, arguments.size, arguments.out, **given))
 

@@ -12,10 +12,11 @@ import secrets
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hubgen.cli.arguments import add_command, finite, fraction, positive, seed, size
+from hubgen.cli.arguments import add_command, finite, fraction, pixels, positive, seed, size
 from hubgen.cli.messages import quiet_libraries, say
 from hubgen.hub.provenance import DTYPES, FORMATS, LARGEST_SEED, Request, read_request, versions, write_picture
 
@@ -71,7 +72,16 @@ def add_generate(commands: Any) -> None:
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what the picture shows; several give a grid")
     parser.add_argument("--image", type=Path, metavar="FILE", help="a picture to start from, instead of noise")
     parser.add_argument(
-        "--mask", type=Path, metavar="FILE", help="white where --image is drawn anew, black where it stays"
+        "--mask",
+        type=Path,
+        metavar="FILE",
+        help="white, or opaque in a picture with transparent parts, where --image is drawn anew",
+    )
+    parser.add_argument(
+        "--max-pixels",
+        type=pixels,
+        metavar="N",
+        help="pixels of --image and --mask at most (default: 100 million)",
     )
     parser.add_argument(
         "--strength",
@@ -146,8 +156,16 @@ def generate(arguments: argparse.Namespace) -> None:
     if source is not None and source.model != model:
         source = dataclasses.replace(source, width=None, height=None, revision=None)  # those belong to its model
     prompts = check_prompts(arguments.prompts or (source.prompts if source else []))
+    if len(arguments.prompts) > 2 and all(word.isalpha() for word in prompts):
+        say(f'{len(prompts)} prompts of one word each give a grid; for one picture, quote them: "{" ".join(prompts)}"')
     out = check_out(arguments.out or default_out(prompts[0] if prompts else model, arguments.source))
-    image, mask = check_pictures(chosen("image"), chosen("mask"), chosen("strength"))
+    told = f"--from {arguments.source}: its " if source is not None else ""
+    check_comes_with_image(chosen("image"), mask=chosen("mask"), strength=chosen("strength"))
+    opened = opened_pictures(
+        {"image": chosen("image"), "mask": chosen("mask")},
+        arguments.max_pixels,
+        {name: told for name in ("image", "mask") if getattr(arguments, name) is None},
+    )
     folder, config = find_model(model), chosen("config")
     single_file = folder is not None and folder.is_file()
     if config is not None and not single_file:
@@ -181,20 +199,22 @@ def generate(arguments: argparse.Namespace) -> None:
         device=device,
         dtype=dtype,
         batch_size=chosen("batch_size", 8),
-        image=image,
-        mask=mask,
+        image=None if chosen("image") is None else str(chosen("image")),
+        mask=None if chosen("mask") is None else str(chosen("mask")),
         strength=chosen("strength"),
         config=config,
     )
     with quiet_libraries():
-        kind = kind_of(read_index(model, request.revision, folder), request)
+        index = read_index(model, request.revision, folder)
+        kind = kind_of(index, request)
+        check_size(index, request, folder)
         pipe = load_pipeline(kind, request, folder)
         request = complete(kind, request, pipe)
         if folder is None:
             request = dataclasses.replace(request, revision=loaded_commit(model, request.revision))
         loaded = time.perf_counter()
         say(f"loaded in {loaded - started:.1f} s; {describe(request)}")
-        pictures = sample(kind, pipe, request)
+        pictures = sample(kind, pipe, request, opened)
         request = dataclasses.replace(request, width=pictures[0].width, height=pictures[0].height)
     sampled = time.perf_counter()
     write_picture(out, grid(pictures, max(len(prompts), 1), n), request)
@@ -217,30 +237,35 @@ def check_prompts(prompts: list[str]) -> list[str]:
     return prompts
 
 
-def check_pictures(
-    image: Path | str | None, mask: Path | str | None, strength: float | None
-) -> tuple[str | None, str | None]:
-    """The files of --image and --mask; raises ValueError where one cannot be read or comes without the other."""
-    from PIL import Image, UnidentifiedImageError
-
-    for option, value in (("--mask", mask), ("--strength", strength)):
+def check_comes_with_image(image: Any, **options: Any) -> None:
+    """Raises ValueError for what makes no sense without --image."""
+    for name, value in options.items():
         if value is not None and image is None:
-            raise ValueError(f"{option} {value}: comes with --image, which is not given")
-    sizes = {}
-    for option, path in (("--image", image), ("--mask", mask)):
-        if path is None:
-            continue
-        try:
-            with Image.open(path) as picture:
-                sizes[option] = picture.size
-        except UnidentifiedImageError as error:
-            raise ValueError(f"{option} {path}: not a picture") from error
-        except OSError as error:
-            raise ValueError(f"{option} {path}: {error.strerror or error}") from error
-    if len(set(sizes.values())) > 1:
-        found = ", ".join(f"{option} {width}x{height}" for option, (width, height) in sizes.items())
-        raise ValueError(f"--mask {mask}: got {found}, expected the size of the picture")
-    return str(image) if image else None, str(mask) if mask else None
+            raise ValueError(f"--{name} {value}: comes with --image, which is not given")
+
+
+def opened_pictures(
+    options: Mapping[str, Any], max_pixels: int | None = None, told: Mapping[str, str] | None = None
+) -> dict[str, Image.Image]:
+    """The files of --image and --mask as pictures, under the pipeline's names.
+
+    Args:
+        options: By option, the file or None.
+        max_pixels: See `decode_picture`; None for its default.
+        told: By option, what messages say before its name: where it is from, if not from the command line.
+
+    Raises:
+        DataError: A file cannot be read, or holds no picture that can.
+    """
+    from hubgen.data.pictures import MAX_PIXELS, as_mask, on_white, read_picture
+
+    opened = {}
+    for option, name, form in (("image", "image", on_white), ("mask", "mask_image", as_mask)):
+        path = options.get(option)
+        if path is not None:
+            shown = f"{(told or {}).get(option, '')}--{option} {path}"
+            opened[name] = form(read_picture(path, max_pixels or MAX_PIXELS, shown))
+    return opened
 
 
 def default_out(prompt: str, source: Path | None) -> Path:
@@ -329,9 +354,15 @@ def read_index(model: str, revision: str | None, folder: Path | None) -> dict[st
         return {"_class_name": "TextToImagePipeline"}
     if folder is None:
         from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import RepositoryNotFoundError
 
         try:
             path = hf_hub_download(model, "model_index.json", revision=revision)
+        except RepositoryNotFoundError as error:
+            raise ValueError(
+                f"--model {model}: not found: here is no folder of that name; on the Hub there is no such repository, "
+                "or it is private and needs a login (`hf auth login`)"
+            ) from error
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"--model {model}: does not load: no folder of that name here, and from the Hub: {error}"
@@ -388,6 +419,57 @@ def kind_of(index: dict[str, Any], request: Request) -> Kind:
     return kind
 
 
+def check_size(index: Mapping[str, Any], request: Request, folder: Path | None) -> None:
+    """Raises ValueError for a size that the model cannot make, before any weights are read: the configs tell.
+
+    Of a single file, and of parts that are not in order, the pipeline says so when it loads.
+    """
+    import hubgen
+    from hubgen.autoencoders.latents import LatentSpace
+    from hubgen.conditioning.families import family_of
+
+    if request.width is None or request.height is None or (folder is not None and folder.is_file()):
+        return
+    parts = [part for part in ("transformer", "unet") if index.get(part) not in (None, [None, None])]
+    if "vae" not in index or len(parts) != 1:
+        return
+    models = {}
+    for part in ("vae", parts[0]):
+        path, (_, name) = config_file(request, folder, part), index[part]
+        if path is None or name not in hubgen.HOMES:
+            return
+        models[part] = without_weights(getattr(hubgen, name), path)
+    backbone = models[parts[0]]
+    try:
+        LatentSpace(models["vae"], backbone.config, family_of(backbone).patch).checked_size(
+            request.height, request.width
+        )
+    except ValueError as error:
+        raise ValueError(f"--size {request.width}x{request.height}: {error}") from error
+
+
+def config_file(request: Request, folder: Path | None, part: str) -> Path | None:
+    """The config of a part of the model; None where there is none."""
+    if folder is not None:
+        path = folder / part / "config.json"
+        return path if path.is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(request.model, f"{part}/config.json", revision=request.revision))
+    except (EntryNotFoundError, OSError):
+        return None
+
+
+def without_weights(cls: Any, config: Path) -> Any:
+    """A model of this config whose parameters have no storage; a config that it refuses is the loader's to report."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        return cls.from_config(json.loads(config.read_text(encoding="utf-8")))
+
+
 def load_pipeline(kind: Kind, request: Request, folder: Path | None) -> Any:
     """Loads the bundled model, or the one in `folder`, as the request says."""
     import torch
@@ -431,13 +513,20 @@ def loaded_commit(model: str, revision: str | None) -> str | None:
     return Path(index).parent.name if isinstance(index, str) else revision
 
 
-def sample(kind: Kind, pipe: Any, request: Request) -> list[Image.Image]:
-    """The pictures, all those of the first prompt first, each from a generator of its own."""
+def sample(kind: Kind, pipe: Any, request: Request, opened: dict[str, Any]) -> list[Image.Image]:
+    """The pictures, all those of the first prompt first, each from a generator of its own.
+
+    Args:
+        kind: Of the pipeline.
+        pipe: The pipeline.
+        request: What to draw.
+        opened: The pictures to start from, under the pipeline's names.
+    """
     words = request.prompts or [""]  # a model that draws without prompts draws as from one
     prompts = [word for word in words for _ in range(request.n)]
     seeds = [request.seed + j for _ in words for j in range(request.n)]
     options = {name: getattr(request, name) for name in kind.options if getattr(request, name) is not None}
-    options |= opened_pictures(options)
+    options = {name: value for name, value in options.items() if name not in ("image", "mask")} | opened
     pictures: list[Image.Image] = []
     for start in range(0, len(prompts), request.batch_size):
         batch = slice(start, start + request.batch_size)
@@ -455,18 +544,6 @@ def sample(kind: Kind, pipe: Any, request: Request) -> list[Image.Image]:
             generator=[seeded(number) for number in seeds[batch]],
         ).images
     return pictures
-
-
-def opened_pictures(options: dict[str, Any]) -> dict[str, Any]:
-    """The files among the options as the pictures in them, under the pipeline's names."""
-    from PIL import Image
-
-    opened: dict[str, Any] = {}
-    for option, name, mode in (("image", "image", "RGB"), ("mask", "mask_image", "L")):
-        if option in options:
-            with Image.open(options.pop(option)) as picture:
-                opened[name] = picture.convert(mode)
-    return opened
 
 
 def seeded(number: int) -> torch.Generator:

@@ -1,9 +1,6 @@
-"""Image-text folders: pictures beside a `metadata.jsonl` with a row for each.
+"""Image-text folders: pictures with captions, all of them checked when the folder is opened.
 
-    {"file_name": "blue-heart-1f499.png", "text": "blue heart", "captions": ["blue heart", "a blue heart"]}
-
-The layout is that of `datasets`' imagefolder. `captions` (other wordings, the first is the text) is optional, and so is
-every further column.
+The captions stand in metadata.jsonl, metadata.csv, metadata.parquet or text files, see `hubgen.data.metadata`.
 """
 
 import hashlib
@@ -20,33 +17,39 @@ from tqdm.auto import tqdm
 
 from hubgen.checks import is_whole
 from hubgen.data.errors import DataError
-from hubgen.data.pictures import MAX_PIXELS, crop_to_square, decode_picture, on_white, scale
+from hubgen.data.metadata import LeavesFolderError, Row, has_captions, has_metadata, read_rows
+from hubgen.data.pictures import MAX_PIXELS, crop_to_square, decode_picture, on_white, read_picture, scale
 
-METADATA = "metadata.jsonl"
-
+TRAIN = "train"
 # `datasets` finds splits by folder names that it knows, and "held_out" is none of them: builders write "test".
 SPLIT_FOLDERS = {"held_out": ("held_out", "test")}
+
+SHORTEST_SIDE = 8
+"""Pixels that a picture has at least."""
 
 SKIPPED_AT_MOST = 0.5
 """Share of rows that on_error="skip" leaves out before the folder as a whole counts as unusable."""
 
-_TRANSFORM = "on white, central square, LANCZOS, 1"  # part of the fingerprint: how a file becomes pixels
+_TRANSFORM = "sRGB on white, central square, LANCZOS, 2"  # part of the fingerprint: how a file becomes pixels
 
 
 class ImageTextFolder(Dataset):
     """Map-style data set of an image-text folder, all of it checked when it is opened.
 
     Each row has to name a picture inside the folder that no other row names, with a caption that is a non-empty string;
-    each picture is decoded once. What fails raises `DataError` with the row's line number, or, with `on_error="skip"`,
-    is left out and listed in `skipped`. A path that leaves the folder is an error always.
+    each picture is decoded once. What fails raises `DataError` with file and row, or, with `on_error="skip"`, is left
+    out and listed in `skipped`. A file name that leads out of the folder is an error always.
 
     Args:
         root: The folder.
-        split: Name of a folder inside `root` to read instead; "held_out" also finds "test".
+        split: Name of a folder inside `root` to read instead; "held_out" also finds "test", and a folder without splits
+            is "train", as `datasets` has it.
         size: Side of the square that pictures are brought to (central square, LANCZOS); None keeps them as they are.
         caption_column: Column of the caption; `captions` is read only beside "text".
         on_error: "fail" or "skip".
         max_pixels: Pixels of a picture at most.
+        follow_links: Whether a picture may be a link to a file outside the folder, as in the Hub's cache and in
+            git-annex; False refuses such.
     """
 
     def __init__(
@@ -57,13 +60,13 @@ class ImageTextFolder(Dataset):
         caption_column: str = "text",
         on_error: str = "fail",
         max_pixels: int = MAX_PIXELS,
+        follow_links: bool = True,
     ) -> None:
         if on_error not in ("fail", "skip"):
             raise DataError(f"`on_error`: got {on_error!r}, expected 'fail' or 'skip'")
         if size is not None and not is_whole(size):
             raise DataError(f"`size`: got {size!r}, expected a positive integer or None")
-        self.size = size
-        self.max_pixels = max_pixels
+        self.size, self.max_pixels, self.follow_links, self.on_error = size, max_pixels, follow_links, on_error
         self.folder = _folder_of(Path(root), split)
         self.skipped: list[str] = []
         """One line for each row that was left out: file, row, what was found, what was expected."""
@@ -72,32 +75,37 @@ class ImageTextFolder(Dataset):
         self.captions: list[list[str]] = []
         """Wordings of each picture's caption, the text first; a picture without others has one."""
 
-        rows = self._read_rows(caption_column, on_error)
+        rows, self.without_row = read_rows(self.folder, caption_column, self._skip)
+        """`without_row`: how many pictures of the folder no row names."""
         digest = hashlib.sha256(f"{_TRANSFORM} {size} {caption_column}\n".encode())
-        bar = tqdm(rows, desc=f"check {self.folder.name}", disable=len(rows) < 5000, leave=False)
-        for number, file_name, wordings in bar:
+        for row in tqdm(rows, desc=f"check {self.folder.name}", disable=len(rows) < 5000, leave=False):
             try:
-                content = self._read_file(number, file_name)
-                decode_picture(content, self._place(number, file_name), self.max_pixels)
-            except _LeavesFolder:
+                content = self._checked(row)
+            except LeavesFolderError:
                 raise
             except DataError as problem:
-                self._fail(problem, on_error)
+                self._skip(problem)
                 continue
-            self.file_names.append(file_name)
-            self.texts.append(wordings[0])
-            self.captions.append(wordings)
-            row = json.dumps([file_name, hashlib.sha256(content).hexdigest(), wordings], ensure_ascii=False)
-            digest.update(row.encode() + b"\n")
+            self.file_names.append(row.file_name)
+            self.texts.append(row.captions[0])
+            self.captions.append(row.captions)
+            record = json.dumps([row.file_name, hashlib.sha256(content).hexdigest(), row.captions], ensure_ascii=False)
+            digest.update(record.encode() + b"\n")
         self.fingerprint = digest.hexdigest()
         """sha256 over size, captions and the bytes of every picture, in the order of rows."""
 
         total = len(self.skipped) + len(self.file_names)
         if not self.file_names or len(self.skipped) > SKIPPED_AT_MOST * total:
             first = f"; the first: {self.skipped[0]}" if self.skipped else ""
-            raise DataError(
-                f"{self.folder / METADATA}: {len(self.file_names)} of {total} rows can be used, expected most{first}"
-            )
+            raise DataError(f"{self.folder}: {len(self.file_names)} of {total} rows can be used, expected most{first}")
+
+    def left_out(self) -> list[str]:
+        """What a user has to be told about the folder: rows that were skipped, and pictures without a row."""
+        lines = [f"{len(self.skipped)} rows of {self.folder} are left out:"] if self.skipped else []
+        lines += [f"  {line}" for line in self.skipped]
+        if self.without_row:
+            lines.append(f"{self.without_row} pictures of {self.folder} are without a row and not used")
+        return lines
 
     def __len__(self) -> int:
         return len(self.file_names)
@@ -121,11 +129,7 @@ class ImageTextFolder(Dataset):
         return torch.stack(pictures)
 
     def _pixels(self, file_name: str) -> torch.Tensor:
-        path = self.folder / file_name
-        try:
-            picture = on_white(decode_picture(path.read_bytes(), str(path), self.max_pixels))
-        except OSError as problem:
-            raise DataError(f"{path}: no longer readable ({problem.strerror})") from problem
+        picture = on_white(read_picture(self.folder / file_name, self.max_pixels))
         if self.size is not None:
             picture = scale(crop_to_square(picture), self.size)
         values = torch.from_numpy(np.array(picture))  # (H, W, 3) uint8
@@ -133,119 +137,47 @@ class ImageTextFolder(Dataset):
 
     # ---- checks ----
 
-    def _place(self, number: int, file_name: str | None = None) -> str:
-        place = f"{self.folder / METADATA} row {number}"
-        return place if file_name is None else f"{place}: {self.folder / file_name}"
-
-    def _fail(self, problem: DataError, on_error: str) -> None:
-        if on_error == "fail":
+    def _skip(self, problem: DataError) -> None:
+        if self.on_error == "fail":
             raise problem
         self.skipped.append(str(problem))
 
-    def _read_rows(self, caption_column: str, on_error: str) -> list[tuple[int, str, list[str]]]:
-        """(line number, file name, wordings) of the rows that are in order, before any picture is opened."""
-        path = self.folder / METADATA
+    def _checked(self, row: Row) -> bytes:
+        """The bytes of a row's picture, which is one that can be used."""
+        path = self.folder / row.file_name
+        name = f"{row.place}: {path}"
+        if not self.follow_links and not path.resolve().is_relative_to(self.folder.resolve()):
+            raise LeavesFolderError(f"{name} is a link out of the folder, expected a file inside it")
         if not path.is_file():
-            raise DataError(f"{path}: no such file, expected a row of file_name and {caption_column} for each picture")
-        rows: list[tuple[int, str, list[str]]] = []
-        first_row: dict[str, int] = {}
-        for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-            if not line.strip():
-                continue
-            try:
-                file_name, wordings = self._read_row(number, line, caption_column)
-                known = first_row.setdefault(file_name, number)
-                if known != number:
-                    raise DataError(f"{self._place(number)}: {file_name} stands in row {known} already, expected once")
-            except _LeavesFolder:
-                raise
-            except DataError as problem:
-                self._fail(problem, on_error)
-                continue
-            rows.append((number, file_name, wordings))
-        if not rows and not self.skipped:
-            raise DataError(f"{path}: got no rows, expected one for each picture")
-        return rows
-
-    def _read_row(self, number: int, line: bytes, caption_column: str) -> tuple[str, list[str]]:
-        place = self._place(number)
+            raise DataError(f"{name}: no such file, expected a picture")
         try:
-            row = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as problem:
-            raise DataError(
-                f"{place}: not UTF-8 (byte {problem.start + 1} of the row), expected a JSON object"
-            ) from None
-        except (ValueError, RecursionError) as problem:
-            raise DataError(f"{place}: not JSON ({problem}), expected an object") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{place}: got {_kind(row)}, expected a JSON object")
-        file_name = self._inside(place, _text_in(row, "file_name", place))
-        text = _text_in(row, caption_column, place)
-        others = row.get("captions") if caption_column == "text" else None
-        if others is None:
-            return file_name, [text]
-        if not isinstance(others, list):
-            raise DataError(f"{place}: captions is {_kind(others)}, expected a list of strings")
-        for position, wording in enumerate(others):
-            _text_in({f"captions[{position}]": wording}, f"captions[{position}]", place)
-        return file_name, list(dict.fromkeys([text, *others]))
-
-    def _inside(self, place: str, file_name: str) -> str:
-        """The file name in its plain form; two spellings of one path come out the same."""
-        pure = PurePosixPath(file_name)
-        if pure.is_absolute() or ".." in pure.parts or Path(file_name).is_absolute() or "\\" in file_name:
-            raise _LeavesFolder(f"{place}: file_name {file_name!r} leaves the folder, expected a path inside it")
-        return str(pure)
-
-    def _read_file(self, number: int, file_name: str) -> bytes:
-        place, path = self._place(number, file_name), self.folder / file_name
-        if not path.resolve().is_relative_to(self.folder.resolve()):
-            raise _LeavesFolder(f"{place} is a link out of the folder, expected a file inside it")
-        if not path.is_file():
-            raise DataError(f"{place}: no such file, expected a picture")
-        try:
-            return path.read_bytes()
+            content = path.read_bytes()
         except OSError as problem:
-            raise DataError(f"{place}: not readable ({problem.strerror}), expected a picture") from problem
-
-
-class _LeavesFolder(DataError):
-    """Never skipped: such a row is no accident."""
+            raise DataError(f"{name}: not readable ({problem.strerror}), expected a picture") from problem
+        picture = decode_picture(content, name, self.max_pixels)
+        if min(picture.size) < SHORTEST_SIDE:
+            found = f"{picture.width}x{picture.height}"
+            raise DataError(f"{name}: got {found} pixels, expected at least {SHORTEST_SIDE} on each side")
+        return content
 
 
 def _folder_of(root: Path, split: str | None) -> Path:
     if not root.is_dir():
-        raise DataError(f"{root}: no such folder, expected pictures with a {METADATA}")
+        raise DataError(f"{root}: no such folder, expected pictures with a metadata.jsonl")
+    inner = sorted(path.name for path in root.iterdir() if path.is_dir())
     if split is None:
-        inner = sorted(path.parent.name for path in root.glob(f"*/{METADATA}"))
-        if inner and not (root / METADATA).is_file():
-            raise DataError(f"{root}: holds no {METADATA}, but splits: {', '.join(inner)}; name one of them as split")
+        splits = [name for name in inner if has_metadata(root / name)]
+        if splits and not has_metadata(root):
+            raise DataError(f"{root}: holds no metadata.jsonl, but splits: {', '.join(splits)}; name one of them")
         return root
-    if PurePosixPath(split).name != split or split in ("", ".", ".."):
+    if split == ".":
+        return root
+    if PurePosixPath(split).name != split or split in ("", ".."):
         raise DataError(f"`split`: got {split!r}, expected the name of a folder in {root}")
     for name in SPLIT_FOLDERS.get(split, (split,)):
         if (root / name).is_dir():
             return root / name
-    found = sorted(path.name for path in root.iterdir() if path.is_dir())
-    raise DataError(f"`split`: got {split!r}, expected a folder of {root}: {', '.join(found) or 'it has none'}")
-
-
-def _text_in(row: dict[str, Any], column: str, place: str) -> str:
-    if column not in row:
-        raise DataError(f"{place}: got {', '.join(map(repr, row)) or 'nothing'}, expected {column!r} too")
-    value = row[column]
-    if not isinstance(value, str):
-        raise DataError(f"{place}: {column} is {_kind(value)}, expected a string")
-    if not value.strip():
-        raise DataError(f"{place}: {column} is empty, expected text")
-    if "\0" in value:
-        raise DataError(f"{place}: {column} holds a NUL character, expected text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise DataError(f"{place}: {column} holds half a character (a lone surrogate), expected text") from None
-    return value
-
-
-def _kind(value: Any) -> str:
-    return "null" if value is None else f"{type(value).__name__} {value!r:.40}"
+    known = {name for names in SPLIT_FOLDERS.values() for name in names} | {"validation", "valid", "val", "dev"}
+    if split == TRAIN and not known & set(inner) and has_captions(root):
+        return root
+    raise DataError(f"`split`: got {split!r}, expected a folder of {root}: {', '.join(inner) or 'it has none'}")

@@ -12,45 +12,54 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
+from hubgen.data.pictures import as_mask, on_white, standard
+
 Images: TypeAlias = Image.Image | np.ndarray | torch.Tensor | list[Image.Image] | list[np.ndarray] | list[torch.Tensor]
 
 EXPECTED = "a PIL image, an array (H, W, 3), a tensor (3, H, W), a batch or a list of these"
 EXPECTED_MASK = "a PIL image, an array or a tensor (H, W), a batch or a list of these"
+LUMA = (0.299, 0.587, 0.114)
+"""Brightness of red, green and blue, as Pillow weighs them (ITU-R 601-2)."""
 
 
 def read_images(image: Any, latent_channels: int) -> list[Image.Image] | torch.Tensor:
-    """PIL images, or a tensor: (n, 3, H, W) in [0, 1], or latents (n, latent_channels, h, w); else ValueError."""
+    """RGB images, or a tensor: (n, 3, H, W) in [0, 1], or latents (n, latent_channels, h, w); else ValueError.
+
+    PIL images of any mode are read as files are, transparent ones on white; numbers of uint8 are divided by 255.
+    """
     images = _gathered("image", image, EXPECTED)
     if not torch.is_tensor(images):
-        for picture in images:
-            if picture.mode != "RGB":
-                raise ValueError(
-                    f"`image`: got a PIL image of mode {picture.mode!r}, expected 'RGB': `image.convert('RGB')`, after "
-                    "laying a transparent one on a background."
-                )
-        return images
+        return [on_white(standard(picture, "`image`")) for picture in images]
     if images.ndim != 4 or images.shape[1] not in (3, latent_channels):
         raise ValueError(
             f"`image`: got shape {tuple(images.shape)} (batch, channels, height, width), expected {EXPECTED}, or "
             f"latents of {latent_channels} channels."
         )
     if images.shape[1] == 3:
-        _check_values("image", images)
-    elif not images.is_floating_point() or not torch.isfinite(images).all():
+        return _in_range("image", images)
+    if not images.is_floating_point() or not torch.isfinite(images).all():
         raise ValueError("`image`: got latents that are not finite floating-point numbers, expected such.")
     return images
 
 
 def read_masks(mask: Any) -> list[Image.Image] | torch.Tensor:
-    """PIL images, or a tensor (n, 1, H, W) in [0, 1]; else ValueError."""
+    """Grey images, or a tensor (n, 1, H, W) in [0, 1]; else ValueError.
+
+    Transparent PIL images are masks by their opacity (`as_mask`); numbers of uint8 are divided by 255.
+    """
     masks = _gathered("mask_image", mask, EXPECTED_MASK, gray=True)
     if not torch.is_tensor(masks):
-        return masks
+        return [as_mask(standard(picture, "`mask_image`")) for picture in masks]
     if masks.ndim != 4 or masks.shape[1] != 1:
         raise ValueError(f"`mask_image`: got shape {tuple(masks.shape)}, expected {EXPECTED_MASK}, of one channel.")
-    masks = masks.float() if masks.dtype == torch.bool else masks
-    _check_values("mask_image", masks)
-    return masks
+    return _in_range("mask_image", masks)
+
+
+def is_black(masks: list[Image.Image] | torch.Tensor) -> bool:
+    """Whether masks as `read_masks` gives them are white, from 0.5 on, nowhere."""
+    if torch.is_tensor(masks):
+        return bool((masks < 0.5).all())
+    return all(mask.getextrema()[1] < 127.5 for mask in masks)
 
 
 def _gathered(name: str, value: Any, expected: str, gray: bool = False) -> list[Image.Image] | torch.Tensor:
@@ -75,18 +84,27 @@ def _batch(value: np.ndarray | torch.Tensor, gray: bool) -> torch.Tensor:
         if gray and value.ndim in (2, 3):
             return value.reshape(-1, 1, *value.shape[-2:])
         return value[None] if value.ndim == 3 else value
+    if gray and value.ndim == 3 and value.shape[-1] == 3:  # a picture of a mask, (H, W, 3)
+        value = (value.astype(np.float32) / (255 if value.dtype == np.uint8 else 1)) @ np.array(LUMA, np.float32)
     if gray and (value.ndim == 2 or (value.ndim == 3 and value.shape[-1] != 1)):
         value = value[..., None]  # (H, W) or (n, H, W)
     value = value[None] if value.ndim == 3 else value
     return torch.from_numpy(np.ascontiguousarray(np.moveaxis(value, -1, 1) if value.ndim == 4 else value))
 
 
-def _check_values(name: str, values: torch.Tensor) -> None:
+def _in_range(name: str, values: torch.Tensor) -> torch.Tensor:
+    """Floating-point numbers in [0, 1]; ValueError for others than these, uint8 and truth values."""
+    if values.dtype == torch.uint8:
+        return values.float() / 255
+    if values.dtype == torch.bool:
+        return values.float()
     if not values.is_floating_point():
-        raise ValueError(f"`{name}`: got numbers of {values.dtype}, expected floating-point ones in [0, 1].")
+        raise ValueError(f"`{name}`: got numbers of {values.dtype}, expected uint8, or floating-point ones in [0, 1].")
     low, high = values.min().item(), values.max().item()
     if not (low >= 0 and high <= 1):  # NaN compares false
-        raise ValueError(f"`{name}`: got values from {low:.4g} to {high:.4g}, expected them in [0, 1].")
+        hint = ": (x + 1) / 2" if -1 <= low < 0 and high <= 1 else ": x / 255" if low >= 0 and 1 < high <= 255 else ""
+        raise ValueError(f"`{name}`: got values from {low:.4g} to {high:.4g}, expected them in [0, 1]{hint}.")
+    return values
 
 
 def one_size(name: str, images: Sequence[Image.Image] | torch.Tensor) -> tuple[int, int]:

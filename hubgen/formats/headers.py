@@ -124,6 +124,14 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
     return tensors
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts that a file's writer left in its header, of a file that `read_header` has read."""
+    with path.open("rb") as file:
+        content = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    metadata = content.get("__metadata__")
+    return metadata if isinstance(metadata, dict) else {}
+
+
 def refuse_other_formats(path: Path, start: bytes, size: int) -> None:
     """Raises ValueError for what is often found under a wrong name."""
     # The length of a whole header may happen to begin with a pickle's first bytes; its JSON tells the two apart.
@@ -133,7 +141,7 @@ def refuse_other_formats(path: Path, start: bytes, size: int) -> None:
     if start.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path}: a Git LFS pointer, not the file itself. Run `git lfs pull` in its folder.")
     if start.startswith(b"GGUF"):
-        raise ValueError(f"{path}: a GGUF file; only safetensors files are read.")
+        raise ValueError(f"{path}: a GGUF file, quantised; got that, expected a safetensors file of whole weights.")
     if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
         raise ValueError(f"{path}: a web page, not weights. Get the file again.")
     if size < 10:

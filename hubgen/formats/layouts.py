@@ -1,14 +1,21 @@
 """Which layout a single file has, told from its keys, and which tensors are whose."""
 
+import logging
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hubgen.formats import flux_layout, ldm_unet, sd3_layout
 from hubgen.formats.headers import TensorHeader, listing, read_header
 from hubgen.formats.key_maps import Rule
+from hubgen.formats.markers import NAMES, read_markers
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -91,11 +98,23 @@ LEFT_BY_TRAINING = re.compile(
 HINTS = (  # what else people have files of: (a pattern of keys, what it is)
     (r"lora_(down|up|A|B)\.", "a LoRA, which is loaded onto a model"),
     (r"^(down_blocks|up_blocks)\.\d+\.resnets|^(single_)?transformer_blocks\.\d+\.attn|^encoder\.down_blocks\.",
-     "already in diffusers' layout: put it into a folder with its config.json and use `from_pretrained`"),
+     "one model in diffusers' layout: the model's class reads it, by `from_single_file` with a `config`"),
     (r"^control_model\.|^controlnet_|^input_hint_block", "a ControlNet"),
     (r"^text_model\.|^encoder\.block\.\d+\.layer\.", "a text encoder of transformers"),
-    (r"\.(scale_weight|weight_scale|quant_state)", "quantised"),
 )  # fmt: skip
+# What quantised files have beside or in the place of weights: (a pattern of keys, what it is).
+QUANTISED = (
+    (r"\.quant_state\.|\.absmax$|\.quant_map$", "to 4 bits by bitsandbytes (nf4 or fp4)"),
+    (r"\.SCB$", "to 8 bits by bitsandbytes"),
+    (r"\.(qweight|wscales|qzeros)$", "to 4 bits (SVDQuant, AWQ or GPTQ)"),
+    (r"\.weight_scale_2$", "to 4-bit floating point (NVFP4)"),
+)
+# ComfyUI's scaled float8: a weight, a number to multiply it with, and one for what enters the layer, of no use here.
+SCALES, INPUT_SCALES = (".scale_weight", ".weight_scale"), (".scale_input", ".input_scale")
+SCALED_MARKS = re.compile(r"(^|\.)scaled_fp8$|\.comfy_quant$")
+FLOAT8 = tuple(getattr(torch, name) for name in ("float8_e4m3fn", "float8_e5m2"))
+EMA_PREFIX, TRAINED_PREFIX = "model_ema.", "model."
+"""Of the averaged copy of the backbone in CompVis' files, whose names lose their other dots, and of the backbone"""
 
 
 @dataclass(frozen=True)
@@ -107,10 +126,14 @@ class SingleFile:
     """A key of `LAYOUTS`; None for an autoencoder alone"""
     parts: dict[str, dict[str, TensorHeader]]
     """Component -> its tensors, without prefix"""
-    prefixes: dict[str, str]
-    """Component -> prefix"""
     others: list[str]
     """Keys that belong to no component, and are not what training leaves"""
+    keys: dict[str, dict[str, str]]
+    """Component -> the key in the file of each of its tensors"""
+    scales: dict[str, dict[str, str]]
+    """Component -> of each of its weights in scaled float8, the key of the number to multiply it with"""
+    markers: dict[str, list[float]]
+    """See `hubgen.formats.markers`"""
 
     def describe(self) -> str:
         """For messages."""
@@ -118,14 +141,20 @@ class SingleFile:
         return f"{title} ({', '.join(sorted(self.parts))})"
 
 
-def open_single_file(path: Path) -> SingleFile:
+def open_single_file(path: Path, extract_ema: bool = False) -> SingleFile:
     """Reads the header of a file in an original layout.
+
+    Args:
+        path: Of the file.
+        extract_ema: Take the averaged copy of the backbone's weights, where the file has one.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is pickled, damaged, or in no layout that is known; says what was found.
+        ValueError: It is pickled, damaged, quantised in a way that is not read, or in no layout that is known; says
+            what was found.
     """
     tensors = read_header(path)
+    refuse_quantised(path, tensors)
     layout, backbone_prefix = detect(tensors)
     vae_prefix = next((prefix for prefix in VAE_PREFIXES if prefix + VAE_KEY in tensors), None)
     if layout is None and vae_prefix is None:
@@ -139,15 +168,64 @@ def open_single_file(path: Path) -> SingleFile:
     parts: dict[str, dict[str, TensorHeader]] = {}
     others = []
     longest_first = sorted(prefixes.items(), key=lambda item: -len(item[1]))
-    for key, header in tensors.items():
-        if LEFT_BY_TRAINING.search(key):
+    keys: dict[str, dict[str, str]] = {}
+    markers = read_markers(path, [name for name in NAMES if name in tensors])
+    scales = scales_of(path, tensors)
+    used = {*NAMES, *scales.values()}
+    for key in tensors:
+        if LEFT_BY_TRAINING.search(key) or SCALED_MARKS.search(key) or key.endswith(INPUT_SCALES) or key in used:
             continue
         owner = next((component for component, prefix in longest_first if key.startswith(prefix)), None)
         if owner is None:
             others.append(key)
         else:
-            parts.setdefault(owner, {})[key.removeprefix(prefixes[owner])] = header
-    return SingleFile(path, layout, parts, {name: prefixes[name] for name in parts}, others)
+            name = key.removeprefix(prefixes[owner])
+            averaged = ema_key(key)
+            source = averaged if extract_ema and averaged in tensors else key
+            parts.setdefault(owner, {})[name] = tensors[source]
+            keys.setdefault(owner, {})[name] = source
+    if extract_ema and not any(key.startswith(EMA_PREFIX) for key in tensors):
+        logger.warning(f"{path}: `extract_ema` has no effect: the file has no averaged weights.")
+    by_part = {
+        part: {name: scales[key] for name, key in names.items() if key in scales} for part, names in keys.items()
+    }
+    return SingleFile(path, layout, parts, others, keys, by_part, markers)
+
+
+def refuse_quantised(path: Path, keys: Iterable[str]) -> None:
+    """Raises ValueError for a file whose weights are packed in a way that only their packer reads."""
+    for pattern, what in QUANTISED:
+        found = next((key for key in keys if re.search(pattern, key)), None)
+        if found is not None:
+            raise ValueError(
+                f"{path}: quantised {what}, as its {found!r} tells; expected whole or scaled float8 weights."
+            )
+
+
+def scales_of(path: Path, tensors: Mapping[str, TensorHeader]) -> dict[str, str]:
+    """Key of each weight in scaled float8 -> key of the number to multiply it with.
+
+    Raises:
+        ValueError: A scale is of a weight of another type, or not a single number.
+    """
+    found = {}
+    for key, header in tensors.items():
+        ending = next((ending for ending in SCALES if key.endswith(ending)), None)
+        if ending is None:
+            continue
+        weight = f"{key.removesuffix(ending)}.weight"
+        if weight not in tensors or tensors[weight].dtype not in FLOAT8 or math.prod(header.shape) != 1:
+            raise ValueError(
+                f"{path}: quantised: {key!r} of shape {list(header.shape)} scales no float8 weight as a whole; "
+                "expected whole or scaled float8 weights."
+            )
+        found[weight] = key
+    return found
+
+
+def ema_key(key: str) -> str:
+    """Key of a tensor's averaged copy: `model_ema.diffusion_modelout0bias` of `model.diffusion_model.out.0.bias`."""
+    return EMA_PREFIX + key.removeprefix(TRAINED_PREFIX).replace(".", "") if key.startswith(TRAINED_PREFIX) else ""
 
 
 def detect(tensors: Mapping[str, TensorHeader]) -> tuple[str | None, str]:

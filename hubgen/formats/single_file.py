@@ -6,7 +6,7 @@ model on the meta device. Only then are weights read.
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,15 +16,22 @@ from diffusers.utils import logging
 
 from hubgen.diffusers_contract import no_init_weights
 from hubgen.formats import clip_layout, ldm_vae
-from hubgen.formats.checkpoints import read_json
-from hubgen.formats.headers import listing
+from hubgen.formats.checkpoints import Checkpoint, read_json
+from hubgen.formats.headers import TensorHeader, listing, read_header
 from hubgen.formats.key_maps import Rule, to_original, to_ours
 from hubgen.formats.layouts import LAYOUTS, SingleFile, open_single_file
 from hubgen.formats.loading import CONFIG, HUB_ARGUMENTS, describe_difference, fetch, on_meta
+from hubgen.formats.markers import autoencoder_config
 
 logger = logging.get_logger(__name__)
 
 HUB_URL = re.compile(r"^(?:https?://)?(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)/(?:blob|resolve)/([^/]+)/([^?]+)")
+# Names of tensors that only the layout of diffusers has.
+OWN_LAYOUT = re.compile(
+    r"(down_blocks|up_blocks)\.\d+\.resnets\.|(single_)?transformer_blocks\.\d+\.attn1?\.|encoder\.down_blocks\."
+)
+# Keywords of diffusers' `from_single_file` that choose how files are read or where they are put, not what is read.
+NO_EFFECT = ("use_safetensors", "variant", "disable_mmap", "low_cpu_mem_usage", "resume_download")
 Loader = Callable[[torch.dtype | None], Any]
 Config = str | os.PathLike[str] | Mapping[str, Any] | None
 
@@ -38,31 +45,104 @@ class SingleFileMixin:
         pretrained_model_link_or_path: str | os.PathLike[str],
         config: Config = None,
         torch_dtype: torch.dtype | None = None,
+        subfolder: str | None = None,
+        extract_ema: bool = False,
         **hub: Any,
     ) -> Self:
         """This model out of a single file, which may hold others too.
 
         Args:
             pretrained_model_link_or_path: A safetensors file, or its address on the Hub
-                (`https://huggingface.co/owner/name/blob/main/file.safetensors`).
+                (`https://huggingface.co/owner/name/blob/main/file.safetensors`), in an original layout, or with this
+                model alone in diffusers' layout. Weights in scaled float8 are multiplied out.
             config: By default inferred from keys and shapes. A dictionary changes single values of that. A folder or
                 repository, of the model or of a pipeline with it, is taken as it stands. Not to be seen in a file
                 are an autoencoder's latent scale (taken from the family; that of a file with a bare autoencoder is
-                taken for Stable Diffusion's or FLUX's by its channels, with a warning) and a U-Net's heads.
+                taken for Stable Diffusion's or FLUX's by its channels, with a warning) and a U-Net's heads. A file in
+                diffusers' layout needs it.
             torch_dtype: Of the model; float32 by default, as with `from_pretrained`.
-            **hub: `revision`, `token`, `cache_dir`, `local_files_only`, ...
+            subfolder: Of `config`, where the model's config lies in it; found by itself in a pipeline's folder.
+            extract_ema: Take the averaged weights, where the file has both.
+            **hub: `revision`, `token`, `cache_dir`, `local_files_only`, ...; and what diffusers' method takes and has
+                no meaning here (`NO_EFFECT`).
 
         Raises:
             FileNotFoundError: There is no such file, or no config.
             ValueError: A pickled or damaged file, an unknown layout, another model's; keys or shapes that do not fit,
                 all of them listed.
         """
-        file = open_single_file(find_file(pretrained_model_link_or_path, hub))
-        return prepare_part(cls, file, config, hub)(torch_dtype)
+        check_keywords(f"{cls.__name__}.from_single_file", hub, HUB_ARGUMENTS)
+        path = find_file(pretrained_model_link_or_path, hub)
+        if subfolder and isinstance(config, str | os.PathLike) and Path(config, subfolder).is_dir():
+            config = Path(config, subfolder)
+        headers = read_header(path)
+        if is_in_our_layout(headers):
+            return prepare_own_layout(cls, path, headers, config, hub)(torch_dtype)
+        return prepare_part(cls, open_single_file(path, extract_ema), config, hub)(torch_dtype)
 
     def to_original(self) -> dict[str, torch.Tensor]:
         """The state dict in the original layout, without a prefix: the inverse of `from_single_file`."""
         return to_original(self.state_dict(), key_map_of(type(self), self.config))  # type: ignore[attr-defined]
+
+
+def check_keywords(method: str, given: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raises ValueError for keywords that are not `known`, and have a meaning in diffusers that they have not here.
+
+    Args:
+        method: For the message.
+        given: The keywords.
+        known: Names of those that have a meaning here.
+    """
+    if given.get("use_safetensors") is False:
+        raise ValueError("`use_safetensors`: got False, expected True: only safetensors files are read.")
+    unknown = [name for name in given if name not in known and name not in NO_EFFECT]
+    if unknown:
+        taken = ", ".join(sorted(known))
+        hint = " (`config` takes the place of `original_config`)" if "original_config" in unknown else ""
+        raise ValueError(f"{method} does not take {', '.join(unknown)}; it takes {taken}{hint}.")
+
+
+def is_in_our_layout(names: Iterable[str]) -> bool:
+    """Whether tensors are named as diffusers and hubgen name those of a U-Net, a transformer or an autoencoder."""
+    return any(OWN_LAYOUT.match(name) for name in names)
+
+
+def prepare_own_layout(
+    cls: Any, path: Path, headers: Mapping[str, TensorHeader], config: Config, hub: Mapping[str, Any]
+) -> Loader:
+    """Checks a model that is alone in a file, in diffusers' layout; the function that it returns loads it.
+
+    Raises:
+        ValueError: Without a config, which such a file does not tell; or keys and shapes do not fit it.
+    """
+    if config is None or isinstance(config, Mapping):
+        raise ValueError(
+            f"`config`: got {config!r}, expected a folder or repository: {path} is in diffusers' layout, which does "
+            "not tell the config."
+        )
+    settings = resolve_config(config, component_name(cls), dict, hub)
+    cls.check_config_file(settings, Path(os.fspath(config), CONFIG))
+    meta = on_meta(cls, settings, headers, f"the config for {path}")
+    cls.check_checkpoint(meta, Checkpoint(path, False, dict(headers)))
+
+    def load(torch_dtype: torch.dtype | None = None) -> Any:
+        from safetensors.torch import load_file
+
+        model = empty(cls, settings)
+        tensors = model._fix_state_dict_keys_on_load(load_file(path))
+        ignored = cls._keys_to_ignore_on_load_unexpected or ()
+        kept = {name: value for name, value in tensors.items() if not any(re.search(p, name) for p in ignored)}
+        loaded = assigned(model, kept, torch_dtype)
+        loaded.register_to_config(_name_or_path=str(path))
+        return loaded
+
+    return load
+
+
+def component_name(cls: type) -> str:
+    """What pipelines call a model of this class."""
+    names = {base.__name__ for base in cls.__mro__}
+    return next((layout.backbone for layout in LAYOUTS.values() if layout.backbone_class in names), "vae")
 
 
 def find_file(path: str | os.PathLike[str], hub: Mapping[str, Any]) -> Path:
@@ -105,6 +185,8 @@ def prepare_part(cls: Any, file: SingleFile, config: Config, hub: Mapping[str, A
     if file.others:
         logger.warning(f"{file.path}: {len(file.others)} tensors belong to no known part:{listing(file.others)}")
     settings = resolve_config(config, component, lambda: inferred_config(file, component), hub or {})
+    if component == "vae":
+        settings = {**settings, **autoencoder_config(file.markers)}
     headers = file.parts[component]
     meta = on_meta(cls, settings, headers, f"the config for {file.path}")
     table = key_map_of(cls, meta.config)
@@ -191,9 +273,12 @@ def read_part(file: SingleFile, component: str) -> dict[str, torch.Tensor]:
     """A component's tensors, without prefix. They stay on the disk until they are touched."""
     from safetensors import safe_open
 
-    prefix = file.prefixes[component]
+    scales = file.scales[component]
     with safe_open(file.path, framework="pt") as weights:
-        return {name: weights.get_tensor(prefix + name) for name in file.parts[component]}
+        tensors = {name: weights.get_tensor(key) for name, key in file.keys[component].items()}
+        for name, key in scales.items():
+            tensors[name] = tensors[name].float() * weights.get_tensor(key).float()
+    return tensors
 
 
 def assigned(model: Any, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> Any:

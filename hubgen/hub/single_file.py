@@ -21,13 +21,16 @@ from hubgen.formats.folders import check_pipeline_folder, has_weights
 from hubgen.formats.layouts import LAYOUTS, SingleFile, open_single_file
 from hubgen.formats.loading import CONFIG, HUB_ARGUMENTS, fetch
 from hubgen.formats.single_file import (
+    NO_EFFECT,
     Loader,
+    check_keywords,
     find_file,
     original_text_encoder,
     prepare_part,
     prepare_text_encoder,
 )
 from hubgen.hub.native import NativePipeline, require_class
+from hubgen.hub.trained_schedule import adjusted_scheduler, markers_of
 
 # What a pipeline's folder holds beside weights.
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
@@ -51,6 +54,7 @@ class SingleFilePipelineMixin:
         pretrained_model_link_or_path: str | os.PathLike[str],
         config: str | os.PathLike[str] | None = None,
         torch_dtype: torch.dtype | None = None,
+        extract_ema: bool = False,
         **kwargs: Any,
     ) -> Self:
         """A pipeline out of a single safetensors file in an original layout.
@@ -64,15 +68,22 @@ class SingleFilePipelineMixin:
             config: A pipeline's folder or repository. Its configs of backbone and autoencoder hold where it has them.
                 By default the official repository of the family, and then those configs are inferred from the file.
             torch_dtype: Of all models; float32 by default.
+            extract_ema: Take the averaged weights of the backbone, where the file has both.
             **kwargs: Components to take instead (`text_encoder_3=None` does without one), values for the pipeline's
-                constructor, and `token`, `cache_dir`, `local_files_only`.
+                constructor, and `token`, `cache_dir`, `local_files_only`. What diffusers' method takes and has no
+                meaning here (`use_safetensors=True`, `variant`, ...) is passed over.
+
+        What the file says of its noise schedule and its latents (`hubgen.formats.markers`) holds against the folder's.
 
         Raises:
             FileNotFoundError: There is no such file, or no such folder.
             ValueError: As of the models' `from_single_file`; or components are nowhere to be found: all are named.
         """
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
-        file = open_single_file(find_file(pretrained_model_link_or_path, hub))
+        known = [*inspect.signature(cls.__init__).parameters][1:]
+        check_keywords(f"{cls.__name__}.from_single_file", kwargs, known)
+        kwargs = {name: value for name, value in kwargs.items() if name not in NO_EFFECT}
+        file = open_single_file(find_file(pretrained_model_link_or_path, hub), extract_ema)
         if file.layout is None:
             raise ValueError(
                 f"{file.path} holds {file.describe()}, no pipeline; `AutoencoderKL.from_single_file` reads it."
@@ -160,9 +171,6 @@ def build(
     if issubclass(cls, NativePipeline):
         cls.check_index(index, str(folder), passed)
     parameters = inspect.signature(cls.__init__).parameters
-    unknown = sorted(set(passed) - set(parameters))
-    if unknown:
-        raise ValueError(f"{cls.__name__}.from_single_file does not take {', '.join(unknown)}.")
     values: dict[str, Any] = {}
     classes: dict[str, type] = {}
     for name, value in index.items():
@@ -197,6 +205,8 @@ def build(
             values[name] = component.from_pretrained(str(folder / name), torch_dtype=torch_dtype or torch.float32)  # type: ignore[attr-defined]
         else:
             values[name] = component.from_pretrained(str(folder / name))  # type: ignore[attr-defined]
+    if values.get("scheduler") is not None:
+        values["scheduler"] = adjusted_scheduler(values["scheduler"], file.markers)
     return {**values, **passed}
 
 
@@ -256,4 +266,4 @@ def original_tensors(pipe: Any) -> dict[str, torch.Tensor]:
                 raise ValueError(f"{layout.title} has no place for a {type(encoder).__name__} as its {component}.")
             named = original_text_encoder(encoder.state_dict(), encoder.config, prefix)
             tensors |= {prefix + name: value for name, value in named.items()}
-    return tensors
+    return {**tensors, **markers_of(pipe.scheduler, vae)}

@@ -131,16 +131,18 @@ def png_header_of(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
-ANIMATION = encoded(picture(), "GIF", save_all=True, append_images=[picture((0, 255, 0))])
 BAD_PICTURES = {
     "truncated PNG": (noise(32)[:-600], "truncated or damaged picture"),
     "truncated JPEG": (noise(32, "JPEG")[:-200], "truncated or damaged picture"),
     "empty file": (b"", "got an empty file, expected a picture"),
     "HTML": (b"<!doctype html><title>Not found</title>", r"begin with b'<!doctype ht', expected a picture"),
-    "177 megapixels": (png_header_of(13300, 13300), "got 13300x13300 pixels, expected at most 50000000"),
-    "400 megapixels": (png_header_of(20000, 20000), "far more pixels than 50000000"),
+    "177 megapixels": (png_header_of(13300, 13300), "got 13300x13300 pixels, expected at most 100000000"),
+    "400 megapixels": (png_header_of(20000, 20000), "far more pixels than `max_pixels`, 100000000"),
     "one pixel": (encoded(picture(size=(1, 1))), "got 1x1 pixels, expected at least 8"),
-    "animation": (ANIMATION, "got an animation of 2 frames, expected a still picture"),
+    "a program for printers": (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n",
+        "got EPS, a program for printers",
+    ),
 }
 
 
@@ -198,12 +200,13 @@ def test_a_path_that_leaves_the_folder_is_refused_even_when_skipping(good: Path,
         ImageTextFolder(good, size=16, on_error="skip")
 
 
-def test_a_link_out_of_the_folder_is_refused_even_when_skipping(good: Path):
+def test_a_link_out_of_the_folder_is_followed_unless_that_is_refused(good: Path):
     (good.parent / "secret.png").write_bytes(encoded(picture()))
     (good / "link.png").symlink_to(good.parent / "secret.png")
     append(good, {"file_name": "link.png", "text": "x"})
+    assert len(ImageTextFolder(good, size=16)) == 4
     with pytest.raises(DataError, match="row 4: .*link.png is a link out of the folder"):
-        ImageTextFolder(good, size=16, on_error="skip")
+        ImageTextFolder(good, size=16, on_error="skip", follow_links=False)
 
 
 def test_a_folder_of_which_most_rows_are_unusable_is_refused(good: Path):
@@ -267,5 +270,5 @@ def test_the_fingerprint_follows_pictures_captions_order_and_size_and_nothing_el
 def test_a_picture_that_vanishes_after_the_check_is_named(good: Path):
     folder = ImageTextFolder(good, size=16)
     (good / "red.png").unlink()
-    with pytest.raises(DataError, match=r"red.png: no longer readable \(No such file"):
+    with pytest.raises(DataError, match="red.png: No such file"):
         folder[0]

@@ -1,0 +1,247 @@
+"""Which pictures an image-text folder has, with which captions: rows of its metadata, in the forms people keep them in.
+
+    metadata.jsonl      {"file_name": "blue-heart.png", "text": "blue heart", "captions": ["blue heart", "a heart"]}
+    metadata.csv        file_name,text
+    metadata.parquet    the same columns
+    NAME.txt            beside NAME.png: the caption in the first line, other wordings in further ones
+
+The first three are those of `datasets`' imagefolder: each folder may have one, for the files in and below it. Text
+files count where there are none. `captions` (other wordings) is optional, as is every further column.
+"""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from PIL import Image
+
+from hubgen.data.errors import DataError
+
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+
+
+class LeavesFolderError(DataError):
+    """A file name that points out of the folder: never skipped, because such a row is no accident."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A picture and its captions."""
+
+    place: str
+    """Where it is written, for messages: file and row."""
+    file_name: str
+    """Relative to the data folder, with slashes."""
+    captions: list[str]
+    """Wordings, at least one; the first is the caption."""
+
+
+def read_rows(folder: Path, caption_column: str, skip: Callable[[DataError], None]) -> tuple[list[Row], int]:
+    """The rows that are in order, before any picture is opened; and how many pictures of the folder have no row.
+
+    Args:
+        folder: With metadata of any form, in it or in folders below.
+        caption_column: Column of the caption; `captions` is read only beside "text".
+        skip: Given the error of each row that cannot be used; raises it, or notes it.
+
+    Raises:
+        DataError: There are no rows, a file of them is unreadable as a whole, or two name one picture.
+        LeavesFolderError: A row names a file outside.
+    """
+    tables, pictures = _files_of(folder)
+    if tables:
+        rows = [row for table in tables for row in _rows_of_table(folder, table, caption_column, skip)]
+        what = tables[0]
+    else:
+        rows = list(_rows_of_texts(folder, pictures, skip))
+        what = folder / METADATA[0]
+        if not rows:
+            raise DataError(
+                f"{what}: no such file, expected a row of file_name and {caption_column} for each picture (or "
+                "metadata.csv, metadata.parquet, or a text file beside each picture)"
+            )
+    first: dict[str, Row] = {}
+    once = []
+    for row in rows:
+        known = first.setdefault(row.file_name, row)
+        if known is row:
+            once.append(row)
+        else:
+            number = known.place.rsplit(" ", 1)[-1]
+            skip(DataError(f"{row.place}: {row.file_name} stands in row {number} already, expected once"))
+    return once, len(pictures - first.keys())
+
+
+def has_metadata(folder: Path) -> bool:
+    """Whether there is a table of captions in this very folder."""
+    return any((folder / name).is_file() for name in METADATA)
+
+
+def has_captions(folder: Path) -> bool:
+    """Whether there is a table of captions, or a text file beside a picture, in or below a folder."""
+    tables, pictures = _files_of(folder)
+    return bool(tables) or any((folder / name).with_suffix(".txt").is_file() for name in pictures)
+
+
+def _files_of(folder: Path) -> tuple[list[Path], set[str]]:
+    """Tables of captions, the uppermost first, and the names of all pictures, in and below a folder."""
+    tables, pictures = [], set()
+    suffixes = Image.registered_extensions().keys()
+    seen: set[str] = set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        place = os.path.realpath(root)
+        if place in seen:  # links may lead in circles
+            folders.clear()
+            continue
+        seen.add(place)
+        here = [Path(root, name) for name in METADATA if name in files]
+        if len(here) > 1:
+            raise DataError(f"{root}: got {' and '.join(path.name for path in here)}, expected one of them")
+        tables += here
+        inside = Path(root).relative_to(folder)
+        pictures |= {
+            (inside / name).as_posix()
+            for name in files
+            if os.path.splitext(name)[1].lower() in suffixes and not name.startswith(".")
+        }
+    return tables, pictures
+
+
+def _rows_of_table(folder: Path, table: Path, caption_column: str, skip: Callable[[DataError], None]) -> Iterator[Row]:
+    read = {".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}[table.suffix]
+    inside, count = table.parent.relative_to(folder).as_posix(), 0
+    for number, value in read(table, caption_column):
+        count += 1
+        place = f"{table} row {number}"
+        try:
+            if isinstance(value, DataError):
+                raise value
+            yield _row(place, inside, value, caption_column)
+        except LeavesFolderError:
+            raise
+        except DataError as problem:
+            skip(problem)
+    if not count:
+        raise DataError(f"{table}: got no rows, expected one for each picture")
+
+
+def _json_rows(path: Path, caption_column: str) -> Iterator[tuple[int, Any]]:
+    """(line number, object or error) of each line that is not empty."""
+    for number, line in enumerate(_utf8(path).split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        place = f"{path} row {number}"
+        try:
+            row = json.loads(line.decode("utf-8"))
+            yield number, row if isinstance(row, dict) else DataError(f"{place}: got {_kind(row)}, expected an object")
+        except UnicodeDecodeError as problem:
+            yield number, DataError(f"{place}: not UTF-8 (byte {problem.start + 1} of the row), expected a JSON object")
+        except (ValueError, RecursionError) as problem:
+            yield number, DataError(f"{place}: not JSON ({problem}), expected an object")
+
+
+def _csv_rows(path: Path, caption_column: str) -> Iterator[tuple[int, Any]]:
+    try:
+        text = _utf8(path).decode("utf-8")
+    except UnicodeDecodeError as problem:
+        raise DataError(f"{path}: not UTF-8 (byte {problem.start + 1}), expected a table in it") from None
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        for row in reader:
+            yield reader.line_num, {name: value for name, value in row.items() if isinstance(name, str) and value != ""}
+    except csv.Error as problem:
+        raise DataError(f"{path} row {reader.line_num}: not CSV ({problem})") from None
+
+
+def _parquet_rows(path: Path, caption_column: str) -> Iterator[tuple[int, Any]]:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise DataError(f"{path}: needs pyarrow to be read: pip install 'hubgen[train]'") from None
+    try:
+        with ParquetFile(path) as file:
+            columns = [name for name in ("file_name", caption_column, "captions") if name in file.schema_arrow.names]
+            number = 0
+            for batch in file.iter_batches(columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    if row.get("captions", ()) is None:
+                        del row["captions"]
+                    yield number, row
+    except (ArrowException, OSError) as problem:
+        raise DataError(f"{path}: not a whole parquet file ({' '.join(str(problem).split())})") from problem
+
+
+def _rows_of_texts(folder: Path, pictures: set[str], skip: Callable[[DataError], None]) -> Iterator[Row]:
+    for name in sorted(pictures):
+        path = (folder / name).with_suffix(".txt")
+        if not path.is_file():
+            continue
+        try:
+            lines = [line.strip() for line in _utf8(path).decode("utf-8").splitlines() if line.strip()]
+            row = {"text": lines[0] if lines else "", "captions": lines}
+            yield Row(f"{path} row 1", name, _captions(row, "text", str(path)))
+        except UnicodeDecodeError as problem:
+            skip(DataError(f"{path}: not UTF-8 (byte {problem.start + 1}), expected a caption"))
+        except DataError as problem:
+            skip(problem)
+
+
+def _utf8(path: Path) -> bytes:
+    """A file's bytes without the mark that some programs put before UTF-8."""
+    try:
+        content = path.read_bytes()
+    except OSError as problem:
+        raise DataError(f"{path}: not readable ({problem.strerror})") from problem
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(f"{path}: got UTF-16, expected UTF-8")
+    return content.removeprefix(b"\xef\xbb\xbf")
+
+
+def _row(place: str, inside: str, row: dict[str, Any], caption_column: str) -> Row:
+    """A row of a table that lies in the folder `inside`."""
+    file_name = _text_in(row, "file_name", place).replace("\\", "/")
+    pure = PurePosixPath(file_name)
+    if pure.is_absolute() or ".." in pure.parts or Path(file_name).is_absolute() or file_name[1:2] == ":":
+        raise LeavesFolderError(f"{place}: file_name {file_name!r} leaves the folder, expected a path inside it")
+    return Row(place, (PurePosixPath(inside) / pure).as_posix(), _captions(row, caption_column, place))
+
+
+def _captions(row: dict[str, Any], caption_column: str, place: str) -> list[str]:
+    text = _text_in(row, caption_column, place)
+    others = row.get("captions") if caption_column == "text" else None
+    if others is None:
+        return [text]
+    if not isinstance(others, list):
+        raise DataError(f"{place}: captions is {_kind(others)}, expected a list of strings")
+    for position, wording in enumerate(others):
+        _text_in({f"captions[{position}]": wording}, f"captions[{position}]", place)
+    return list(dict.fromkeys([text, *others]))
+
+
+def _text_in(row: dict[str, Any], column: str, place: str) -> str:
+    if column not in row:
+        raise DataError(f"{place}: got {', '.join(map(repr, row)) or 'nothing'}, expected {column!r} too")
+    value = row[column]
+    if not isinstance(value, str):
+        raise DataError(f"{place}: {column} is {_kind(value)}, expected a string")
+    if not value.strip():
+        raise DataError(f"{place}: {column} is empty, expected text")
+    if "\0" in value:
+        raise DataError(f"{place}: {column} holds a NUL character, expected text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError(f"{place}: {column} holds half a character (a lone surrogate), expected text") from None
+    return value
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else f"{type(value).__name__} {value!r:.40}"
