@@ -166,10 +166,11 @@ class Checkpoints:
                 aside = self.folder / f"damaged-{folder.name}"
                 shutil.rmtree(aside, ignore_errors=True)
                 os.rename(folder, aside)
-        if steps:
+        damaged = sorted(path.name for path in self.folder.glob("damaged-step-*")) if self.folder.is_dir() else []
+        if steps or damaged:
             raise CheckpointError(
-                f"{self.folder}: all {len(steps)} checkpoints are damaged (now named damaged-step-*); "
-                "remove them to start anew."
+                f"{self.folder}: every checkpoint is damaged ({', '.join(damaged) or 'none can be read'}), expected "
+                "one that is whole; remove them to start anew."
             )
         return None
 
@@ -264,6 +265,16 @@ def file_digest(path: Path) -> str:
 
 
 _sha256 = file_digest
+
+
+def folder_digest(folder: Path) -> str:
+    """Hex sha256 over the weights and the config of a model's folder, wherever it lies."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    plain = {name: value for name, value in config.items() if not name.startswith("_")}
+    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(f"\n{path.name} {file_digest(path)}".encode())
+    return digest.hexdigest()
 
 
 def _own_copy(tensor: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 from types import FrameType, TracebackType
 
 import torch
@@ -23,7 +24,8 @@ class Interrupted(Exception):
 class Interruption:
     """Context in which SIGTERM, SIGINT and SIGUSR1 are noted instead of obeyed; a second one exits at once.
 
-    The loop asks `requested` once per step, saves, and raises `Interrupted`.
+    The loop asks `requested` once per step, saves, and raises `Interrupted`. `accelerate launch` of a single process
+    ends at SIGTERM and tells its child nothing; so the end of that launcher counts as one.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -31,11 +33,12 @@ class Interruption:
     def __init__(self) -> None:
         self.signal_number: int | None = None
         self._previous: dict[signal.Signals, object] = {}
+        self._launcher = os.getppid() if is_accelerate(os.getppid()) else None
 
     @property
     def requested(self) -> bool:
-        """Whether a signal has arrived in this process."""
-        return self.signal_number is not None
+        """Whether a signal has arrived in this process, or its launcher has ended."""
+        return self.signal_number is not None or self._launcher not in (None, os.getppid())
 
     def _note(self, signal_number: int, frame: FrameType | None) -> None:
         if self.signal_number is not None:
@@ -53,6 +56,15 @@ class Interruption:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._previous.clear()
+
+
+def is_accelerate(process: int) -> bool:
+    """Whether a process is `accelerate launch`, where the system tells."""
+    try:
+        words = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return any(b"accelerate" in word for word in words) and b"launch" in words
 
 
 def requested_anywhere(interruption: Interruption, accelerator: Accelerator) -> bool:

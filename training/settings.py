@@ -20,7 +20,6 @@ import argparse
 import ast
 import dataclasses
 import difflib
-import errno
 import inspect
 import itertools
 import math
@@ -35,6 +34,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, 
 
 import yaml
 
+from hubgen.errors import is_expected, one_line
 from hubgen.training.finite import NonFiniteError
 from hubgen.training.interruption import Interrupted
 
@@ -43,12 +43,19 @@ T = TypeVar("T")
 USAGE_ERROR = 2
 """Exit code of a run that was refused because of what it was given."""
 
+UNFINISHED_ERROR = 4
+"""Exit code of a run that has trained and saved, but could not validate or publish."""
+
 NON_FINITE_ERROR = 3
 """Exit code of a run that stopped at a loss or gradient that is not finite."""
 
 
 class SettingsError(ValueError):
     """A setting is unknown, missing, of the wrong type or out of range; the message names it."""
+
+
+class UnfinishedError(RuntimeError):
+    """The weights are trained and saved; something beside them failed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,28 +136,23 @@ def run_script(main: Callable[[Any], None], cls: type, *, description: str = "")
     """Parse the settings, run `main(settings)` and exit; an expected error becomes one line on stderr and no traceback.
 
     Exit codes: 0 done; 2 for what the user gave (settings, data, paths, a full disk); 3 for a loss that is not finite;
-    128 + signal for a run that saved and stopped on a signal. `HUBGEN_TRACEBACK=1` prints the traceback as well.
+    4 for a run that is trained and saved, but failed to validate or publish; 128 + signal for a run that saved and
+    stopped on a signal. `HUBGEN_TRACEBACK=1` prints the traceback as well.
     """
     try:
         main(parse_settings(cls, description=description))
     except Interrupted as stop:
         print(f"stopped: {stop}", file=sys.stderr)
         sys.exit(stop.exit_code)
-    except (ValueError, NonFiniteError, OSError) as error:
+    except Exception as error:
+        codes = {NonFiniteError: NON_FINITE_ERROR, UnfinishedError: UNFINISHED_ERROR}
+        if type(error) not in codes and not is_expected(error):
+            raise
         if os.environ.get("HUBGEN_TRACEBACK"):
             traceback.print_exc()
-        print(f"error: {describe_error(error)}", file=sys.stderr)
-        sys.exit(NON_FINITE_ERROR if isinstance(error, NonFiniteError) else USAGE_ERROR)
+        print(f"error: {one_line(error, 'try a smaller batch_size or size')}", file=sys.stderr)
+        sys.exit(codes.get(type(error), USAGE_ERROR))
     sys.exit(0)
-
-
-def describe_error(error: BaseException) -> str:
-    """The error in one line for a person; a full disk is said in words and with its path."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"disk full while writing {error.filename or 'the output'} ({os.strerror(error.errno)})."
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}."
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _build_parser(cls: type, description: str) -> argparse.ArgumentParser:

@@ -9,7 +9,6 @@ The same command goes on where it was stopped. At the end `output_dir/autoencode
 latents' scale and shift measured on the training pictures: `AutoencoderKL.from_pretrained` loads it.
 """
 
-import json
 import signal
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -33,6 +32,7 @@ from hubgen.autoencoders.discriminator import PatchDiscriminator, adaptive_weigh
 from hubgen.autoencoders.efficientnet import EfficientNetLite0
 from hubgen.autoencoders.perceptual import PerceptualLoss
 from hubgen.data.image_folder import ImageTextFolder
+from hubgen.data.pictures import MAX_PIXELS
 from hubgen.data.sampler import StepBatchSampler, step_generator
 from hubgen.formats.atomic import sweep, written
 from hubgen.hub.card import TrainingRecord, describe_data
@@ -40,8 +40,10 @@ from hubgen.training.checkpoints import Checkpoints
 from hubgen.training.ema import ExponentialMovingAverage
 from hubgen.training.finite import finite_or_stop
 from hubgen.training.interruption import Interrupted, Interruption, requested_anywhere
+from hubgen.training.metrics import Metrics
+from hubgen.training.run import Survived, accelerator_of, check_steps, describe, ignore_signals, open_split
 from hubgen.training.schedule import learning_rate_factor
-from hubgen.training.settings import Range, run_script, settings_to_dict
+from hubgen.training.settings import Range, SettingsError, run_script, settings_to_dict
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,15 @@ class Settings:
 
     size: Annotated[int, Range(8)] = 64
     """Height and width in pixels."""
+
+    on_bad_picture: Literal["fail", "skip"] = "fail"
+    """Whether a row that cannot be used ends the run or is left out and reported."""
+
+    max_pixels: Annotated[int, Range(1)] = MAX_PIXELS
+    """Pixels of a picture at most, before it is scaled."""
+
+    caption_column: str = "text"
+    """Column of the captions in the folder's table."""
 
     horizontal_flip: bool = True
     """Mirror half of the pictures."""
@@ -129,8 +140,8 @@ class Settings:
     ema_decay: Annotated[float, Range(0, 1)] = 0.999
     """Decay of the averaged weights that are validated and published."""
 
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Precision of the forward pass; weights stay in float32."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Precision of the forward pass; weights stay in float32. Not given, it is the launcher's."""
 
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
@@ -173,17 +184,11 @@ class Reconstruction(nn.Module):
 
 def main(settings: Settings) -> None:
     """Trains from the settings, going on where an earlier run of them stopped."""
-    accelerator = Accelerator(
-        mixed_precision=settings.mixed_precision,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        log_with=None if settings.report_to == "none" else settings.report_to,
-        project_dir=str(settings.output_dir),
-    )
+    accelerator, survived = accelerator_of(settings), Survived()
     device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
-    dataset = ImageTextFolder(settings.data_dir, split=settings.train_split, size=settings.size)
-    held_out = None
-    if settings.validation_split is not None:
-        held_out = ImageTextFolder(settings.data_dir, split=settings.validation_split, size=settings.size)
+    dataset = open_split(settings, settings.train_split)
+    held_out = None if settings.validation_split is None else open_split(settings, settings.validation_split)
+    check_size(settings)
 
     torch.manual_seed(settings.seed)  # initial weights only; all later randomness derives from (seed, step)
     levels = len(settings.block_out_channels)
@@ -226,17 +231,27 @@ def main(settings: Settings) -> None:
     checkpoints = Checkpoints(
         settings.output_dir,
         keep=settings.keep_checkpoints,
-        identity={"settings": identity_of(settings), "data": dataset.fingerprint, "world_size": world_size},
+        identity={
+            "settings": identity_of(settings, accelerator),
+            "data": dataset.fingerprint,
+            "world_size": world_size,
+        },
         writer=accelerator.is_main_process,
     )
     state = {
         "modules": {"autoencoder": autoencoder, "discriminator": accelerator.unwrap_model(discriminator), "ema": ema},
         "optimizers": {"autoencoder": optimizer, "discriminator": discriminator_optimizer},
     }
-    restored = checkpoints.restore(**state)
-    first_step = 0 if restored is None else restored[0]
+    parameters = sum(parameter.numel() for parameter in autoencoder.parameters())
+    describe(accelerator, settings, len(dataset), parameters, dataset.left_out())
+    first_step, extra = checkpoints.restore(**state) or (0, {})
+    check_steps(first_step, settings.max_train_steps, checkpoints)
+    if accelerator.scaler is not None and "scaler" in extra:
+        accelerator.scaler.load_state_dict(extra["scaler"])
     if settings.report_to != "none":
-        accelerator.init_trackers("logs")
+        # What a killed run logged beyond its last checkpoint is logged again.
+        accelerator.init_trackers("logs", init_kwargs={"tensorboard": {"purge_step": first_step + 1}})
+    metrics = Metrics(settings.output_dir / "metrics.jsonl", first_step, accelerator.is_main_process)
 
     accumulation = settings.gradient_accumulation_steps
     batches = DataLoader(
@@ -252,6 +267,7 @@ def main(settings: Settings) -> None:
         ),
         collate_fn=collate,
         num_workers=settings.num_workers,
+        worker_init_fn=ignore_signals,
     )
 
     def reconstruction_losses(
@@ -266,9 +282,22 @@ def main(settings: Settings) -> None:
             losses["perceptual"] = perceptual(reconstruction.float(), pixels).mean()
         return losses
 
+    def validate(step: int) -> None:
+        if held_out is None:
+            return
+        with survived(f"the validation of step {step}"):
+            with ema.applied(autoencoder):
+                report = reconstruct(autoencoder, held_out, perceptual, settings, accelerator, step)
+            metrics.write(step, report)
+            accelerator.log(report, step=step)
+            progress.write(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in report.items()))
+
     progress = tqdm(
         total=settings.max_train_steps, initial=first_step, desc="autoencoder", disable=not accelerator.is_main_process
     )
+    due = first_step > 0 and (first_step % settings.validation_steps == 0 or first_step == settings.max_train_steps)
+    if due and accelerator.is_main_process and not metrics.has(first_step, "psnr"):
+        validate(first_step)  # the run was stopped between the checkpoint and this
     with Interruption() as interruption:
         for micro_step, batch in enumerate(batches, start=first_step * accumulation):
             step = micro_step // accumulation  # optimizer steps taken so far
@@ -303,7 +332,9 @@ def main(settings: Settings) -> None:
                     loss = loss + settings.discriminator_weight * weight * losses["adversarial"]
                 loss = loss + settings.kl_weight * losses["kl"]
                 accelerator.backward(loss)
-                norm = accelerator.clip_grad_norm_(autoencoder.parameters(), settings.max_grad_norm)
+                norm = None
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(autoencoder.parameters(), settings.max_grad_norm)
                 # With fp16, gradients may overflow now and then: the scaler skips such a step by itself.
                 checked = [loss] if accelerator.scaler is not None or norm is None else [loss, norm]
                 loss_value = finite_or_stop(checked, step + 1, batch["file_name"], checkpoints)
@@ -317,7 +348,8 @@ def main(settings: Settings) -> None:
                         logits = discriminator(torch.cat([pixels, reconstruction.detach()])).float()
                     losses["discriminator"] = hinge_loss(*logits.chunk(2))
                     accelerator.backward(losses["discriminator"])
-                    accelerator.clip_grad_norm_(discriminator.parameters(), settings.max_grad_norm)
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(discriminator.parameters(), settings.max_grad_norm)
                     discriminator_optimizer.step()
                     discriminator_optimizer.zero_grad()
 
@@ -329,18 +361,19 @@ def main(settings: Settings) -> None:
             if step % settings.log_steps == 0:
                 values = {name: value.item() for name, value in losses.items()} | {"loss": loss_value}
                 progress.set_postfix({name: f"{value:.4f}" for name, value in values.items()})
-                accelerator.log(values | {"learning_rate": settings.learning_rate * factor}, step=step)
+                values["learning_rate"] = settings.learning_rate * factor
+                metrics.write(step, values)
+                accelerator.log(values, step=step)
             last = step == settings.max_train_steps
-            if accelerator.is_main_process and held_out and (step % settings.validation_steps == 0 or last):
-                with ema.applied(autoencoder):
-                    report = validate(autoencoder, held_out, perceptual, settings, step)
-                accelerator.log(report, step=step)
-                progress.write(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in report.items()))
             stop = requested_anywhere(interruption, accelerator)
             if step % settings.checkpoint_steps == 0 or last or stop:
                 if accelerator.is_main_process:
-                    checkpoints.save(step, **state)
+                    scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+                    checkpoints.save(step, **state, extra={"scaler": scaler} if scaler else {})
                 accelerator.wait_for_everyone()
+            # After the checkpoint: whatever happens here, the steps are saved.
+            if accelerator.is_main_process and (step % settings.validation_steps == 0 or last):
+                validate(step)
             if stop and not last:
                 raise Interrupted(
                     interruption.signal_number or signal.SIGTERM,
@@ -349,29 +382,59 @@ def main(settings: Settings) -> None:
     progress.close()
 
     if accelerator.is_main_process:
-        reports = settings.output_dir / "validation" / "metrics.jsonl"
-        lines = reports.read_text(encoding="utf-8").splitlines() if reports.is_file() else []
         record = TrainingRecord(
             script="hubgen.training.train_autoencoder",
-            settings=identity_of(settings),
+            settings=identity_of(settings, accelerator),
             data=describe_data(settings.data_dir, len(dataset), dataset.fingerprint),
-            curve=list({row["step"]: row for row in map(json.loads, lines)}.values()),
+            curve=metrics.curve("psnr", "perceptual_distance"),
         )
-        sweep(settings.output_dir)  # the run has its output folder to itself
-        with ema.applied(autoencoder), written(settings.output_dir / "autoencoder") as temporary:
-            shift, scale = measure_latents(autoencoder, dataset, settings)
-            autoencoder.register_to_config(shift_factor=shift, scaling_factor=scale)
-            autoencoder.save_pretrained(temporary)
-            record.save(temporary)
-        print(f"autoencoder written to {settings.output_dir / 'autoencoder'} (scale {scale:.5f}, shift {shift:.5f})")
+        folder = settings.output_dir / "autoencoder"
+        with survived(f"writing the autoencoder to {folder}"):
+            sweep(settings.output_dir)  # the run has its output folder to itself
+            with ema.applied(autoencoder), written(folder) as temporary:
+                shift, scale = measure_latents(autoencoder, dataset, settings)
+                autoencoder.register_to_config(shift_factor=shift, scaling_factor=scale)
+                autoencoder.save_pretrained(temporary)
+                record.save(temporary)
+            print(f"autoencoder written to {folder} (scale {scale:.5f}, shift {shift:.5f})")
     accelerator.end_training()
+    survived.finish()
 
 
-def identity_of(settings: Settings) -> dict:
+def check_size(settings: Settings) -> None:
+    """Raises SettingsError for pictures that the autoencoder cannot halve so often."""
+    levels = len(settings.block_out_channels)
+    if levels == 0:
+        raise SettingsError("setting 'block_out_channels': got none, expected the width of at least one level.")
+    ratio = 2 ** (levels - 1)
+    if settings.size % ratio:
+        raise SettingsError(
+            f"setting 'size': got {settings.size}, expected a multiple of {ratio}, which {levels} levels halve to "
+            "latents."
+        )
+    halved = settings.size // 2**settings.discriminator_layers
+    if settings.discriminator_weight > 0 and halved < 3:
+        raise SettingsError(
+            f"setting 'discriminator_layers': got {settings.discriminator_layers}, which halve {settings.size} pixels "
+            f"to {halved}, expected at least 3."
+        )
+    for width in settings.block_out_channels:
+        if width % settings.norm_num_groups:
+            raise SettingsError(
+                f"setting 'block_out_channels': got {width}, expected a multiple of norm_num_groups, "
+                f"{settings.norm_num_groups}."
+            )
+
+
+def identity_of(settings: Settings, accelerator: Accelerator) -> dict:
     """The settings that must not change between a run and its resumption."""
     free = {"data_dir", "output_dir", "num_workers", "checkpoint_steps", "keep_checkpoints", "validation_steps"}
     free |= {"report_to", "log_steps", "validation_split"}
-    return {name: value for name, value in settings_to_dict(settings).items() if name not in free}
+    free |= {"on_bad_picture", "max_pixels", "caption_column"}  # the data's fingerprint tells what they change
+    if settings.lr_schedule == "constant":
+        free.add("max_train_steps")  # a finished run may then be made longer
+    values = settings_to_dict(settings) | {"mixed_precision": accelerator.mixed_precision}
+    return {name: value for name, value in values.items() if name not in free}
 
 
 def collate(rows: list[dict]) -> dict:
@@ -405,11 +468,12 @@ def measure_latents(autoencoder: AutoencoderKL, dataset: ImageTextFolder, settin
 
 
 @torch.no_grad()
-def validate(
+def reconstruct(
     autoencoder: AutoencoderKL,
     dataset: ImageTextFolder,
     perceptual: PerceptualLoss | None,
     settings: Settings,
+    accelerator: Accelerator,
     step: int,
 ) -> dict[str, float]:
     """PSNR in dB and perceptual distance of the mode's reconstructions; writes a grid of pictures beside them."""
@@ -418,7 +482,7 @@ def validate(
     shown: list[Image.Image] = []
     autocast = torch.autocast(autoencoder.device.type, torch.bfloat16)
     for pixels in pixel_batches(dataset, settings, autoencoder.device):
-        with autocast if settings.mixed_precision == "bf16" else nullcontext():
+        with autocast if accelerator.mixed_precision == "bf16" else nullcontext():
             reconstruction = autoencoder(pixels).sample
         reconstruction = reconstruction.float().clamp(-1, 1)
         error = ((reconstruction - pixels) / 2).square().mean(dim=[1, 2, 3])
@@ -433,8 +497,6 @@ def validate(
     report = {"psnr": torch.cat(psnrs).mean().item()}
     if distances:
         report["perceptual_distance"] = torch.cat(distances).mean().item()
-    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": step, **report}) + "\n")
     return report
 
 

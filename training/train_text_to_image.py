@@ -40,8 +40,9 @@ from hubgen.conditioning.condition import Condition
 from hubgen.conditioning.predict import predict
 from hubgen.conditioning.text import TextCondition
 from hubgen.data.cache import LatentCache, TextCache, cache_latents, cache_text_embeddings, module_digest
-from hubgen.data.image_folder import ImageTextFolder
+from hubgen.data.pictures import MAX_PIXELS
 from hubgen.data.sampler import StepBatchSampler, step_generator, step_seed
+from hubgen.errors import one_line
 from hubgen.formats.atomic import sweep, written
 from hubgen.hub.card import TrainingRecord, describe_data, text_to_image_card
 from hubgen.paths.path import ProbabilityPath, RectifiedFlowPath, VariancePreservingPath
@@ -51,10 +52,12 @@ from hubgen.paths.weighting import MinSnrWeighting, Weighting, uniform_weighting
 from hubgen.pipelines.text_to_image import TextToImagePipeline
 from hubgen.schedulers.ddpm import DDPMScheduler
 from hubgen.schedulers.flow_match_euler import FlowMatchEulerDiscreteScheduler
-from hubgen.training.checkpoints import Checkpoints
+from hubgen.training.checkpoints import Checkpoints, folder_digest
 from hubgen.training.ema import ExponentialMovingAverage
 from hubgen.training.finite import finite_or_stop
 from hubgen.training.interruption import Interrupted, Interruption, requested_anywhere
+from hubgen.training.metrics import Metrics
+from hubgen.training.run import Survived, accelerator_of, check_steps, describe, open_split
 from hubgen.training.schedule import learning_rate_factor
 from hubgen.training.settings import Range, SettingsError, run_script, settings_to_dict
 
@@ -92,6 +95,12 @@ class Settings:
 
     on_bad_picture: Literal["fail", "skip"] = "fail"
     """Whether a row that cannot be used ends the run or is left out and reported."""
+
+    max_pixels: Annotated[int, Range(1)] = MAX_PIXELS
+    """Pixels of a picture at most, before it is scaled."""
+
+    caption_column: str = "text"
+    """Column of the captions in the folder's table."""
 
     max_text_tokens: Annotated[int, Range(2)] = 24
     """Tokens of a caption, with its special ones; longer captions are cut."""
@@ -171,8 +180,8 @@ class Settings:
     ema_decay: Annotated[float, Range(0, 0.999999)] = 0.999
     """Decay of the averaged weights that are validated and published."""
 
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Precision of the forward pass; weights stay in float32."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Precision of the forward pass; weights stay in float32. Not given, it is the launcher's."""
 
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
@@ -235,27 +244,19 @@ class Settings:
 
 def main(settings: Settings) -> None:
     """Trains from the settings, going on where an earlier run of them stopped."""
-    accelerator = Accelerator(
-        mixed_precision=settings.mixed_precision,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        log_with=None if settings.report_to == "none" else settings.report_to,
-        project_dir=str(settings.output_dir),
-    )
+    accelerator, survived = accelerator_of(settings), Survived()
     device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
 
     # The data and the frozen parts
-    dataset = ImageTextFolder(
-        settings.data_dir, split=settings.train_split, size=settings.size, on_error=settings.on_bad_picture
-    )
-    if dataset.skipped:
-        accelerator.print(f"{len(dataset.skipped)} rows are left out:", *dataset.skipped, sep="\n  ")
+    dataset = open_split(settings, settings.train_split)
     vae = load_frozen(AutoencoderKL, settings.autoencoder, "autoencoder").to(device)
     text = load_text_condition(settings, device)
     checkpoints = Checkpoints(
         settings.output_dir,
         keep=settings.keep_checkpoints,
         identity={
-            "settings": settings_of_run(settings),
+            "settings": settings_of_run(settings, accelerator),
+            "pretrained_backbone": settings.pretrained_backbone and folder_digest(settings.pretrained_backbone),
             "data": dataset.fingerprint,
             "autoencoder": module_digest(vae),
             "text_encoder": module_digest(text.text_encoder),
@@ -290,7 +291,9 @@ def main(settings: Settings) -> None:
 
     # Where the run stands
     modules = {"backbone": accelerator.unwrap_model(backbone), "ema": ema}
+    describe(accelerator, settings, len(dataset), count_parameters(modules["backbone"]), dataset.left_out())
     first_step, extra = checkpoints.restore(modules, {"adamw": optimizer}) or (0, {})
+    check_steps(first_step, settings.max_train_steps, checkpoints)
     if accelerator.scaler is not None and "scaler" in extra:
         accelerator.scaler.load_state_dict(extra["scaler"])
     if settings.report_to != "none":
@@ -300,6 +303,20 @@ def main(settings: Settings) -> None:
     held_out = None
     if settings.validation_split is not None and accelerator.is_main_process:
         held_out = HeldOut(settings, vae, text, path, cache_dir)
+
+    def validate(step: int) -> None:
+        if held_out is not None:
+            with survived(f"the held-out loss of step {step}"):
+                values = held_out.loss(ema.shadow, accelerator)
+                metrics.write(step, values)
+                accelerator.log(values, step=step)
+        if settings.validation_prompts:
+            with survived(f"the validation grid of step {step}"):
+                draw_validation(build_pipeline(settings, ema.shadow, vae, text), settings, accelerator, step)
+
+    due = first_step > 0 and (first_step % settings.validation_steps == 0 or first_step == settings.max_train_steps)
+    if due and held_out is not None and not metrics.has(first_step, "held_out_loss"):
+        validate(first_step)  # the run was stopped between the checkpoint and this
 
     accumulation = settings.gradient_accumulation_steps
     batches = StepBatchSampler(
@@ -369,14 +386,6 @@ def main(settings: Settings) -> None:
                 metrics.write(step, values)
                 accelerator.log(values, step=step)
                 window = [0.0, 0]
-            if accelerator.is_main_process and (step % settings.validation_steps == 0 or last):
-                if held_out is not None:
-                    values = held_out.loss(ema.shadow, accelerator)
-                    metrics.write(step, values)
-                    accelerator.log(values, step=step)
-                if settings.validation_prompts:
-                    draw_validation(build_pipeline(settings, ema.shadow, vae, text), settings, accelerator, step)
-                clock = time.perf_counter()
             stop = requested_anywhere(interruption, accelerator)
             if step % settings.checkpoint_steps == 0 or last or stop:
                 if accelerator.is_main_process:
@@ -384,6 +393,10 @@ def main(settings: Settings) -> None:
                     kept = {"window": window} | ({"scaler": scaler} if scaler else {})
                     checkpoints.save(step, modules, {"adamw": optimizer}, kept)
                 accelerator.wait_for_everyone()
+            # After the checkpoint: whatever happens here, the steps are saved.
+            if accelerator.is_main_process and (step % settings.validation_steps == 0 or last):
+                validate(step)
+                clock = time.perf_counter()
             if stop and not last:
                 raise Interrupted(
                     interruption.signal_number or signal.SIGTERM,
@@ -395,26 +408,30 @@ def main(settings: Settings) -> None:
         folder = settings.output_dir / "pipeline"
         record = TrainingRecord(
             script="hubgen.training.train_text_to_image",
-            settings=settings_of_run(settings) | {"text_encoder": Path(settings.text_encoder).name},
+            settings=settings_of_run(settings, accelerator) | {"text_encoder": Path(settings.text_encoder).name},
             data=describe_data(settings.data_dir, len(dataset), dataset.fingerprint),
-            curve=metrics.curve(),
+            curve=metrics.curve("held_out_loss", "loss"),
         )
-        publish(build_pipeline(settings, ema.shadow, vae, text), folder, settings, record)
-        print(f"pipeline written to {folder}")
+        with survived(f"writing the pipeline to {folder}"):
+            publish(build_pipeline(settings, ema.shadow, vae, text), folder, settings, record)
+            print(f"pipeline written to {folder}")
     accelerator.end_training()
+    survived.finish()
 
 
-def settings_of_run(settings: Settings) -> dict[str, Any]:
+def settings_of_run(settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
     """The settings that the weights depend on: those that a resumed run must share.
 
-    Data, autoencoder and text encoder are compared by content, and not by where they lie.
+    Data, pretrained weights, autoencoder and text encoder are compared by content, and not by where they lie.
     """
-    free = {"data_dir", "output_dir", "cache_dir", "autoencoder", "text_encoder", "checkpoint_steps"}
-    free |= {"keep_checkpoints", "report_to", "log_steps", "export_dtype"}
+    free = {"data_dir", "output_dir", "cache_dir", "autoencoder", "text_encoder", "pretrained_backbone"}
+    free |= {"on_bad_picture", "max_pixels", "caption_column"}  # the data's fingerprint tells what they change
+    free |= {"checkpoint_steps", "keep_checkpoints", "report_to", "log_steps", "export_dtype"}
     free |= {name for name in settings_to_dict(settings) if name.startswith(("validation_", "card_"))}
     if settings.lr_schedule == "constant":
         free.add("max_train_steps")  # a finished run may then be made longer
-    return {name: value for name, value in settings_to_dict(settings).items() if name not in free}
+    values = settings_to_dict(settings) | {"mixed_precision": accelerator.mixed_precision}
+    return {name: value for name, value in values.items() if name not in free}
 
 
 def load_frozen(cls: type, folder: Path, setting: str) -> Any:
@@ -423,7 +440,10 @@ def load_frozen(cls: type, folder: Path, setting: str) -> Any:
         raise SettingsError(
             f"setting '{setting}': got {folder} without a config.json, expected a {cls.__name__} folder."
         )
-    return cls.from_pretrained(folder).eval().requires_grad_(False)  # type: ignore[attr-defined]
+    try:
+        return cls.from_pretrained(folder).eval().requires_grad_(False)  # type: ignore[attr-defined]
+    except Exception as error:
+        raise SettingsError(f"setting '{setting}': {folder}: {one_line(error)}") from error
 
 
 def load_text_condition(settings: Settings, device: torch.device) -> TextCondition:
@@ -441,8 +461,16 @@ def load_text_condition(settings: Settings, device: torch.device) -> TextConditi
             encoder = CLIPTextModelWithProjection.from_pretrained(source, use_safetensors=True)
         else:
             encoder = AutoModelForTextEncoding.from_pretrained(source, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"setting 'text_encoder': {source} holds no text encoder and tokenizer: {error}") from error
+    except Exception as error:  # damaged files give errors of every library below
+        raise SettingsError(
+            f"setting 'text_encoder': {source} holds no text encoder and tokenizer: {one_line(error)}"
+        ) from error
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and settings.max_text_tokens > positions:
+        raise SettingsError(
+            f"setting 'max_text_tokens': got {settings.max_text_tokens}, expected at most {positions}, the positions "
+            f"of {source}."
+        )
     tokenizer.model_max_length = settings.max_text_tokens
     return TextCondition(encoder.eval().requires_grad_(False).to(device), tokenizer, settings.max_text_tokens)
 
@@ -470,7 +498,12 @@ def build_backbone(settings: Settings, latents: LatentCache, text: TextCache) ->
         config = {"sample_size": latents.mean.shape[-1], **needed, **given}
         if {"num_attention_heads", "attention_head_dim"} <= given.keys() and "caption_projection_dim" in known:
             config.setdefault("caption_projection_dim", given["num_attention_heads"] * given["attention_head_dim"])
-        model = cls(**config)
+        try:
+            model = cls(**config)
+        except Exception as error:
+            raise SettingsError(
+                f"setting 'backbone_config': no {cls.__name__} can be made of it: {one_line(error)}"
+            ) from error
     for name, value in needed.items():
         if given.get(name, value) != value:
             raise SettingsError(
@@ -534,37 +567,9 @@ def choose_captions(wordings: Sequence[Sequence[str]], settings: Settings, gener
     return chosen
 
 
-class Metrics:
-    """`metrics.jsonl`, one line a measurement; what a killed run wrote beyond `first_step` is taken back."""
-
-    def __init__(self, path: Path, first_step: int, writer: bool):
-        self.path, self.writer = path, writer
-        if not writer or not path.exists():
-            return
-        lines = []
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            try:
-                if json.loads(line)["step"] <= first_step:
-                    lines.append(line)
-            except ValueError:  # the last line of a killed run may be cut
-                continue
-        with written(path) as temporary:
-            temporary.write_text("".join(lines), encoding="utf-8")
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        if self.writer:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
-
-    def curve(self) -> list[dict[str, float]]:
-        """The training loss at each step that held-out pictures were measured at, or at every log line without any."""
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        rows: dict[int, dict[str, float]] = {}
-        for row in map(json.loads, lines):
-            kept = {key: row[key] for key in ("step", "loss", "held_out_loss") if key in row}
-            rows.setdefault(row["step"], {}).update(kept)
-        measured = [row for row in rows.values() if "held_out_loss" in row]
-        return measured or list(rows.values())
+def count_parameters(module: nn.Module) -> int:
+    """Of those that learn."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
 class HeldOut:
@@ -573,7 +578,7 @@ class HeldOut:
     def __init__(
         self, settings: Settings, vae: AutoencoderKL, text: TextCondition, path: ProbabilityPath, cache_dir: Path
     ):
-        dataset = ImageTextFolder(settings.data_dir, split=settings.validation_split, size=settings.size)
+        dataset = open_split(settings, settings.validation_split)
         count = min(len(dataset), settings.validation_pictures)
         captions = [wordings[0] for wordings in dataset.captions]
         latents = cache_latents(vae, dataset, cache_dir)

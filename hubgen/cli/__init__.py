@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from hubgen.cli.arguments import EXIT_ERROR, Parser
 from hubgen.cli.data import add_data
 from hubgen.cli.generate import add_generate
+from hubgen.errors import is_expected, one_line
 
 EXIT_OK, EXIT_INTERRUPTED = 0, 130
 
@@ -67,33 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not is_expected(error) or os.environ.get("HUBGEN_DEBUG") == "1":
             raise
-        print(f"hubgen: error: {one_line(error)}", file=sys.stderr)
+        print(f"hubgen: error: {one_line(error, 'try a smaller --batch-size or --size')}", file=sys.stderr)
         return EXIT_ERROR
     return EXIT_OK
-
-
-def is_expected(error: Exception) -> bool:
-    """Whether an error tells of bad input or a full machine, rather than of a fault in the program."""
-    if isinstance(error, (ValueError, OSError)):
-        return True
-    # Named, not imported: the modules that define them are heavy, and may not have been loaded when the error came.
-    names = {f"{kind.__module__.split('.')[0]}.{kind.__name__}" for kind in type(error).__mro__}
-    expected = {"torch.OutOfMemoryError", "safetensors_rust.SafetensorError", "safetensors.SafetensorError"}
-    expected |= {"huggingface_hub.EntryNotFoundError", "huggingface_hub.RevisionResolutionError"}
-    if names & expected:
-        return True
-    # On a CPU, torch reports exhausted memory as a plain RuntimeError.
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-
-
-def one_line(error: Exception) -> str:
-    """An error's message on one line; an OSError of the system names its file first."""
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{os.fspath(error.filename)}: {error.strerror}"
-    text = " ".join(str(error).split()) or type(error).__name__
-    if "allocate memory" in text or "OutOfMemory" in type(error).__name__:
-        text = f"out of memory; try a smaller --batch-size or --size ({text})"
-    return text
 
 
 class ShowVersion(argparse.Action):

@@ -8,6 +8,7 @@ What a killed process leaves beside the name starts with `.tmp-`; `sweep` remove
 
 import errno
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -41,9 +42,20 @@ def written(path: str | os.PathLike[str], durable: bool = True) -> Iterator[Path
         _rename(temporary, target)
         if durable:
             _sync_folder(target.parent)
-    except BaseException:
+    except BaseException as error:
         _remove(temporary)
+        number = _number_of(error)
+        if number is not None:
+            raise OSError(number, os.strerror(number), str(target)) from error
         raise
+
+
+def _number_of(error: BaseException) -> int | None:
+    """The system's number of an error that safetensors tells in its text alone, of which there are several forms."""
+    if type(error).__name__ != "SafetensorError":
+        return None
+    match = re.search(r"\(os error (\d+)\)|code: (\d+),", str(error))
+    return int(match[1] or match[2]) if match else None
 
 
 def sweep(folder: Path) -> None:

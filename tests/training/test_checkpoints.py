@@ -144,8 +144,9 @@ def test_only_damaged_checkpoints_are_an_error_and_not_a_new_start(tmp_path: Pat
     save_steps(tmp_path, 2)
     for step in (1, 2):
         (tmp_path / "checkpoints" / f"step-{step:08d}" / "manifest.json").unlink()
-    with opened(tmp_path) as checkpoints, pytest.raises(CheckpointError, match="all 2 checkpoints are damaged"):
-        checkpoints.restore(*Run().parts)
+    for _ in range(2):  # also when the command is given again
+        with opened(tmp_path) as checkpoints, pytest.raises(CheckpointError, match="every checkpoint is damaged"):
+            checkpoints.restore(*Run().parts)
 
 
 class PowerLoss(BaseException):
