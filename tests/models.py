@@ -139,7 +139,7 @@ def class_inputs(config: Config) -> Inputs:
     """What tells a U-Net its class, if it takes one."""
     if config.get("class_embed_type") == "identity":
         return {"class_labels": drawn(2, 4 * config["block_out_channels"][0], seed=2)}
-    if config.get("class_embed_type") == "projection":
+    if config.get("class_embed_type") in ("projection", "simple_projection"):
         return {"class_labels": drawn(2, config["projection_class_embeddings_input_dim"], seed=2)}
     if config.get("class_embed_type") == "timestep":
         return {"class_labels": torch.tensor([3.0, 400.0])}

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"hubgen": ROOT / "hubgen", "hubgen.pipelines": ROOT / "pipelines", "hubgen.training": ROOT / "training"}
 
-BEDROCK = ("checks", "diffusers_contract")
+BEDROCK = ("checks", "errors", "diffusers_contract")
 GROUND = ("layers", "paths", "formats")
 MACHINE = ("autoencoders", "backbones", "schedulers", "conditioning")
 ABOVE = ("controls", "adaptation", "data", "hub", "acceleration")

@@ -73,10 +73,11 @@ class UNet2DConditionModel(UNetConditionEncoder):
         encoder_hid_dim: Features of the text encoder's tokens where they are to be projected to
             `cross_attention_dim` first; `encoder_hid_dim_type` is then `"text_proj"`.
         attention_head_dim: The **number** of heads, in spite of its name, or one number a level: the name is wrong in
-            diffusers, and in every checkpoint's config since. A head has `channels / attention_head_dim` features.
+            diffusers, and in every checkpoint's config since. A head has `channels // attention_head_dim` features.
         use_linear_projection: See `Transformer2DModel`.
         class_embed_type: What `class_labels` is: `None` for no such input, or with `num_class_embeds` whole numbers
-            (B,); `"timestep"` numbers (B,) that are embedded as the timestep is; `"projection"` vectors.
+            (B,); `"timestep"` numbers (B,) that are embedded as the timestep is; `"projection"` vectors, which go
+            through two layers, and `"simple_projection"` through one; `"identity"` vectors (B, T).
         addition_embed_type: `None`, or `"text_time"` for SDXL's pooled text and sizes.
         addition_time_embed_dim: Features of each embedded number of `time_ids`.
         num_class_embeds: Number of classes.
@@ -85,8 +86,10 @@ class UNet2DConditionModel(UNetConditionEncoder):
         time_cond_proj_dim: Features of `timestep_cond`, the embedded guidance scale of latent consistency models.
         conv_in_kernel: Size of the first convolution, odd.
         conv_out_kernel: Size of the last convolution, odd.
-        projection_class_embeddings_input_dim: Features of the vector of `class_embed_type="projection"`, or of the
-            pooled text and all embedded `time_ids` together for `addition_embed_type="text_time"`.
+        projection_class_embeddings_input_dim: Features of the vector of `class_embed_type="projection"` (or
+            `"simple_projection"`), or of the pooled text and all embedded `time_ids` together for
+            `addition_embed_type="text_time"`.
+        class_embeddings_concat: Whether the class's embedding stands beside that of the time, and is not added to it.
 
     Raises:
         ValueError: An argument has a value that cannot be built, or does not fit another; the message names both.
@@ -180,7 +183,7 @@ class UNet2DConditionModel(UNetConditionEncoder):
                     block_out_channels[max(level - 1, 0)],
                     block_out_channels[level],
                     block_out_channels[min(level + 1, levels - 1)],
-                    self.temb_dim,
+                    self.vector_dim,
                     self.up_layers[i],
                     self.level_attention(level, up_depths[i], block_type),
                     add_upsample=level > 0,

@@ -26,7 +26,7 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "encoder_hid_dim_type": (None, "text_proj"),
     "num_attention_heads": (None,),
     "dual_cross_attention": (False,),
-    "class_embed_type": (None, "timestep", "projection"),
+    "class_embed_type": (None, "timestep", "identity", "projection", "simple_projection"),
     "addition_embed_type": (None, "text_time"),
     "resnet_time_scale_shift": ("default",),
     "resnet_skip_time_act": (False,),
@@ -35,7 +35,6 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "time_embedding_act_fn": (None,),
     "timestep_post_act": (None,),
     "attention_type": ("default",),
-    "class_embeddings_concat": (False,),
     "mid_block_only_cross_attention": (None, False),
     "cross_attention_norm": (None,),
     "addition_embed_type_num_heads": (64,),
@@ -144,10 +143,10 @@ def check_config(config: Any) -> None:
                 f"`norm_num_groups`: got {config.norm_num_groups}, expected a divisor of all `block_out_channels` = "
                 f"{tuple(config.block_out_channels)}."
             )
-        if channels % count:
+        if count > channels:
             raise ValueError(
-                f"`attention_head_dim`: got {count} heads (the name is kept for old configs), expected a divisor of "
-                f"the level's {channels} channels."
+                f"`attention_head_dim`: got {count} heads (the name is kept for old configs), expected at most the "
+                f"level's {channels} channels."
             )
     check_transformer_layers(config)
     check_embeddings(config)
@@ -181,6 +180,7 @@ def check_embeddings(config: Any) -> None:
     """Raises ValueError where an embedding is asked for without the sizes that it needs."""
     needs = {
         ("class_embed_type", "projection"): ("projection_class_embeddings_input_dim",),
+        ("class_embed_type", "simple_projection"): ("projection_class_embeddings_input_dim",),
         ("addition_embed_type", "text_time"): (
             "projection_class_embeddings_input_dim",
             "addition_time_embed_dim",
@@ -191,6 +191,13 @@ def check_embeddings(config: Any) -> None:
         for size in sizes if config[name] == value else ():
             if not isinstance(config[size], int) or config[size] < 1:
                 raise ValueError(f"`{size}`: got {config[size]!r}, expected a whole number with `{name}` = {value!r}.")
+    if config.class_embeddings_concat and config.addition_embed_type is not None:
+        raise ValueError(
+            f"`class_embeddings_concat`: got True, expected False with `addition_embed_type` = "
+            f"{config.addition_embed_type!r}, whose embedding is added."
+        )
+    if config.class_embeddings_concat and config.class_embed_type is None and config.num_class_embeds is None:
+        raise ValueError("`class_embeddings_concat`: got True, expected False without `class_embed_type`.")
     if config.class_embed_type is not None and config.num_class_embeds is not None:
         raise ValueError(
             f"`num_class_embeds`: got {config.num_class_embeds}, expected None with `class_embed_type` = "

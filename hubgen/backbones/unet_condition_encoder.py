@@ -42,8 +42,12 @@ class UNetConditionEncoder(SingleFileMixin, Backbone):
         self.class_embedding: nn.Module | None = None
         if config.class_embed_type == "timestep":
             self.class_embedding = TimestepEmbedding(widths[0], temb_dim)
+        elif config.class_embed_type == "identity":
+            self.class_embedding = nn.Identity()
         elif config.class_embed_type == "projection":
             self.class_embedding = TimestepEmbedding(config.projection_class_embeddings_input_dim, temb_dim)
+        elif config.class_embed_type == "simple_projection":
+            self.class_embedding = nn.Linear(config.projection_class_embeddings_input_dim, temb_dim)
         elif config.num_class_embeds is not None:
             self.class_embedding = nn.Embedding(config.num_class_embeds, temb_dim)
         if config.addition_embed_type == "text_time":
@@ -57,7 +61,7 @@ class UNetConditionEncoder(SingleFileMixin, Backbone):
                 DOWN_BLOCKS[block_type](
                     widths[max(i - 1, 0)],
                     widths[i],
-                    temb_dim,
+                    self.vector_dim,
                     layers[i],
                     self.level_attention(i, depths[i], block_type),
                     add_downsample=i < levels - 1,
@@ -73,7 +77,7 @@ class UNetConditionEncoder(SingleFileMixin, Backbone):
         if config.mid_block_type is not None:
             self.mid_block = MID_BLOCKS[config.mid_block_type](
                 config.block_out_channels[-1],
-                self.temb_dim,
+                self.vector_dim,
                 self.level_attention(-1, self.down_depths[-1], config.mid_block_type),
                 output_scale_factor=config.mid_block_scale_factor,
                 **self.norm_options,
@@ -98,6 +102,11 @@ class UNetConditionEncoder(SingleFileMixin, Backbone):
         """Features of the time embedding (T)."""
         given = self.config.time_embedding_dim
         return 4 * self.config.block_out_channels[0] if given is None else given
+
+    @property
+    def vector_dim(self) -> int:
+        """Features of what the residual blocks see of time, class, text and sizes: T, or 2 T with the class beside."""
+        return self.temb_dim * (2 if self.config.class_embeddings_concat else 1)
 
     @property
     def norm_options(self) -> dict[str, Any]:
@@ -161,7 +170,10 @@ class UNetConditionEncoder(SingleFileMixin, Backbone):
         timestep_cond: torch.Tensor | None,
         added_cond_kwargs: dict[str, torch.Tensor] | None,
     ) -> torch.Tensor:
-        """The sum of everything about the image that is one vector, (B, T): timestep, class, pooled text and sizes."""
+        """Everything about the image that is one vector: timestep, class, pooled text and sizes.
+
+        (B, T), their sum; or (B, 2 T) where the class stands beside the time (`class_embeddings_concat`).
+        """
         batch, dtype = sample.shape[0], sample.dtype
         if not torch.is_tensor(timestep):
             timestep = torch.full((batch,), timestep, dtype=torch.float32, device=sample.device)
@@ -173,7 +185,8 @@ class UNetConditionEncoder(SingleFileMixin, Backbone):
                 class_labels = self.time_proj(class_labels)  # (B, C_0)
             if self.config.class_embed_type is not None:
                 class_labels = class_labels.to(dtype)
-            temb = temb + self.class_embedding(class_labels).to(dtype)
+            embedded = self.class_embedding(class_labels).to(dtype)  # (B, T)
+            temb = torch.cat([temb, embedded], dim=-1) if self.config.class_embeddings_concat else temb + embedded
 
         if added_cond_kwargs:
             numbers = added_cond_kwargs["time_ids"]  # (B, N)
@@ -260,7 +273,9 @@ class UNetConditionEncoder(SingleFileMixin, Backbone):
                 f"{config.class_embed_type!r} and `num_class_embeds` = {config.num_class_embeds!r}."
             )
         if class_labels is not None:
-            vector = (config.projection_class_embeddings_input_dim,) if config.class_embed_type == "projection" else ()
+            widths = dict.fromkeys(("projection", "simple_projection"), config.projection_class_embeddings_input_dim)
+            widths["identity"] = self.temb_dim
+            vector = (widths[config.class_embed_type],) if config.class_embed_type in widths else ()
             if tuple(class_labels.shape) != (batch, *vector):
                 raise ValueError(f"`class_labels`: got {tuple(class_labels.shape)}, expected {(batch, *vector)}.")
         if timestep_cond is not None and timestep_cond.shape[-1] != config.time_cond_proj_dim:

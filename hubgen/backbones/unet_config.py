@@ -193,10 +193,10 @@ def check_groups(config: Any) -> None:
                 f"`attn_norm_num_groups`: got {groups}, expected a divisor of the middle's {widths[-1]} channels."
             )
     for i in attended:
-        if config.attention_head_dim is not None and widths[i] % config.attention_head_dim:
+        if config.attention_head_dim is not None and config.attention_head_dim > widths[i]:
             raise ValueError(
-                f"`attention_head_dim`: got {config.attention_head_dim}, expected a divisor of the {widths[i]} "
-                "channels of a level with attention."
+                f"`attention_head_dim`: got {config.attention_head_dim}, expected at most the {widths[i]} channels of "
+                "a level with attention."
             )
     for i, width in enumerate(widths):
         norms = []

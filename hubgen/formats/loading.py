@@ -27,6 +27,7 @@ from hubgen.formats.checkpoints import (
 )
 from hubgen.formats.headers import PICKLED, TensorHeader, check_finite, listing
 from hubgen.formats.legacy import current_name, same_but_for_ones
+from hubgen.formats.plain import plain_model
 
 CONFIG = "config.json"
 HUB_ARGUMENTS = ("revision", "cache_dir", "token", "force_download", "local_files_only", "proxies")
@@ -89,6 +90,10 @@ class StrictModelMixin(ModelMixin):
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with `output_loading_info`
         model.register_to_config(_name_or_path=source)
         return loaded
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As diffusers' method; what is saved is the plain model, see `hubgen.formats.plain`."""
+        super(StrictModelMixin, plain_model(self)).save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def check_pretrained(

@@ -7,6 +7,7 @@ these components, so that the folder needs no hubgen. What only hubgen takes (de
 goes under a name with an underscore in front, as diffusers itself stores what a pipeline does not take.
 """
 
+import copy
 import importlib
 import inspect
 import json
@@ -20,6 +21,7 @@ import diffusers
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from hubgen.formats.folders import check_pipeline_folder
+from hubgen.formats.plain import plain_model
 from hubgen.hub.registration import is_registered
 
 # What a pipeline's folder holds; no pickled weights.
@@ -41,6 +43,18 @@ class NativePipeline(DiffusionPipeline):
     def native_class(self) -> str | None:
         """The class of diffusers that can be made of these very components; `None` where there is none."""
         return None
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As diffusers' method, of the plain models: compiled, offloaded or adapted ones are saved as they were before.
+
+        Adapters have files of their own. The pipeline itself stays as it is.
+        """
+        plain = copy.copy(self)
+        for name, component in self.components.items():
+            other = plain_model(component)
+            if other is not component:
+                setattr(plain, name, other)
+        super(NativePipeline, plain).save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:

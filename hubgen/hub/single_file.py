@@ -20,6 +20,7 @@ from hubgen.formats.checkpoints import (
 from hubgen.formats.folders import check_pipeline_folder, has_weights
 from hubgen.formats.layouts import LAYOUTS, SingleFile, open_single_file
 from hubgen.formats.loading import CONFIG, HUB_ARGUMENTS, fetch
+from hubgen.formats.plain import plain_model
 from hubgen.formats.single_file import (
     NO_EFFECT,
     Loader,
@@ -233,13 +234,13 @@ def has_any_weights(folder: Path) -> bool:
     return folder.is_dir() and any(has_weights(folder, stem) for stem in (DIFFUSERS_STEM, TRANSFORMERS_STEM))
 
 
-def layout_of(pipe: Any) -> str:
+def layout_of(components: Mapping[str, Any]) -> str:
     """The layout of a pipeline's components, a key of `LAYOUTS`.
 
     Raises:
         ValueError: They are of none.
     """
-    components = {name: value for name, value in pipe.components.items() if value is not None}
+    components = {name: value for name, value in components.items() if value is not None}
     backbone = components.get("transformer", components.get("unet"))
     bases = {base.__name__ for base in type(backbone).__mro__}
     if "SD3Transformer2DModel" in bases:
@@ -255,12 +256,13 @@ def layout_of(pipe: Any) -> str:
 
 def original_tensors(pipe: Any) -> dict[str, torch.Tensor]:
     """All weights of a pipeline under the names of its family's single files."""
-    layout = LAYOUTS[layout_of(pipe)]
-    backbone, vae = pipe.components[layout.backbone], pipe.components["vae"]
+    components = {name: plain_model(component) for name, component in pipe.components.items()}
+    layout = LAYOUTS[layout_of(components)]
+    backbone, vae = components[layout.backbone], components["vae"]
     tensors = {f"model.diffusion_model.{name}": value for name, value in backbone.to_original().items()}
     tensors |= {f"{layout.vae_prefix}{name}": value for name, value in vae.to_original().items()}
     for component, prefix in layout.text_encoders.items():
-        encoder = pipe.components.get(component)
+        encoder = components.get(component)
         if encoder is not None:
             if not type(encoder).__name__.startswith(("CLIPText", "T5")):
                 raise ValueError(f"{layout.title} has no place for a {type(encoder).__name__} as its {component}.")

@@ -477,7 +477,7 @@ class SpatialAttention(nn.Module, Projections):
         channels: Channels of input and output.
         groups: Groups of the GroupNorm; `None` for no norm.
         eps: Epsilon of the GroupNorm.
-        dim_head: Features of a head, a divisor of `channels`; `None` for a single head.
+        dim_head: Features of a head, at most `channels`; there are as many heads as fit. `None` for a single head.
         output_scale_factor: The sum of input and attention is divided by it.
     """
 
@@ -499,10 +499,11 @@ class SpatialAttention(nn.Module, Projections):
         self.output_scale_factor = output_scale_factor
         self.norm_q = self.norm_k = None
         self.group_norm = None if groups is None else nn.GroupNorm(groups, channels, eps=eps)
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels), nn.Dropout(0.0)])
+        width = channels if dim_head is None else self.heads * dim_head
+        self.to_q = nn.Linear(channels, width)
+        self.to_k = nn.Linear(channels, width)
+        self.to_v = nn.Linear(channels, width)
+        self.to_out = nn.ModuleList([nn.Linear(width, channels), nn.Dropout(0.0)])
         self.set_processor(AttnProcessor())
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,7 @@ class LevelAttention:
     """What the spatial transformers of one level have in common."""
 
     heads: int
-    """Number of heads; divides the level's channels."""
+    """Number of heads, at most the level's channels; a head has `channels // heads` features."""
     context_dim: int
     """Features of a context token (E)."""
     layers: int | tuple[int, ...] = 1

@@ -25,4 +25,6 @@ class CompatibleScheduler(SchedulerMixin, ConfigMixin):
         # the roots by name: both load their classes when first asked for them
         libraries = [importlib.import_module(name) for name in ("hubgen", "diffusers")]
         found = [getattr(library, name, None) for library in libraries for name in names]
-        return [scheduler for scheduler in found if scheduler is not None]
+        # diffusers stands something in for a class whose package is missing, which fails when it is used
+        missing = "diffusers.utils.dummy_"
+        return [cls for cls in found if cls is not None and not cls.__module__.startswith(missing)]

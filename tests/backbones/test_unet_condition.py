@@ -19,6 +19,16 @@ from tests.parity import assert_parity, randomize_
 
 UNET = NETWORKS["SD 1.x"]
 SMALL, pair, random_model = UNET.config, UNET.pair, UNET.build
+# Fewer blocks than SDXL, and other numbers of them on the way up.
+SSD_1B = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (8, 16, 16),
+    "layers_per_block": 2,
+    "attention_head_dim": (1, 2, 2),
+    "transformer_layers_per_block": [1, [2, 2], [4, 4]],
+    "reverse_transformer_layers_per_block": [[4, 4, 3], [2, 1, 1], 1],
+}
 VARIANTS = {
     "sd1": {"layers_per_block": 2},
     "sd2": {"attention_head_dim": (2, 4), "use_linear_projection": True, "upcast_attention": True},
@@ -54,6 +64,23 @@ VARIANTS = {
     },
     "no middle": {"mid_block_type": None},
     "plain middle": {"mid_block_type": "UNetMidBlock2D"},
+    "heads that do not divide the channels": {"attention_head_dim": 3},
+    "heads that do not divide the channels, linear": {"attention_head_dim": (3, 5), "use_linear_projection": True},
+    "a vector as the class": {"class_embed_type": "identity"},
+    "a vector in one layer": {"class_embed_type": "simple_projection", "projection_class_embeddings_input_dim": 20},
+    "a class beside the time": {"num_class_embeds": 7, "class_embeddings_concat": True},
+    "a vector beside the time": {
+        "class_embed_type": "simple_projection",
+        "projection_class_embeddings_input_dim": 20,
+        "class_embeddings_concat": True,
+    },
+    "other depths down than up": SSD_1B,
+    "other depths up in one list": {
+        **SSD_1B,
+        "transformer_layers_per_block": 1,
+        "reverse_transformer_layers_per_block": [3, 2, 1],
+    },
+    "no attention in the middle": {**SSD_1B, "mid_block_type": "UNetMidBlock2D"},
 }
 
 
@@ -223,7 +250,10 @@ def test_diffusers_pipelines_accept_the_model():
         ({"only_cross_attention": True}, "`only_cross_attention`: got True, expected False"),
         ({"dual_cross_attention": True}, "`dual_cross_attention`"),
         ({"num_attention_heads": 4}, "`num_attention_heads`"),
-        ({"class_embed_type": "identity"}, "`class_embed_type`.*'identity'"),
+        ({"class_embed_type": "text"}, "`class_embed_type`.*'text'"),
+        ({"class_embed_type": "simple_projection"}, "`projection_class_embeddings_input_dim`: got None"),
+        ({"class_embeddings_concat": True}, "`class_embeddings_concat`: got True, expected False without"),
+        ({**SDXL, "class_embeddings_concat": True}, "`class_embeddings_concat`: got True, expected False with"),
         ({"class_embed_type": "projection"}, "`projection_class_embeddings_input_dim`: got None"),
         ({"class_embed_type": "timestep", "num_class_embeds": 3}, "`num_class_embeds`: got 3"),
         ({"addition_embed_type": "text_image"}, "`addition_embed_type`.*'text_image'"),
@@ -239,7 +269,7 @@ def test_diffusers_pipelines_accept_the_model():
         ({"time_embedding_type": "fourier"}, "`time_embedding_type`"),
         ({"norm_num_groups": None}, "`norm_num_groups`: got None, expected a whole number"),
         ({"norm_num_groups": 5}, "`norm_num_groups`: got 5, expected a divisor"),
-        ({"attention_head_dim": 3}, "`attention_head_dim`: got 3 heads .* the level's 8 channels"),
+        ({"attention_head_dim": 9}, "`attention_head_dim`: got 9 heads .* at most the level's 8 channels"),
         ({"attention_head_dim": (2, 2, 2)}, "`attention_head_dim`: got 3 values .*, expected one, or 2"),
         ({"layers_per_block": -3}, "`layers_per_block`: got -3, expected a whole number"),
         ({"conv_in_kernel": 4}, "`conv_in_kernel`: got 4, expected an odd number"),

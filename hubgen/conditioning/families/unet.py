@@ -9,6 +9,9 @@ from hubgen.conditioning.condition import Condition
 from hubgen.conditioning.families.family import BackboneFamily, StartRules
 from hubgen.conditioning.prompts import OneEncoder, PromptCondition, TwoClips
 
+# Kinds of `class_embed_type` that take a vector, which is pooled text.
+VECTORS = ("projection", "simple_projection", "identity")
+
 
 class UNetFamily(BackboneFamily):
     """Takes token states where it has cross-attention; beside them pooled text, classes or numbers, as it was built."""
@@ -21,7 +24,7 @@ class UNetFamily(BackboneFamily):
         found = {"tokens"} if config.get("cross_attention_dim") is not None else set()
         if config.get("addition_embed_type") == "text_time":
             found |= {"pooled", "micro"}
-        if config.get("class_embed_type") == "projection":
+        if config.get("class_embed_type") in VECTORS:
             found |= {"pooled"}
         elif config.get("class_embed_type") is not None or config.get("num_class_embeds") is not None:
             found |= {"labels"}
@@ -55,7 +58,7 @@ class UNetFamily(BackboneFamily):
             keywords["encoder_hidden_states"] = self.require(condition, "tokens")
         if "labels" in self.takes:
             keywords["class_labels"] = self.require(condition, "labels")
-        elif config.get("class_embed_type") == "projection":
+        elif config.get("class_embed_type") in VECTORS:
             keywords["class_labels"] = self.require(condition, "pooled")
         if "micro" in self.takes:
             pooled, micro = self.require(condition, "pooled"), self.require(condition, "micro")
