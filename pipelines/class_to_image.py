@@ -25,7 +25,7 @@ from hubgen.conditioning.families import BackboneFamily, family_of
 from hubgen.conditioning.guidance import NEGATIVE, POSITIVE, ClassifierFreeGuidance, GuidedNoise
 from hubgen.conditioning.predict import Predictor
 from hubgen.hub.registration import loadable
-from hubgen.pipelines.callbacks import Callback
+from hubgen.pipelines.callbacks import Callback, LiveGuidance
 from hubgen.pipelines.checks import check_generator, check_latents, check_output
 from hubgen.pipelines.denoising import Generator
 from hubgen.pipelines.denoising_pipeline import DenoisingPipeline
@@ -183,9 +183,10 @@ class ClassToImagePipeline(DenoisingPipeline):
         with accelerated(self) as fast:
             tabulate = partial(predictor.tabulate, fast, grid, guidance.all_branches)
             tabulate()
-            names, needed = callback_on_step_end_tensor_inputs, lambda: guidance.all_branches
+            live = LiveGuidance(guidance, lambda: self._guidance_scale)
+            names, needed = callback_on_step_end_tensor_inputs, lambda: live.all_branches
             after_step = self.acts(callback_on_step_end, names, predictor, LABELS, needed, fast, tabulate)
-            guided = GuidedNoise(guidance, space.channels)
+            guided = GuidedNoise(live, space.channels)
             latents = self.denoise(fast.around(predict), latents, grid, guided, generator, after_step)
             with fast.network():
                 images = self.decode_latents(latents, output_type)

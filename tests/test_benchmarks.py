@@ -12,7 +12,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 from hubgen.autoencoders.autoencoder_kl import AutoencoderKL
 from hubgen.autoencoders.efficientnet import EfficientNetLite0
 from hubgen.paths.path import RectifiedFlowPath, VariancePreservingPath
-from tests.benchmarks import bundled_model, inference, linear_denoiser, measures, report
+from tests.benchmarks import bundled_model, inference, linear_denoiser, measures, picture_fuzz, report
 
 COLOURS = {"red": (215, 40, 60), "green": (40, 170, 60), "blue": (40, 90, 220)}
 SHAPES = ("ball", "box")
@@ -339,3 +339,17 @@ def test_every_target_of_the_inference_benchmark_stands():
     assert rows["sd15-unet-256-float32"] == rows["sd15-unet-256-bfloat16"] == 0.75
     assert (rows["mmdit-256-float32"], rows["mmdit-256-bfloat16"]) == (0.80, 0.88)
     assert inference.INTERVAL_TARGET == 0.68
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Damaged pictures
+
+
+def test_damaged_pictures_are_counted_by_door_and_what_is_no_named_error_is_a_fault() -> None:
+    found = picture_fuzz.run(["PNG", "GIF animation"], damages=4)
+    doors = {"command line": 8, "data folder": 4, "trainers": 2}
+    for by_door in found.values():
+        assert {door: sum(by_door[door].values()) for door in doors} == doors
+    assert picture_fuzz.faults(found) == []
+    assert picture_fuzz.outcome(lambda: 1 / 0) == "ZeroDivisionError: division by zero"
+    assert picture_fuzz.faults({"PNG": {"pipeline": {"KeyError: 1": 2}}}) == ["PNG, pipeline: KeyError: 1"]

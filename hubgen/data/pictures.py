@@ -81,9 +81,8 @@ def decode_picture(content: bytes, name: str, max_pixels: int = MAX_PIXELS) -> I
         raise DataError(f"{name}: got {found}, expected a picture (PNG, JPEG, WebP, …)") from problem
     except Image.DecompressionBombError as problem:
         raise DataError(f"{name}: got far more pixels than `max_pixels`, {max_pixels}") from problem
-    except Exception as problem:  # codecs raise almost anything over damaged bytes
-        reason = " ".join(str(problem).split()) or type(problem).__name__
-        raise DataError(f"{name}: truncated or damaged picture ({reason}), expected a whole one") from problem
+    except Exception as problem:
+        raise _damaged(name, problem) from problem
 
 
 def standard(picture: Image.Image, name: str) -> Image.Image:
@@ -98,9 +97,23 @@ def standard(picture: Image.Image, name: str) -> Image.Image:
         name: What messages call it.
 
     Raises:
-        DataError: Floating-point or 32-bit pixels, whose range nothing tells. What a codec raises over damaged bytes
-            comes as it is.
+        DataError: Floating-point or 32-bit pixels, whose range nothing tells; or the bytes of a picture that is not
+            decoded yet are damaged. Opens with `name`, and is one line.
     """
+    try:
+        return _standard(picture, name)
+    except DataError:
+        raise
+    except Exception as problem:  # codecs raise almost anything over damaged bytes
+        raise _damaged(name, problem) from problem
+
+
+def _damaged(name: str, problem: Exception) -> DataError:
+    reason = " ".join(str(problem).split()) or type(problem).__name__
+    return DataError(f"{name}: truncated or damaged picture ({reason}), expected a whole one")
+
+
+def _standard(picture: Image.Image, name: str) -> Image.Image:
     has_16_bits = any("16" in str(tile[3]) for tile in getattr(picture, "tile", ()))  # before the pixels are decoded
     picture.load()
     picture = ImageOps.exif_transpose(picture)
