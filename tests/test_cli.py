@@ -361,6 +361,36 @@ def test_damaged_settings_in_a_picture_are_told_in_one_line(
     assert "cat.png: its settings" in line and words in line
 
 
+def test_the_picture_that_a_repeated_one_began_with_is_named_where_it_is_missing(hubgen: Callable[..., Result]) -> None:
+    Image.new("RGB", (64, 64), "red").save("start.png")
+    steps = ("--num-inference-steps", "2", "--strength", "0.5")
+    assert hubgen("generate", "a cat", "--image", "start.png", *steps, "--out", "cat.png").status == 0
+    Path("start.png").unlink()
+    line = refused(hubgen("generate", "--from", "cat.png"))
+    assert "--from cat.png: its --image start.png: No such file or directory, expected a picture" in line
+
+
+def test_words_without_quotes_get_a_hint(hubgen: Callable[..., Result]) -> None:
+    few = ("--num-inference-steps", "1", "--out", "x.png")
+    hint = 'one picture, quote them: "a smiling cat"'
+    assert hint in hubgen("generate", "a", "smiling", "cat", *few).err
+    assert "quote them" not in hubgen("generate", "a cat", "a dog", "a fox", *few).err
+
+
+@pytest.mark.parametrize("place", ["file.png", "/proc/nowhere"])
+def test_where_data_cannot_be_written_is_said_of_out_before_any_download(
+    hubgen: Callable[..., Result], place: str
+) -> None:
+    Path("file.png").write_bytes(b"")
+    assert f"--out {place}: " in refused(hubgen("data", "emoji", "--out", place))
+
+
+def test_a_folder_of_other_files_is_not_built_into(hubgen: Callable[..., Result]) -> None:
+    Path("mine").mkdir()
+    Path("mine/diary.txt").write_text("dear diary")
+    assert "--out mine holds other files" in refused(hubgen("data", "emoji", "--out", "mine"))
+
+
 def test_a_picture_of_another_program_cannot_be_repeated(hubgen: Callable[..., Result]) -> None:
     Image.new("RGB", (2, 2)).save("other.png")
     assert "other.png: carries no settings of hubgen" in refused(hubgen("generate", "--from", "other.png"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,22 @@ def add_data(commands: Any) -> None:
     emoji.set_defaults(run=data_emoji)
 
 
+def check_out(out: Path) -> None:
+    """Raises ValueError before anything is downloaded, where the folder cannot be made or takes no file."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: is a file, expected the folder to write")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out {out}: cannot be written ({error.strerror})") from error
+
+
 def data_emoji(arguments: argparse.Namespace) -> None:
     """`hubgen data emoji`: an image-text folder from emoji."""
     from hubgen.data.emoji import build_emoji_dataset
+    from hubgen.data.errors import DataError
 
     options = {
         "archive": arguments.archive,
@@ -70,10 +84,12 @@ def data_emoji(arguments: argparse.Namespace) -> None:
         path = options[name]
         if path is not None and not path.is_file():
             raise ValueError(f"--{name.replace('_', '-')} {path}: no such file")
-    if arguments.out.exists() and not arguments.out.is_dir():
-        raise ValueError(f"--out {arguments.out}: is a file, expected the folder to write")
+    check_out(arguments.out)
     given = {name: value for name, value in options.items() if value is not None}
-    print(build_emoji_dataset(arguments.style, arguments.size, arguments.out, **given))
+    try:
+        print(build_emoji_dataset(arguments.style, arguments.size, arguments.out, **given))
+    except DataError as error:  # which names the arguments of Python
+        raise DataError(str(error).replace("output_dir: ", "--out ", 1)) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

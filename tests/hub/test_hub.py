@@ -153,3 +153,17 @@ assert (picture(again) - picture(pipe)).abs().max() < 1e-4
     assert index["transformer"] == ["hubgen", "SD3Transformer2DModel"]
     weights = "transformer/diffusion_pytorch_model.safetensors"
     assert files[weights] == (tiny_model / weights).read_bytes()
+
+
+def test_the_command_says_both_reasons_why_a_repository_is_not_found(hub: Hub, tmp_path: Path) -> None:
+    code = """
+import sys
+from hubgen.cli import main
+sys.exit(main(["generate", "a cat", "--model", "nobody/nothing", "--out", out]))
+"""
+    done = run(code, hub, tmp_path / "home", check=False, out=str(tmp_path / "cat.png"))
+    assert done.returncode == 2
+    line = done.stderr.strip().splitlines()[-1]
+    assert "--model nobody/nothing: not found: here is no folder of that name; on the Hub there is no such" in line
+    assert "or it is private and needs a login" in line
+    assert not [request for request in hub.requests if "safetensors" in request]
