@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     from hubgen.conditioning.text import TextCondition as TextCondition
     from hubgen.conditioning.text import TextEmbeddings as TextEmbeddings
     from hubgen.hub.bundled import bundled_model as bundled_model
+    from hubgen.paths.continuous import CosinePath as CosinePath
+    from hubgen.paths.continuous import EdmPath as EdmPath
+    from hubgen.paths.continuous import VarianceExplodingPath as VarianceExplodingPath
     from hubgen.paths.path import RectifiedFlowPath as RectifiedFlowPath
     from hubgen.paths.path import VariancePreservingPath as VariancePreservingPath
     from hubgen.paths.timesteps import LogitNormalDensity as LogitNormalDensity
@@ -57,9 +60,11 @@ HOMES = {
     "AutoencoderKL": "hubgen.autoencoders.autoencoder_kl",
     "ClassToImagePipeline": "hubgen.pipelines.class_to_image",
     "ClassifierFreeGuidance": "hubgen.conditioning.guidance",
+    "CosinePath": "hubgen.paths.continuous",
     "DDIMScheduler": "hubgen.schedulers.ddim",
     "DDPMScheduler": "hubgen.schedulers.ddpm",
     "DiTTransformer2DModel": "hubgen.backbones.dit",
+    "EdmPath": "hubgen.paths.continuous",
     "FlowMatchEulerDiscreteScheduler": "hubgen.schedulers.flow_match_euler",
     "FlowMatchHeunDiscreteScheduler": "hubgen.schedulers.flow_match_heun",
     "FluxTransformer2DModel": "hubgen.backbones.flux",
@@ -75,6 +80,7 @@ HOMES = {
     "UnconditionalPipeline": "hubgen.pipelines.unconditional",
     "UniformDensity": "hubgen.paths.timesteps",
     "VQModel": "hubgen.autoencoders.vq_model",
+    "VarianceExplodingPath": "hubgen.paths.continuous",
     "VariancePreservingPath": "hubgen.paths.path",
     "bundled_model": "hubgen.hub.bundled",
     "optimize": "hubgen.acceleration.optimize",

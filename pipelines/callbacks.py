@@ -66,8 +66,10 @@ class StepCallback:
             if value is None or (value is before and version(value) == versions[name]):
                 continue
             field = self.fields[name][1]
+            changes: dict[str, Any]
             for branch, rows in self._rows(name, value, parts.get(name) or self._parts(name), before).items():
-                conditions[branch] = dataclasses.replace(conditions[branch], **{field: rows})
+                changes = {field: rows}
+                conditions[branch] = dataclasses.replace(conditions[branch], **changes)
                 self.predictor.conditions = conditions
         return latents
 

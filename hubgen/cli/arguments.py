@@ -20,7 +20,7 @@ class Parser(argparse.ArgumentParser):
 
     def refuse_unknown(self, words: Sequence[str]) -> NoReturn:
         """Ends with the options that this parser does not know, and the nearest ones that it does."""
-        known = [option for option in self._option_string_actions if option.startswith("--")]
+        known = re.findall(r"--[\w-]+", self.format_usage())
         for word in words:
             name = word.split("=")[0]
             inside = [option for option in known if len(name) > 4 and name.lstrip("-") in option]

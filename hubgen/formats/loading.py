@@ -6,6 +6,7 @@ not fit is an error that lists all of it, and no memory was taken by then.
 """
 
 import copy
+import functools
 import os
 import re
 from collections.abc import Mapping
@@ -91,9 +92,10 @@ class StrictModelMixin(ModelMixin):
         model.register_to_config(_name_or_path=source)
         return loaded
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+    @functools.wraps(ModelMixin.save_pretrained)  # pipelines look at its signature
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As diffusers' method; what is saved is the plain model, see `hubgen.formats.plain`."""
-        super(StrictModelMixin, plain_model(self)).save_pretrained(save_directory, *args, **kwargs)
+        super(StrictModelMixin, plain_model(self)).save_pretrained(*args, **kwargs)
 
     @classmethod
     def check_pretrained(

@@ -8,6 +8,7 @@ goes under a name with an underscore in front, as diffusers itself stores what a
 """
 
 import copy
+import functools
 import importlib
 import inspect
 import json
@@ -44,7 +45,8 @@ class NativePipeline(DiffusionPipeline):
         """The class of diffusers that can be made of these very components; `None` where there is none."""
         return None
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+    @functools.wraps(DiffusionPipeline.save_pretrained)
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As diffusers' method, of the plain models: compiled, offloaded or adapted ones are saved as they were before.
 
         Adapters have files of their own. The pipeline itself stays as it is.
@@ -54,7 +56,7 @@ class NativePipeline(DiffusionPipeline):
             other = plain_model(component)
             if other is not component:
                 setattr(plain, name, other)
-        super(NativePipeline, plain).save_pretrained(save_directory, *args, **kwargs)
+        super(NativePipeline, plain).save_pretrained(*args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:

@@ -40,7 +40,8 @@ def adjusted_scheduler(scheduler: Any, markers: Markers) -> Any:
 
 def markers_of(scheduler: Any, vae: Any) -> dict[str, torch.Tensor]:
     """The markers that a file of these parts is to have, so that what reads it knows them."""
-    config, found = scheduler.config, {}
+    config = scheduler.config
+    found: dict[str, torch.Tensor] = {}
     name = type(scheduler).__name__
     if name.startswith("EDM"):
         if vae.config.get("latents_mean") is not None:

@@ -174,22 +174,36 @@ class RectifiedFlowPath(ProbabilityPath):
     """The straight path: alpha = 1 - t, sigma = t, velocity = noise - data (2209.03003; SD3, 2403.03206, eq. 13).
 
     The models' timestep is num_train_timesteps * t, a float.
+
+    Args:
+        prediction_type: See `ProbabilityPath`.
+        num_train_timesteps: See `ProbabilityPath`.
+        sigma_min: Noise that is left at t = 0, in [0, 1): sigma = sigma_min + (1 - sigma_min) t, the conditional
+            optimal transport of Flow Matching (2210.02747, eq. 20; its time runs the other way).
     """
 
-    def __init__(self, prediction_type: PredictionType = "velocity", num_train_timesteps: int = 1000) -> None:
+    def __init__(
+        self,
+        prediction_type: PredictionType = "velocity",
+        num_train_timesteps: int = 1000,
+        sigma_min: float = 0.0,
+    ) -> None:
         super().__init__(prediction_type, num_train_timesteps)
+        if not 0 <= sigma_min < 1:
+            raise ValueError(f"`sigma_min`: got {sigma_min}, expected a number of at least 0 and below 1")
+        self.sigma_min = sigma_min
 
     def alpha(self, t: torch.Tensor) -> torch.Tensor:
         return 1 - t
 
     def sigma(self, t: torch.Tensor) -> torch.Tensor:
-        return t
+        return t if self.sigma_min == 0 else self.sigma_min + (1 - self.sigma_min) * t
 
     def alpha_derivative(self, t: torch.Tensor) -> torch.Tensor:
         return -torch.ones_like(t)
 
     def sigma_derivative(self, t: torch.Tensor) -> torch.Tensor:
-        return torch.ones_like(t)
+        return torch.full_like(t, 1 - self.sigma_min)
 
     def timestep(self, t: torch.Tensor) -> torch.Tensor:
         return t * self.num_train_timesteps
