@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from hubgen.pipelines.class_to_image import ClassToImagePipeline as ClassToImagePipeline
     from hubgen.pipelines.text_to_image import TextToImagePipeline as TextToImagePipeline
     from hubgen.pipelines.unconditional import UnconditionalPipeline as UnconditionalPipeline
+    from hubgen.schedulers.annealed_langevin import AnnealedLangevinScheduler as AnnealedLangevinScheduler
     from hubgen.schedulers.ddim import DDIMScheduler as DDIMScheduler
     from hubgen.schedulers.ddpm import DDPMScheduler as DDPMScheduler
     from hubgen.schedulers.flow_match_euler import FlowMatchEulerDiscreteScheduler as FlowMatchEulerDiscreteScheduler
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from hubgen.schedulers.score_sde_ve import ScoreSdeVeScheduler as ScoreSdeVeScheduler
 
 HOMES = {
+    "AnnealedLangevinScheduler": "hubgen.schedulers.annealed_langevin",
     "AutoencoderKL": "hubgen.autoencoders.autoencoder_kl",
     "ClassToImagePipeline": "hubgen.pipelines.class_to_image",
     "ClassifierFreeGuidance": "hubgen.conditioning.guidance",

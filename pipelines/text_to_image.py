@@ -54,6 +54,7 @@ from hubgen.pipelines.denoising_pipeline import DenoisingPipeline
 from hubgen.pipelines.prompt_to_embeddings import SHOWN, Prompt, PromptArguments, embed
 from hubgen.pipelines.safety import blacken
 from hubgen.pipelines.starts import ImageArguments, start_of, until
+from hubgen.schedulers.times import dynamic_shift
 
 logger = logging.getLogger(__name__)
 
@@ -426,11 +427,8 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
         return self.set_grid(num_inference_steps, timesteps, sigmas, steps, device, mu)
 
     def dynamic_shift(self, size: tuple[int, int]) -> float:
-        """mu of the timesteps' shift, on a line by the number of image tokens (SD3, 2403.03206, section 5.3.2)."""
-        config: Any = self.scheduler.config
-        low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-        base, top = config.get("base_shift", 0.5), config.get("max_shift", self.family.max_shift)
-        return base + (top - base) / (high - low) * (self.latent_space.tokens(size) - low)
+        """mu of the timesteps' shift for pictures of this size."""
+        return dynamic_shift(self.scheduler.config, self.latent_space.tokens(size), self.family.max_shift)
 
     def encode_prompt(
         self,

@@ -46,12 +46,10 @@ from hubgen.errors import one_line
 from hubgen.formats.atomic import sweep, written
 from hubgen.hub.card import TrainingRecord, describe_data, text_to_image_card
 from hubgen.paths.path import ProbabilityPath, RectifiedFlowPath, VariancePreservingPath
-from hubgen.paths.prediction import to_diffusers
 from hubgen.paths.timesteps import LogitNormalDensity, TimestepDensity, UniformDensity
-from hubgen.paths.weighting import MinSnrWeighting, Weighting, uniform_weighting
+from hubgen.paths.weighting import MinSnrWeighting, uniform_weighting
 from hubgen.pipelines.text_to_image import TextToImagePipeline
-from hubgen.schedulers.ddpm import DDPMScheduler
-from hubgen.schedulers.flow_match_euler import FlowMatchEulerDiscreteScheduler
+from hubgen.schedulers.objective import Objective, scheduler_of
 from hubgen.training.checkpoints import Checkpoints, folder_digest
 from hubgen.training.ema import ExponentialMovingAverage
 from hubgen.training.finite import finite_or_stop
@@ -287,7 +285,7 @@ def main(settings: Settings) -> None:
         fused=True,
     )
     backbone, optimizer = accelerator.prepare(backbone, optimizer)
-    path, density, weighting = build_path(settings), build_density(settings), build_weighting(settings)
+    objective = build_objective(settings)
 
     # Where the run stands
     modules = {"backbone": accelerator.unwrap_model(backbone), "ema": ema}
@@ -302,7 +300,7 @@ def main(settings: Settings) -> None:
     metrics = Metrics(settings.output_dir / "metrics.jsonl", first_step, accelerator.is_main_process)
     held_out = None
     if settings.validation_split is not None and accelerator.is_main_process:
-        held_out = HeldOut(settings, vae, text, path, cache_dir)
+        held_out = HeldOut(settings, vae, text, objective.path, cache_dir)
 
     def validate(step: int) -> None:
         if held_out is not None:
@@ -353,12 +351,10 @@ def main(settings: Settings) -> None:
                 latents = normalised(latent_cache.sample(indices, random), vae).to(device)  # (B, C, h, w)
                 captions = [dataset.captions[index] for index in indices]
                 embeddings = text_cache(choose_captions(captions, settings, random)).to(device)
-                t = density.sample(len(latents), generator=random, device=device)  # (B,)
-                noise = torch.randn(latents.shape, generator=random).to(device)
-                sample = path.sample(latents, noise, t)  # x_t and target
-                prediction = predict(backbone, sample.x_t, path.timestep(sample.t), Condition.of_text(embeddings))
-                error = (prediction.float() - sample.target).square().mean(dim=(1, 2, 3))  # (B,)
-                loss = (weighting(path, sample.t) * error).mean()
+                sample = objective.draw(latents, random)  # t, x_t and the target
+                condition = Condition.of_text(embeddings)
+                prediction = predict(backbone, sample.x_t, objective.timestep(sample), condition)
+                loss = objective.loss(prediction, sample).mean()
                 accelerator.backward(loss)
                 grad_norm = None
                 if accelerator.sync_gradients:
@@ -513,42 +509,26 @@ def build_backbone(settings: Settings, latents: LatentCache, text: TextCache) ->
     return model
 
 
-def build_path(settings: Settings) -> ProbabilityPath:
-    """The probability path that the settings name."""
-    if settings.path == "rectified_flow":
-        return RectifiedFlowPath()
-    return VariancePreservingPath(settings.prediction_type or "noise", beta_schedule=settings.beta_schedule)
-
-
-def build_density(settings: Settings) -> TimestepDensity:
-    """Where on the path the training samples its times."""
-    if settings.timestep_density == "uniform":
-        return UniformDensity(shift=settings.timestep_shift)
-    return LogitNormalDensity(settings.logit_mean, settings.logit_std, shift=settings.timestep_shift)
-
-
-def build_weighting(settings: Settings) -> Weighting:
-    """Weight of the loss by time."""
-    return uniform_weighting if settings.weighting == "uniform" else MinSnrWeighting(settings.min_snr_gamma)
+def build_objective(settings: Settings) -> Objective:
+    """What the backbone learns: the path, the times and the weights that the settings name."""
+    path: ProbabilityPath = RectifiedFlowPath()
+    if settings.path == "ddpm":
+        path = VariancePreservingPath(settings.prediction_type or "noise", beta_schedule=settings.beta_schedule)
+    density: TimestepDensity = UniformDensity(shift=settings.timestep_shift)
+    if settings.timestep_density == "logit_normal":
+        density = LogitNormalDensity(settings.logit_mean, settings.logit_std, shift=settings.timestep_shift)
+    weighting = uniform_weighting if settings.weighting == "uniform" else MinSnrWeighting(settings.min_snr_gamma)
+    return Objective(path, density, weighting)
 
 
 def build_pipeline(settings: Settings, backbone: nn.Module, vae: AutoencoderKL, text: TextCondition) -> Any:
     """The pipeline that samples along the path that was trained."""
-    if settings.path == "rectified_flow":
-        scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=settings.timestep_shift)
-    else:
-        scheduler = DDPMScheduler(
-            beta_schedule=settings.beta_schedule,
-            prediction_type=to_diffusers(settings.prediction_type or "noise"),
-            clip_sample=False,
-            timestep_spacing="trailing",
-        )
     trained: dict[str, Any] = {"transformer" if settings.backbone == "mmdit" else "unet": backbone}
     return TextToImagePipeline(
         vae=vae,
         text_encoder=text.text_encoder,
         tokenizer=text.tokenizer,
-        scheduler=scheduler,
+        scheduler=scheduler_of(build_objective(settings)),
         default_num_inference_steps=settings.validation_inference_steps,
         default_guidance_scale=settings.validation_guidance_scale,
         **trained,

@@ -240,6 +240,15 @@ class VariancePreservingPath(ProbabilityPath):
             beta_schedule, beta_start, beta_end, num_train_timesteps, trained_betas, rescale_betas_zero_snr
         )
         super().__init__(prediction_type, len(betas))
+        self.betas_config = {
+            "beta_start": beta_start,
+            "beta_end": beta_end,
+            "beta_schedule": beta_schedule,
+            "num_train_timesteps": num_train_timesteps,
+            "trained_betas": None if trained_betas is None else list(trained_betas),
+            "rescale_betas_zero_snr": rescale_betas_zero_snr,
+        }
+        """The betas, as schedulers' configs have them"""
         # The product is taken in float32, as samplers take it, so that training and sampling share one table.
         alpha_bar = torch.cumprod(1 - betas, dim=0).double()
         angle = torch.atan2((1 - alpha_bar).sqrt(), alpha_bar.sqrt())

@@ -43,3 +43,23 @@ class MinSnrWeighting:
         a, b = path.coefficients(path.prediction_type, inside)
         determinant = alpha * b - sigma * a
         return (alpha / sigma).square().clamp(max=self.gamma) * (sigma / determinant).square()
+
+
+def noise_error_weighting(path: ProbabilityPath, t: torch.Tensor) -> torch.Tensor:
+    """The squared error of the noise (DDPM's L_simple, 2006.11239, eq. 14), whatever the path's network predicts.
+
+    An error e of the prediction is an error alpha e / D of the noise, D being the determinant of `ProbabilityPath`'s
+    two equations, so the weight is (alpha / D)^2: 1 for noise, sigma^2 for the score, as NCSN has it (1907.05600, eq.
+    6).
+
+    Args:
+        path: With its prediction type.
+        t: (B,).
+
+    Returns:
+        (B,) in t's dtype.
+    """
+    inside = t.clamp(1e-6, 1 - 1e-6)
+    alpha, sigma = path.alpha(inside), path.sigma(inside)
+    a, b = path.coefficients(path.prediction_type, inside)
+    return (alpha / (alpha * b - sigma * a)).square()

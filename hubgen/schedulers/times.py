@@ -30,6 +30,19 @@ def times(scheduler: Any, timesteps: torch.Tensor) -> list[float]:
     return [min(timestep / total, 1.0) for timestep in values]
 
 
+def dynamic_shift(config: Any, tokens: int, max_shift: float = 1.15) -> float:
+    """mu, the shift of a flow's timesteps, on a line by the number of image tokens (SD3, 2403.03206, section 5.3.2).
+
+    Args:
+        config: Of the scheduler.
+        tokens: Of a picture.
+        max_shift: Where the config names none.
+    """
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    base, top = config.get("base_shift", 0.5), config.get("max_shift", max_shift)
+    return base + (top - base) / (high - low) * (tokens - low)
+
+
 def timestep_after(scheduler: Any, share: float) -> int:
     """The timestep at which a share of the time from noise to data is over: steps from it on are of the first part."""
     total = scheduler.config.num_train_timesteps
