@@ -30,6 +30,8 @@ class FamilyDefaults:
     """diffusers' pipeline that makes pictures of prompts; `None`: none"""
     inpainting: str | None = None
     """diffusers' pipeline for a backbone that is shown mask and masked picture"""
+    tells_safety: bool = False
+    """Whether its calls return beside the pictures which of them a safety checker has blackened, `None` without one"""
 
 
 OWN = FamilyDefaults(
@@ -42,6 +44,7 @@ STABLE_DIFFUSION = FamilyDefaults(
     backbone="UNet2DConditionModel",
     pipeline="StableDiffusionPipeline",
     inpainting="StableDiffusionInpaintPipeline",
+    tells_safety=True,
 )
 SDXL = FamilyDefaults(
     text_to_image=Defaults(50, 5.0),

@@ -253,7 +253,8 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
             pooled_prompt_embeds: (prompts, P), beside `prompt_embeds` where the backbone takes pooled text.
             negative_pooled_prompt_embeds: (prompts, P), beside `negative_prompt_embeds` in the same case.
             output_type: "pil"; "np", (B, H, W, 3) in [0, 1]; "pt", (B, 3, H, W) in [0, 1]; or "latent", (B, C, h, w).
-            return_dict: Whether to return `TextToImageOutput` or a tuple of its values that are not `None`.
+            return_dict: Whether to return `TextToImageOutput` or a tuple of its values that are not `None`; for Stable
+                Diffusion 1 and 2, as diffusers' pipelines do, always of both.
             callback_on_step_end: `(pipeline, step, timestep, tensors) -> tensors`; those returned replace the old ones.
             callback_on_step_end_tensor_inputs: Names of `tensors`, of `_callback_tensor_inputs`. As in diffusers, those
                 without `negative` in their names hold the rows of the negative branch too, first, while it is needed;
@@ -362,7 +363,9 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
                 pictures, flagged = self.decode_checked(latents, output_type)
         self.maybe_free_model_hooks()
         output = TextToImageOutput(images=start.finished(pictures), nsfw_content_detected=flagged)
-        return output if return_dict else output.to_tuple()
+        if return_dict:
+            return output
+        return (output.images, flagged) if self.family_defaults.tells_safety else output.to_tuple()
 
     # ---- the arrows ----
 

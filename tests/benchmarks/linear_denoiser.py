@@ -257,10 +257,10 @@ def measure(folder: Path, recipe: Path, data: Path) -> dict[str, Any]:
     from hubgen.data.cache import cache_latents
     from hubgen.pipelines.text_to_image import TextToImagePipeline
     from hubgen.training.settings import parse_settings
-    from hubgen.training.train_text_to_image import Settings, build_path
+    from hubgen.training.train_text_to_image import Settings, build_objective
 
     settings = parse_settings(Settings, ["--config", str(recipe)])
-    path = build_path(settings)
+    path = build_objective(settings).path
     pipeline = TextToImagePipeline.from_pretrained(folder / "pipeline", torch_dtype=torch.float32)
     vae, backbone = pipeline.vae, pipeline.transformer if settings.backbone == "mmdit" else pipeline.unet
     cache = settings.cache_dir or folder / "cache"

@@ -474,3 +474,12 @@ def test_a_score_that_the_unet_has_no_place_for_is_told(both: Pair) -> None:
     pipe.register_to_config(requires_aesthetics_score=True)
     with pytest.raises(ValueError, match="requires_aesthetics_score"):
         pipe("a cat", num_inference_steps=1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tuple_has_as_many_values_as_that_of_diffusers(name: str, both: Pair) -> None:
+    size = {"height": 32, "width": 40} if name.startswith("flux") else {}
+    call = {"prompt": PROMPTS[0], "num_inference_steps": 1, "return_dict": False, **size}
+    ours, theirs = (pipe(**call) for pipe in (both(name).ours, both(name).theirs))
+    assert len(ours) == len(theirs)
+    assert ours[1:] == theirs[1:]
