@@ -104,7 +104,7 @@ class Survived:
             raise
         except Exception as error:
             self.failures.append(f"{what} failed: {one_line(error)}")
-            print(f"error: {self.failures[-1]}. The training goes on.", file=sys.stderr)
+            print(f"error: {self.failures[-1]}. The training itself is not touched by it.", file=sys.stderr)
 
     def finish(self) -> None:
         """Raises UnfinishedError if anything failed."""

@@ -101,10 +101,10 @@ class ImageTextFolder(Dataset):
 
     def left_out(self) -> list[str]:
         """What a user has to be told about the folder: rows that were skipped, and pictures without a row."""
-        lines = [f"{len(self.skipped)} rows of {self.folder} are left out:"] if self.skipped else []
+        lines = [f"left out, {counted(len(self.skipped), 'row')} of {self.folder}:"] if self.skipped else []
         lines += [f"  {line}" for line in self.skipped]
         if self.without_row:
-            lines.append(f"{self.without_row} pictures of {self.folder} are without a row and not used")
+            lines.append(f"not used, {counted(self.without_row, 'picture')} of {self.folder} without a row")
         return lines
 
     def __len__(self) -> int:
@@ -159,6 +159,11 @@ class ImageTextFolder(Dataset):
             found = f"{picture.width}x{picture.height}"
             raise DataError(f"{name}: got {found} pixels, expected at least {SHORTEST_SIDE} on each side")
         return content
+
+
+def counted(number: int, what: str) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _folder_of(root: Path, split: str | None) -> Path:

@@ -4,6 +4,7 @@ Shapes are those of `hubgen.paths.path`: t is (B,), and so are alpha and sigma.
 """
 
 import math
+from abc import abstractmethod
 
 import torch
 
@@ -14,9 +15,9 @@ from hubgen.paths.prediction import PredictionType
 class AnglePath(ProbabilityPath):
     """A path of unit variance: alpha = cos(angle), sigma = sin(angle), the angle growing from 0 to pi / 2."""
 
+    @abstractmethod
     def angle(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The angle at t and its derivative by t, both (B,) float64."""
-        raise NotImplementedError
 
     def alpha(self, t: torch.Tensor) -> torch.Tensor:
         return self.angle(_precise(t))[0].cos().to(t.dtype)

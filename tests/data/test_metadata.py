@@ -106,7 +106,7 @@ def test_pictures_without_a_row_are_counted(tmp_path: Path) -> None:
     (tmp_path / ".hidden.png").write_bytes(b"")
     folder = ImageTextFolder(tmp_path)
     assert folder.without_row == 3
-    assert folder.left_out() == [f"3 pictures of {tmp_path} are without a row and not used"]
+    assert folder.left_out() == [f"not used, 3 pictures of {tmp_path} without a row"]
 
 
 def test_links_in_a_circle_end(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_a_validation_that_fails_is_said_and_costs_no_step(
     with pytest.raises(UnfinishedError, match=r"done and saved, but the validation.*step 2 failed: .*validation"):
         run(kind, validation_split="held_out", validation_steps=2, **prompts)
     assert steps(tmp_path / "run")[-1] == "step-00000004"
-    assert "The training goes on" in capsys.readouterr().err
+    assert "The training itself is not touched by it" in capsys.readouterr().err
     assert (tmp_path / "run" / RESULTS[kind]).is_dir()
 
 
@@ -176,7 +176,7 @@ def test_skip_reaches_every_split_and_what_is_left_out_is_said(
         run(kind, **changes)
     run(kind, **changes, on_bad_picture="skip")
     said = capsys.readouterr().out
-    assert "1 rows of" in said and "1 pictures of" in said and "without a row" in said
+    assert "1 row of" in said and "1 picture of" in said and "without a row" in said
     batch = 4 if kind == TEXT_TO_IMAGE else 2
     assert f"in precision no, in 1 process on cpu; {batch} pictures a step" in said
 
