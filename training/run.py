@@ -1,6 +1,7 @@
 """How a run starts, and what it survives: what the scripts share around their loops."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from hubgen.data.image_folder import ImageTextFolder
 from hubgen.errors import one_line
 from hubgen.training.checkpoints import Checkpoints
 from hubgen.training.finite import NonFiniteError
-from hubgen.training.interruption import Interrupted
+from hubgen.training.interruption import Interrupted, Interruption
 from hubgen.training.settings import SettingsError, UnfinishedError
 
 # How many processes launchers say that there are.
@@ -114,9 +115,5 @@ class Survived:
 
 def ignore_signals(worker: int) -> None:
     """For data workers: the main process decides what a signal to all of them means."""
-    import signal
-
-    from hubgen.training.interruption import Interruption
-
     for number in Interruption.SIGNALS:
         signal.signal(number, signal.SIG_IGN)
