@@ -24,6 +24,7 @@ from hubgen.pipelines.checks import check_generator, check_latents, check_output
 from hubgen.pipelines.denoising import Generator, supported
 from hubgen.pipelines.denoising_pipeline import DenoisingPipeline
 from hubgen.pipelines.starts import starting_noise
+from hubgen.schedulers.annealed_langevin import AnnealedLangevinScheduler
 from hubgen.schedulers.score_sde_ve import ScoreSdeVeScheduler
 
 DEFAULT_STEPS = {"DDIMPipeline": 50, "DDPMPipeline": 1000, "ScoreSdeVePipeline": 2000}
@@ -76,9 +77,11 @@ class UnconditionalPipeline(DenoisingPipeline):
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
 
     def native_class(self) -> str | None:
-        """By the scheduler: `ScoreSdeVePipeline`, `DDIMPipeline`, or `DDPMPipeline` for all others."""
+        """By the scheduler: `ScoreSdeVePipeline`, `DDIMPipeline`, or `DDPMPipeline` for all others but NCSN's."""
         if self.is_score_sde:
             return "ScoreSdeVePipeline"
+        if isinstance(self.scheduler, AnnealedLangevinScheduler):
+            return None
         return "DDIMPipeline" if type(self.scheduler).__name__ == "DDIMScheduler" else "DDPMPipeline"
 
     @classmethod
@@ -174,7 +177,7 @@ class UnconditionalPipeline(DenoisingPipeline):
         """Pictures of what the loop ends with, (B, C, H, W); see the call for `output_type`."""
         if output_type == "latent":
             return latents
-        if self.is_score_sde:  # data in [0, 1]
+        if self.learned_on_unit_range:
             latents = 2 * latents - 1
         return self.image_processor.postprocess(latents, output_type=output_type)
 
@@ -182,6 +185,11 @@ class UnconditionalPipeline(DenoisingPipeline):
     def is_score_sde(self) -> bool:
         """Whether the network takes noise levels in the place of timesteps, and returns scores."""
         return isinstance(self.scheduler, ScoreSdeVeScheduler)
+
+    @property
+    def learned_on_unit_range(self) -> bool:
+        """Whether pixels are in [0, 1] to the network, as those of scores have them; to others they are in [-1, 1]."""
+        return self.is_score_sde or isinstance(self.scheduler, AnnealedLangevinScheduler)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -194,6 +202,8 @@ class UnconditionalPipeline(DenoisingPipeline):
         """Steps of a call that names no number."""
         if self.config.default_num_inference_steps is not None:
             return self.config.default_num_inference_steps
+        if isinstance(self.scheduler, AnnealedLangevinScheduler):
+            return len(self.scheduler.sigmas) * self.scheduler.config.steps_per_level
         return min(DEFAULT_STEPS[self.native_class() or ""], self.scheduler.config.num_train_timesteps)
 
     def check_step_options(self, eta: float, use_clipped_model_output: bool | None) -> dict[str, Any]:

@@ -93,6 +93,20 @@ def draw(vae: Any, pixels: torch.Tensor, generator: torch.Generator | None) -> t
     return encoded.latent_dist.sample(generator) if hasattr(encoded, "latent_dist") else encoded.latents
 
 
+def posterior(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation (0 without a posterior) of the autoencoder's own latents, both (B, C, h, w) in float32.
+
+    Args:
+        vae: As for `encode`.
+        pixels: (B, 3, H, W) in [-1, 1], of any floating-point type.
+    """
+    with in_safe_precision(vae):
+        encoded = vae.encode(pixels.to(vae.dtype))
+    if hasattr(encoded, "latent_dist"):
+        return encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
+    return encoded.latents.float(), torch.zeros_like(encoded.latents, dtype=torch.float32)
+
+
 def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     """Pictures, (B, 3, H, W) in float32 and about [-1, 1], of the backbone's latents, (B, C, h, w)."""
     latents = denormalised(latents, vae)

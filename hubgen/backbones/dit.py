@@ -254,6 +254,8 @@ class DiTTransformer2DModel(Backbone):
         self.proj_out_1 = nn.Linear(self.inner_dim, 2 * self.inner_dim)
         self.proj_out_2 = nn.Linear(self.inner_dim, patch_size * patch_size * self.out_channels)
         self._blocks_come_and_go = False
+        self.class_dropout = CLASS_DROPOUT
+        """How often a class is replaced by none in training mode; 0 for whoever does so outside"""
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
@@ -307,7 +309,7 @@ class DiTTransformer2DModel(Backbone):
         """
         timestep, class_labels = self.check_inputs(hidden_states, timestep, class_labels)
         height, width = hidden_states.shape[-2:]
-        if self.training:
+        if self.training and self.class_dropout:
             class_labels = self.drop_labels(class_labels)
 
         residuals = shared_by_neighbours(block_controlnet_hidden_states, len(self.transformer_blocks))
@@ -345,8 +347,8 @@ class DiTTransformer2DModel(Backbone):
         yield self.proj_out_1, self.proj_out_1(F.silu(first))
 
     def drop_labels(self, class_labels: torch.Tensor) -> torch.Tensor:
-        """(B,) -> (B,), each label replaced by no class with a probability of 0.1."""
-        dropped = torch.rand(class_labels.shape, device=class_labels.device) < CLASS_DROPOUT
+        """(B,) -> (B,), each label replaced by no class with a probability of `class_dropout`."""
+        dropped = torch.rand(class_labels.shape, device=class_labels.device) < self.class_dropout
         return torch.where(dropped, self.config.num_embeds_ada_norm, class_labels)
 
     def unpatchify(self, x: torch.Tensor, height: int, width: int) -> torch.Tensor:

@@ -51,6 +51,11 @@ class PromptCondition(ABC):
         assert encoder is not None
         return TextCondition(encoder, self.tokenizers[number], max_length)
 
+    def not_read(self, prompt: str) -> str | None:
+        """See `TextCondition.not_read`, for the encoder that reads most."""
+        texts = [self.text(i, self.t5_tokens if i else None) for i, one in enumerate(self.encoders) if one is not None]
+        return max(texts, key=lambda text: text.max_length).not_read(prompt)
+
     def encode(
         self,
         prompts: Sequence[str],

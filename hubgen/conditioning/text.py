@@ -157,10 +157,17 @@ class TextCondition:
             return output.pooler_output
         return None
 
-    def _warn_of_truncation(self, prompt: str) -> None:
+    def not_read(self, prompt: str) -> str | None:
+        """What of a prompt is beyond the tokens that are read, in words; `None` where all of it is read."""
         ids = self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
         room = self.max_length - self.special_tokens
-        if len(ids) > room:
-            # At most so many tokens are spelled out: a prompt may be a book.
-            cut = self.tokenizer.decode(ids[room : room + 50]) + (" ..." if len(ids) > room + 50 else "")
-            logger.warning("The prompt has %d tokens, but the model reads %d. Not read: %r", len(ids), room, cut)
+        if len(ids) <= room:
+            return None
+        # At most so many tokens are spelled out: a prompt may be a book.
+        cut = self.tokenizer.decode(ids[room : room + 50]) + (" ..." if len(ids) > room + 50 else "")
+        return f"The prompt has {len(ids)} tokens, but the model reads {room}. Not read: {cut!r}"
+
+    def _warn_of_truncation(self, prompt: str) -> None:
+        warning = self.not_read(prompt)
+        if warning is not None:
+            logger.warning("%s", warning)

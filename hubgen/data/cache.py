@@ -1,14 +1,21 @@
-"""What a frozen encoder says about the data, computed once: posteriors of the pictures, embeddings of the captions.
+"""What a frozen encoder says about the data, computed once: tensors by key, in shards that are read by mmap.
 
-A cache file's name is a digest of everything that its content follows from: the encoder's weights and config, the data
-(files, transform, captions), and the layout. When any of it changes, the name does, so a stale file is never read.
-Files are safetensors, written under another name and renamed; one whose bytes rotted is made anew.
+A key names all that a value follows from about its example (the bytes of a picture and the part that is shown, or the
+words of a caption); the cache's own `content` names all that is common (the encoder's weights and config, its lengths).
+A shard holds the keys whose digests begin alike, and its name is a digest of both. So when an encoder, a picture or a
+caption changes, so does a name, and a stale file is never read; the order of rows plays no part, and one more picture
+costs one shard.
+
+Every process makes shards of its own, of which each is written under another name and renamed: a run that is killed
+goes on behind the last whole shard. A shard whose bytes rotted is made anew.
 """
 
+import fcntl
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,73 +25,176 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from hubgen.conditioning.text import TextCondition, TextEmbeddings
 from hubgen.data.errors import DataError
+from hubgen.errors import FULL
 from hubgen.formats.atomic import written
 
-LAYOUT = 1
+LAYOUT = 2
 """Version of the files' content; part of every name."""
 
+SHARD = 256
+"""Keys of a shard, about."""
 
-@dataclass(frozen=True)
-class LatentCache:
-    """The autoencoder's posterior of every picture, so that each use can draw from it anew, as live encoding would."""
+WAIT_SECONDS = 0.2
+OPEN_FILES = 256
 
-    mean: torch.Tensor
-    """(N, C, h, w) float32."""
-
-    std: torch.Tensor
-    """(N, C, h, w) float32; standard deviation."""
-
-    def __len__(self) -> int:
-        return len(self.mean)
-
-    def sample(self, indices: Sequence[int], generator: torch.Generator) -> torch.Tensor:
-        """Draws from the posteriors of the pictures at `indices`, (B, C, h, w), neither shifted nor scaled."""
-        rows = torch.as_tensor(indices)
-        mean = self.mean[rows]
-        return mean + self.std[rows] * torch.randn(mean.shape, generator=generator)
+Encode = Callable[[Sequence[str]], Iterable[tuple[str, Mapping[str, torch.Tensor]]]]
 
 
-class TextCache:
-    """Embeddings by caption; padding is not stored, and put back as zeros.
+class TensorCache:
+    """Tensors by key.
 
     Args:
-        captions: M distinct captions.
-        lengths: (M,) tokens of each.
-        tokens: (sum of lengths, D) token states, one caption after the other.
-        pooled: (M, P).
-        max_length: L of the batches that `__call__` returns.
+        folder: Of the files; made when the first is written.
+        content: What it holds ("latents", "text"), with what all values follow from, as JSON values.
+        keys: Of all values; any order, repetitions allowed.
     """
 
-    def __init__(
-        self,
-        captions: Sequence[str],
-        lengths: torch.Tensor,
-        tokens: torch.Tensor,
-        pooled: torch.Tensor,
-        max_length: int,
-    ):
-        self.rows = {caption: row for row, caption in enumerate(captions)}
-        self.lengths, self.pooled, self.max_length = lengths, pooled, max_length
-        self.starts = lengths.cumsum(0) - lengths
-        # A last row of zeros is what every padded position points to.
-        self.tokens = torch.cat([tokens, tokens.new_zeros(1, tokens.shape[1])])
+    def __init__(self, folder: str | Path, content: Mapping[str, Any], keys: Iterable[str]) -> None:
+        self.folder = Path(folder)
+        self.content = {**content, "layout": LAYOUT}
+        self.name = str(content["content"])
+        digests = {key: hashlib.sha256(key.encode()).hexdigest() for key in keys}
+        # Shards are the keys of one beginning, so that other keys do not move a key to another shard.
+        bits = max((len(digests) - 1).bit_length() - (SHARD - 1).bit_length(), 0)
+        shards: dict[int, list[str]] = {}
+        for key in sorted(digests, key=digests.__getitem__):
+            shards.setdefault(int(digests[key][:16], 16) >> (64 - bits) if bits else 0, []).append(key)
+        self._shards = list(shards.values())
+        self._place = {key: (number, row) for number, keys in enumerate(self._shards) for row, key in enumerate(keys)}
+        self._open: dict[int, Any] = {}
 
-    def __call__(self, captions: Sequence[str]) -> TextEmbeddings:
-        """Tokens (B, L, D) and pooled (B, P) of captions that were cached.
+    def __len__(self) -> int:
+        return len(self._place)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._place
+
+    def path(self, shard: int) -> Path:
+        """The file of a shard."""
+        digest = hashlib.sha256(self._description(shard).encode()).hexdigest()[:24]
+        return self.folder / f"{self.name}-{digest}.safetensors"
+
+    def __getitem__(self, key: str) -> dict[str, torch.Tensor]:
+        """The tensors of a key, which lie in the file until they are used.
 
         Raises:
-            DataError: A caption was not.
+            DataError: There is no such key.
         """
         try:
-            rows = torch.tensor([self.rows[caption] for caption in captions])
-        except KeyError as unknown:
-            raise DataError(f"caption {unknown} is not among the {len(self.rows)} that were cached.") from None
-        position = torch.arange(self.max_length)
-        index = self.starts[rows, None] + position  # (B, L)
-        index = torch.where(position < self.lengths[rows, None], index, len(self.tokens) - 1)
-        return TextEmbeddings(tokens=self.tokens[index], pooled=self.pooled[rows])
+            number, row = self._place[key]
+        except KeyError:
+            raise DataError(f"{self.name}: {key!r} is not among the {len(self)} that were cached.") from None
+        if number not in self._open:
+            if len(self._open) >= OPEN_FILES:
+                self._open.pop(next(iter(self._open)))
+            self._open[number] = safe_open(self.path(number), framework="pt")
+        file = self._open[number]
+        names = self._names(number)
+        return {name: file.get_tensor(f"{row}.{name}") for name in names}
+
+    def _names(self, number: int) -> list[str]:
+        return json.loads(self._open[number].metadata()["names"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For data workers that are started anew: they open the files themselves."""
+        return {**self.__dict__, "_open": {}}
+
+    def fill(self, encode: Encode, rank: int = 0, world_size: int = 1, show_progress: bool = True) -> None:
+        """Makes the shards that are not there, in turns with other processes that do the same; returns when all are.
+
+        Processes that cannot see each other's files make all of them; no process waits for another in a collective.
+
+        Args:
+            encode: Gives the tensors of keys of one shard, in any order.
+            rank: Of this process.
+            world_size: Processes.
+            show_progress: Whether a progress bar shows how much is made here.
+
+        Raises:
+            DataError: An encoder gave NaN or infinite values, or the disk is full; what is made already stays.
+        """
+        count = len(self._shards)
+        first = rank * count // world_size
+        pending = [(first + index) % count for index in range(count)] if count else []
+        missing = [number for number in pending if not self._whole(number, deep=number % world_size == rank)]
+        total = sum(len(self._shards[number]) for number in missing)
+        with tqdm(total=total, desc=f"encoding {self.name}", disable=not show_progress or not total) as progress:
+            while missing:
+                for number in list(missing):
+                    with self._mine(number) as mine:
+                        if mine:
+                            if not self._whole(number, deep=True):
+                                self._make(number, encode, progress)
+                            missing.remove(number)
+                if missing:  # another process is at them
+                    time.sleep(WAIT_SECONDS)
+                    missing = [number for number in missing if not self._whole(number, deep=False)]
+
+    # ---- files ----
+
+    def _description(self, number: int) -> str:
+        keys = hashlib.sha256("\0".join(self._shards[number]).encode()).hexdigest()
+        return json.dumps({**self.content, "keys": keys}, sort_keys=True)
+
+    def _whole(self, number: int, deep: bool) -> bool:
+        """Whether a shard is there; `deep` reads all of it."""
+        try:
+            with safe_open(self.path(number), framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("key") != self._description(number):
+                    return False
+                if not deep:
+                    return True
+                tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        except (FileNotFoundError, SafetensorError):
+            return False  # not there, or not whole
+        return metadata.get("sha256") == digest_of(tensors)
+
+    def _make(self, number: int, encode: Encode, progress: tqdm) -> None:
+        tensors: dict[str, torch.Tensor] = {}
+        names: list[str] = []
+        for key, values in encode(self._shards[number]):
+            row = self._place[key][1]
+            names = sorted(values)
+            for name, value in values.items():
+                if not value.isfinite().all():
+                    raise DataError(
+                        f"{self.name}: the encoder's {name} holds NaN or infinite values for {key!r}; expected finite "
+                        "ones."
+                    )
+                tensors[f"{row}.{name}"] = value.detach().to("cpu", copy=True).contiguous()
+            progress.update()
+        metadata = {"key": self._description(number), "names": json.dumps(names)}
+        metadata["sha256"] = digest_of(dict(sorted(tensors.items())))
+        try:
+            with written(self.path(number), durable=False) as temporary:  # its digest tells a damaged one
+                save_file(tensors, temporary, metadata=metadata)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+            need = size / len(self._shards[number]) * len(self) / 1e9
+            raise DataError(
+                f"{self.folder}: disk full; the cache of {len(self)} {self.name} needs about {need:.3g} GB there. What "
+                "is made stays: free some space, or name another folder, and start the same command again"
+            ) from error
+
+    @contextmanager
+    def _mine(self, number: int) -> Iterator[bool]:
+        """Whether this process may make a shard; another one that does so holds its lock."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.path(number).with_suffix(".lock")
+        with path.open("ab") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            try:
+                yield True
+            finally:
+                path.unlink(missing_ok=True)
 
 
 def module_digest(module: nn.Module) -> str:
@@ -96,11 +206,12 @@ def module_digest(module: nn.Module) -> str:
         # Where a model lies (_name_or_path) and which version wrote it does not change what it says.
         values = {k: v for k, v in values.items() if not k.startswith("_") and k != "transformers_version"}
         digest.update(json.dumps(values, sort_keys=True, default=str).encode())
-    digest.update(_digest(module.state_dict()).encode())
+    digest.update(digest_of(module.state_dict()).encode())
     return digest.hexdigest()
 
 
-def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
+def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Hex sha256 of the name, shape, dtype and bytes of each tensor."""
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -109,118 +220,13 @@ def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-@torch.no_grad()
-def cache_latents(
-    vae: Any,
-    dataset: Any,
-    cache_dir: str | Path,
-    batch_size: int = 32,
-    show_progress: bool = True,
-) -> LatentCache:
-    """The posterior of every picture of `dataset`, from the cache if it is there.
-
-    Args:
-        vae: An AutoencoderKL in evaluation mode.
-        dataset: Rows with "pixel_values" (3, H, W) in [-1, 1], and `fingerprint`, a string that changes with the
-            pictures, their order, and how they become pixels.
-        cache_dir: Folder of the cache files.
-        batch_size: Pictures encoded at once.
-        show_progress: Whether a progress bar shows the encoding.
-    """
-
-    def encode() -> dict[str, torch.Tensor]:
-        device, dtype = vae.device, vae.dtype
-        means, stds = [], []
-        for start in tqdm(range(0, len(dataset), batch_size), desc="encoding pictures", disable=not show_progress):
-            rows = range(start, min(start + batch_size, len(dataset)))
-            pixels = torch.stack([dataset[row]["pixel_values"] for row in rows])
-            posterior = vae.encode(pixels.to(device, dtype)).latent_dist
-            means.append(posterior.mean.float().cpu())
-            stds.append(posterior.std.float().cpu())
-        return {"mean": torch.cat(means), "std": torch.cat(stds)}
-
-    key = {"content": "latents", "autoencoder": module_digest(vae), "data": str(dataset.fingerprint)}
-    return LatentCache(**_cached(Path(cache_dir), key, encode))
-
-
-@torch.no_grad()
-def cache_text_embeddings(
-    text_condition: TextCondition,
-    captions: Sequence[str],
-    cache_dir: str | Path,
-    batch_size: int = 64,
-    show_progress: bool = True,
-) -> TextCache:
-    """Embeddings of `captions` and of the empty prompt, from the cache if they are there.
-
-    Args:
-        text_condition: The encoder.
-        captions: Any order, repetitions allowed.
-        cache_dir: Folder of the cache files.
-        batch_size: Captions encoded at once.
-        show_progress: Whether a progress bar shows the encoding.
-    """
-    distinct = sorted({"", *captions})
-
-    def encode() -> dict[str, torch.Tensor]:
-        lengths, tokens, pooled = [], [], []
-        for start in tqdm(range(0, len(distinct), batch_size), desc="encoding captions", disable=not show_progress):
-            embeddings = text_condition.encode(distinct[start : start + batch_size])
-            states = embeddings.tokens.float().cpu()  # (B, L, D)
-            # The length is where zeros begin: what lies behind it is padding, whatever the tokenizer's rules are.
-            position = torch.arange(1, states.shape[1] + 1)
-            length = (states.ne(0).any(dim=-1) * position).amax(dim=1)
-            lengths.append(length)
-            tokens.append(states[position <= length[:, None]])
-            pooled.append(embeddings.pooled.float().cpu())
-        return {"lengths": torch.cat(lengths), "tokens": torch.cat(tokens), "pooled": torch.cat(pooled)}
-
-    key = {
-        "content": "text",
-        "encoder": module_digest(text_condition.text_encoder),
-        "tokenizer": _tokenizer_digest(text_condition.tokenizer),
-        "max_length": text_condition.max_length,
-        "captions": hashlib.sha256("\0".join(distinct).encode()).hexdigest(),
-    }
-    content = _cached(Path(cache_dir), key, encode)
-    return TextCache(distinct, max_length=text_condition.max_length, **content)
-
-
-def _tokenizer_digest(tokenizer: Any) -> str:
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Hex sha256 of how a tokenizer reads words, whatever it was called with last."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         content = json.loads(backend.to_str())
-        # Not part of the tokenizer: how it was called last.
         content["padding"] = content["truncation"] = None
     else:
         content = tokenizer.get_vocab()
     description = f"{type(tokenizer).__name__} {tokenizer.padding_side} {json.dumps(content, sort_keys=True)}"
     return hashlib.sha256(description.encode()).hexdigest()
-
-
-def _cached(
-    folder: Path, key: dict[str, Any], compute: Callable[[], dict[str, torch.Tensor]]
-) -> dict[str, torch.Tensor]:
-    """The tensors stored for `key`, or those that `compute` makes, which are then stored."""
-    key = {**key, "layout": LAYOUT}
-    description = json.dumps(key, sort_keys=True)
-    digest = hashlib.sha256(description.encode()).hexdigest()[:24]
-    path = folder / f"{key['content']}-{digest}.safetensors"
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
-        if metadata == {"key": description, "sha256": _digest(tensors)}:
-            return tensors
-    except (FileNotFoundError, SafetensorError):
-        pass  # not there, or not whole: made anew
-    tensors = {name: tensor.contiguous() for name, tensor in sorted(compute().items())}
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise DataError(
-                f"{key['content']}: the encoder's {name} holds NaN or infinite values; expected finite ones."
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    with written(path, durable=False) as temporary:  # its digest tells a damaged one
-        save_file(tensors, temporary, metadata={"key": description, "sha256": _digest(tensors)})
-    return tensors

@@ -4,17 +4,20 @@
     metadata.csv        file_name,text
     metadata.parquet    the same columns
     NAME.txt            beside NAME.png: the caption in the first line, other wordings in further ones
+    10_NAME/            a folder of kohya's kind: each picture ten times an epoch, captioned NAME without a file
 
 The first three are those of `datasets`' imagefolder: each folder may have one, for the files in and below it. Text
-files count where there are none. `captions` (other wordings) is optional, as is every further column.
+files (also NAME.caption) and folder names count where there are none. `captions` (other wordings) is optional, as is
+every further column.
 """
 
 import csv
 import io
 import json
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -23,6 +26,9 @@ from PIL import Image
 from hubgen.data.errors import DataError
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+CAPTION_FILES = (".txt", ".caption")
+REPEATED = re.compile(r"([1-9]\d*)_(.+)")
+"""Name of a folder that says how often its pictures are repeated, and what they show"""
 
 
 class LeavesFolderError(DataError):
@@ -38,16 +44,27 @@ class Row:
     file_name: str
     """Relative to the data folder, with slashes."""
     captions: list[str]
-    """Wordings, at least one; the first is the caption."""
+    """Wordings; the first is the caption. None at all where captions were not asked for."""
+    repeats: int = 1
+    """How often the picture stands in an epoch"""
+    columns: dict[str, Any] = field(default_factory=dict)
+    """Values of the further columns that were asked for, `None` where the row has none"""
 
 
-def read_rows(folder: Path, caption_column: str, skip: Callable[[DataError], None]) -> tuple[list[Row], int]:
+def read_rows(
+    folder: Path,
+    caption_column: str | None,
+    skip: Callable[[DataError], None],
+    columns: Sequence[str] = (),
+) -> tuple[list[Row], int]:
     """The rows that are in order, before any picture is opened; and how many pictures of the folder have no row.
 
     Args:
         folder: With metadata of any form, in it or in folders below.
-        caption_column: Column of the caption; `captions` is read only beside "text".
+        caption_column: Column of the caption; `captions` is read only beside "text". `None`: no captions are asked for,
+            and without a table each picture is a row.
         skip: Given the error of each row that cannot be used; raises it, or notes it.
+        columns: Further ones to read from tables.
 
     Raises:
         DataError: There are no rows, a file of them is unreadable as a whole, or two name one picture.
@@ -55,11 +72,13 @@ def read_rows(folder: Path, caption_column: str, skip: Callable[[DataError], Non
     """
     tables, pictures = _files_of(folder)
     if tables:
-        rows = [row for table in tables for row in _rows_of_table(folder, table, caption_column, skip)]
+        rows = [row for table in tables for row in _rows_of_table(folder, table, caption_column, columns, skip)]
         what = tables[0]
     else:
-        rows = list(_rows_of_texts(folder, pictures, skip))
+        rows = list(_rows_of_texts(folder, pictures, caption_column is not None, columns, skip))
         what = folder / METADATA[0]
+        if not rows and caption_column is None:
+            raise DataError(f"{folder}: got no pictures, expected some")
         if not rows:
             raise DataError(
                 f"{what}: no such file, expected a row of file_name and {caption_column} for each picture (or "
@@ -83,9 +102,20 @@ def has_metadata(folder: Path) -> bool:
 
 
 def has_captions(folder: Path) -> bool:
-    """Whether there is a table of captions, or a text file beside a picture, in or below a folder."""
+    """Whether there is a table of captions, or a caption beside or above a picture, in or below a folder."""
     tables, pictures = _files_of(folder)
-    return bool(tables) or any((folder / name).with_suffix(".txt").is_file() for name in pictures)
+    return bool(tables) or any(_caption_file(folder / name) or _repeated(name) for name in pictures)
+
+
+def _caption_file(picture: Path) -> Path | None:
+    """The text file beside a picture."""
+    return next((path for suffix in CAPTION_FILES if (path := picture.with_suffix(suffix)).is_file()), None)
+
+
+def _repeated(name: str) -> tuple[int, str] | None:
+    """Repeats and caption by the name of the folder that a picture lies in, relative to the data folder."""
+    match = REPEATED.fullmatch(PurePosixPath(name).parent.name)
+    return None if match is None else (int(match[1]), match[2])
 
 
 def _files_of(folder: Path) -> tuple[list[Path], set[str]]:
@@ -113,16 +143,22 @@ def _files_of(folder: Path) -> tuple[list[Path], set[str]]:
     return tables, pictures
 
 
-def _rows_of_table(folder: Path, table: Path, caption_column: str, skip: Callable[[DataError], None]) -> Iterator[Row]:
+def _rows_of_table(
+    folder: Path,
+    table: Path,
+    caption_column: str | None,
+    columns: Sequence[str],
+    skip: Callable[[DataError], None],
+) -> Iterator[Row]:
     read = {".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}[table.suffix]
     inside, count = table.parent.relative_to(folder).as_posix(), 0
-    for number, value in read(table, caption_column):
+    for number, value in read(table, [*([] if caption_column is None else [caption_column]), *columns]):
         count += 1
         place = f"{table} row {number}"
         try:
             if isinstance(value, DataError):
                 raise value
-            yield _row(place, inside, value, caption_column)
+            yield _row(place, inside, value, caption_column, columns)
         except LeavesFolderError:
             raise
         except DataError as problem:
@@ -131,7 +167,7 @@ def _rows_of_table(folder: Path, table: Path, caption_column: str, skip: Callabl
         raise DataError(f"{table}: got no rows, expected one for each picture")
 
 
-def _json_rows(path: Path, caption_column: str) -> Iterator[tuple[int, Any]]:
+def _json_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Any]]:
     """(line number, object or error) of each line that is not empty."""
     for number, line in enumerate(_utf8(path).split(b"\n"), start=1):
         if not line.strip():
@@ -146,7 +182,7 @@ def _json_rows(path: Path, caption_column: str) -> Iterator[tuple[int, Any]]:
             yield number, DataError(f"{place}: not JSON ({problem}), expected an object")
 
 
-def _csv_rows(path: Path, caption_column: str) -> Iterator[tuple[int, Any]]:
+def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Any]]:
     try:
         text = _utf8(path).decode("utf-8")
     except UnicodeDecodeError as problem:
@@ -159,7 +195,7 @@ def _csv_rows(path: Path, caption_column: str) -> Iterator[tuple[int, Any]]:
         raise DataError(f"{path} row {reader.line_num}: not CSV ({problem})") from None
 
 
-def _parquet_rows(path: Path, caption_column: str) -> Iterator[tuple[int, Any]]:
+def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Any]]:
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
@@ -167,9 +203,9 @@ def _parquet_rows(path: Path, caption_column: str) -> Iterator[tuple[int, Any]]:
         raise DataError(f"{path}: needs pyarrow to be read: pip install 'hubgen[train]'") from None
     try:
         with ParquetFile(path) as file:
-            columns = [name for name in ("file_name", caption_column, "captions") if name in file.schema_arrow.names]
+            wanted = dict.fromkeys(["file_name", *columns, "captions"])
             number = 0
-            for batch in file.iter_batches(columns=columns):
+            for batch in file.iter_batches(columns=[name for name in wanted if name in file.schema_arrow.names]):
                 for row in batch.to_pylist():
                     number += 1
                     if row.get("captions", ()) is None:
@@ -179,15 +215,27 @@ def _parquet_rows(path: Path, caption_column: str) -> Iterator[tuple[int, Any]]:
         raise DataError(f"{path}: not a whole parquet file ({' '.join(str(problem).split())})") from problem
 
 
-def _rows_of_texts(folder: Path, pictures: set[str], skip: Callable[[DataError], None]) -> Iterator[Row]:
+def _rows_of_texts(
+    folder: Path,
+    pictures: set[str],
+    captioned: bool,
+    columns: Sequence[str],
+    skip: Callable[[DataError], None],
+) -> Iterator[Row]:
     for name in sorted(pictures):
-        path = (folder / name).with_suffix(".txt")
-        if not path.is_file():
+        path, of_folder = _caption_file(folder / name), _repeated(name)
+        nothing = dict.fromkeys(columns)
+        if not captioned or (path is None and of_folder is not None):
+            repeats, caption = of_folder or (1, "")
+            yield Row(str(folder / name), name, [caption] if captioned else [], repeats, nothing)
+            continue
+        if path is None:
             continue
         try:
             lines = [line.strip() for line in _utf8(path).decode("utf-8").splitlines() if line.strip()]
             row = {"text": lines[0] if lines else "", "captions": lines}
-            yield Row(f"{path} row 1", name, _captions(row, "text", str(path)))
+            captions = _captions(row, "text", str(path))
+            yield Row(f"{path} row 1", name, captions, 1 if of_folder is None else of_folder[0], nothing)
         except UnicodeDecodeError as problem:
             skip(DataError(f"{path}: not UTF-8 (byte {problem.start + 1}), expected a caption"))
         except DataError as problem:
@@ -205,13 +253,15 @@ def _utf8(path: Path) -> bytes:
     return content.removeprefix(b"\xef\xbb\xbf")
 
 
-def _row(place: str, inside: str, row: dict[str, Any], caption_column: str) -> Row:
+def _row(place: str, inside: str, row: dict[str, Any], caption_column: str | None, columns: Sequence[str]) -> Row:
     """A row of a table that lies in the folder `inside`."""
     file_name = _text_in(row, "file_name", place).replace("\\", "/")
     pure = PurePosixPath(file_name)
     if pure.is_absolute() or ".." in pure.parts or Path(file_name).is_absolute() or file_name[1:2] == ":":
         raise LeavesFolderError(f"{place}: file_name {file_name!r} leaves the folder, expected a path inside it")
-    return Row(place, (PurePosixPath(inside) / pure).as_posix(), _captions(row, caption_column, place))
+    captions = [] if caption_column is None else _captions(row, caption_column, place)
+    further = {name: row.get(name) for name in columns}
+    return Row(place, (PurePosixPath(inside) / pure).as_posix(), captions, columns=further)
 
 
 def _captions(row: dict[str, Any], caption_column: str, place: str) -> list[str]:

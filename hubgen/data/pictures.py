@@ -209,13 +209,6 @@ def pad_to_square(picture: Image.Image) -> Image.Image:
     return square
 
 
-def crop_to_square(picture: Image.Image) -> Image.Image:
-    """The central square of a picture: nothing is added."""
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    return picture if picture.size == (side, side) else picture.crop((left, top, left + side, top + side))
-
-
 def scale(picture: Image.Image, size: int) -> Image.Image:
     """A square picture at `size`×`size`; one that has this size already is left as it is."""
     return picture if picture.size == (size, size) else picture.resize((size, size), Image.Resampling.LANCZOS)

@@ -67,29 +67,48 @@ def describe_data(folder: Path, pictures: int, fingerprint: str) -> dict[str, An
     return described
 
 
-def text_to_image_card(
+@dataclass(frozen=True)
+class Usage:
+    """How a pipeline is called, for the example in its card."""
+
+    pipeline: str
+    """Class of hubgen"""
+    task: str
+    """As the Hub names it"""
+    arguments: str
+    """Of a call"""
+
+
+TEXT_TO_IMAGE = Usage("TextToImagePipeline", "text-to-image", '"a red apple"')
+CLASS_TO_IMAGE = Usage("ClassToImagePipeline", "unconditional-image-generation", "0")
+UNCONDITIONAL = Usage("UnconditionalPipeline", "unconditional-image-generation", "")
+
+
+def pipeline_card(
     name: str,
     summary: str,
     components: Mapping[str, tuple[str, int]],
     records: Mapping[str, TrainingRecord | None],
     *,
+    usage: Usage = TEXT_TO_IMAGE,
     licence: str | None = None,
 ) -> str:
-    """The README.md of a text-to-image pipeline.
+    """The README.md of a pipeline.
 
     Args:
         name: Title.
         summary: First paragraph.
         components: Component to its class and number of parameters.
         records: Trained component to its record.
+        usage: How it is called.
         licence: Identifier as the Hub knows it; left out of the metadata if not given.
     """
     metadata = ModelCardData(
         library_name="diffusers",
-        pipeline_tag="text-to-image",
+        pipeline_tag=usage.task,
         license=licence,
-        language="en",
-        tags=["hubgen", "text-to-image", "diffusers"],
+        language="en" if usage == TEXT_TO_IMAGE else None,
+        tags=["hubgen", usage.task, "diffusers"],
     )
     lines = [
         "---",
@@ -100,10 +119,10 @@ def text_to_image_card(
         summary.strip(),
         "",
         "```python",
-        "from hubgen import TextToImagePipeline",
+        f"from hubgen import {usage.pipeline}",
         "",
-        f'pipe = TextToImagePipeline.from_pretrained("{name}")',
-        'pipe("a red apple").images[0].save("apple.png")',
+        f'pipe = {usage.pipeline}.from_pretrained("{name}")',
+        f'pipe({usage.arguments}).images[0].save("picture.png")',
         "```",
         "",
         "## Parts",

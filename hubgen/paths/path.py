@@ -36,6 +36,8 @@ class PathSample:
     """(B, ...) the path's `prediction_type`, in the data's dtype"""
     t: torch.Tensor
     """(B,) the time that x_t belongs to: the one given, moved to the grid where the path's model knows only a grid"""
+    data: torch.Tensor
+    """(B, ...) without noise"""
 
 
 def _precise(t: torch.Tensor) -> torch.Tensor:
@@ -105,7 +107,7 @@ class ProbabilityPath(ABC):
         self._check_time(t, data)
         t = self.snap(t)
         a, b = self.coefficients(self.prediction_type, _precise(t))
-        return PathSample(self.interpolate(data, noise, t), self._combine(data, noise, a, b), t)
+        return PathSample(self.interpolate(data, noise, t), self._combine(data, noise, a, b), t, data)
 
     def convert(
         self,
@@ -251,6 +253,8 @@ class VariancePreservingPath(ProbabilityPath):
         """The betas, as schedulers' configs have them"""
         # The product is taken in float32, as samplers take it, so that training and sampling share one table.
         alpha_bar = torch.cumprod(1 - betas, dim=0).double()
+        self.alpha_bars = alpha_bar
+        """(N,) float64: alpha^2 at the times of the grid"""
         angle = torch.atan2((1 - alpha_bar).sqrt(), alpha_bar.sqrt())
         self._angles = torch.cat([torch.zeros(1, dtype=torch.float64), angle])  # (N + 1,)
         self._slopes = self._monotone_slopes(self._angles)  # (N + 1,), per grid cell

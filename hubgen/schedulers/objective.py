@@ -22,6 +22,7 @@ from hubgen.paths.continuous import EdmPath, VarianceExplodingPath
 from hubgen.paths.path import PathSample, ProbabilityPath, RectifiedFlowPath, VariancePreservingPath
 from hubgen.paths.prediction import from_diffusers, to_diffusers
 from hubgen.paths.timesteps import LogitNormalDensity, TimestepDensity, UniformDensity
+from hubgen.paths.variational import variational_bound
 from hubgen.paths.weighting import MinSnrWeighting, Weighting, noise_error_weighting, uniform_weighting
 from hubgen.schedulers.annealed_langevin import AnnealedLangevinScheduler
 from hubgen.schedulers.ddpm import DDPMScheduler
@@ -44,6 +45,8 @@ class Objective:
             grows with the magnitude of those above; `None` for the square of all.
         noise_offset: Standard deviation of a noise that is the same for a whole channel, added to the noise, so that
             the network learns to move a picture's brightness; 0 for none.
+        learns_variance: Whether the network predicts, in as many channels again, the variance of a step, which it
+            learns by the variational bound; the mean does not move by it (2102.09672; DiT, 2212.09748).
 
     Raises:
         ValueError: The weighting has no finite value somewhere on the path, or a number is out of its range.
@@ -54,12 +57,19 @@ class Objective:
     weighting: Weighting = uniform_weighting
     huber: float | None = None
     noise_offset: float = 0.0
+    learns_variance: bool = False
 
     def __post_init__(self) -> None:
         if self.huber is not None and not (math.isfinite(self.huber) and self.huber > 0):
             raise ValueError(f"`huber`: got {self.huber}, expected a finite number above 0, or None")
         if not (math.isfinite(self.noise_offset) and self.noise_offset >= 0):
             raise ValueError(f"`noise_offset`: got {self.noise_offset}, expected a finite number, at least 0")
+        steps = isinstance(self.path, VariancePreservingPath) and self.path.prediction_type == "noise"
+        if self.learns_variance and not steps:
+            raise ValueError(
+                f"`learns_variance`: got True with a {type(self.path).__name__} of {self.path.prediction_type!r}, "
+                "expected a VariancePreservingPath of 'noise'"
+            )
         blind = isinstance(self.path, VariancePreservingPath) and self.path.prediction_type in ("noise", "score")
         if blind and isinstance(self.weighting, MinSnrWeighting) and self.path.alpha(torch.ones(1)).item() < 1e-4:
             raise ValueError(
@@ -103,7 +113,7 @@ class Objective:
         """The weighted error of each picture, (B,), in float32.
 
         Args:
-            prediction: (B, ...).
+            prediction: (B, ...); where the variance is learnt, of twice the channels.
             sample: What it is the prediction for.
             mask: (B, 1, h, w) in [0, 1]: how much each place counts; the mean is over all places, so that a mask of
                 ones changes nothing.
@@ -111,12 +121,19 @@ class Objective:
         Raises:
             ValueError: Shapes do not fit.
         """
+        variance = None
+        if self.learns_variance and prediction.shape[1] == 2 * sample.target.shape[1]:
+            prediction, variance = prediction.chunk(2, dim=1)
         if prediction.shape != sample.target.shape:
             found, expected = tuple(prediction.shape), tuple(sample.target.shape)
             raise ValueError(f"`prediction`: got shape {found}, expected the target's, {expected}")
         error = (prediction.float() - sample.target).square()
         if self.huber is not None:
             error = 2 * self.huber * ((error + self.huber**2).sqrt() - self.huber)
+        if variance is not None:
+            assert isinstance(self.path, VariancePreservingPath)
+            bound = variational_bound(self.path, sample, prediction.detach().float(), variance.float())
+            error = error + bound * (self.path.num_train_timesteps / 1000)
         if mask is not None:
             places = (len(prediction), 1, *prediction.shape[2:])
             if tuple(mask.shape) != places:
@@ -187,7 +204,11 @@ def scheduler_of(objective: Objective) -> Any:
     if isinstance(path, VariancePreservingPath):
         predicted = to_diffusers(path.prediction_type)
         return DDPMScheduler(
-            **path.betas_config, prediction_type=predicted, clip_sample=False, timestep_spacing="trailing"
+            **path.betas_config,
+            prediction_type=predicted,
+            clip_sample=False,
+            timestep_spacing="trailing",
+            variance_type="learned_range" if objective.learns_variance else "fixed_small",
         )
     if isinstance(path, VarianceExplodingPath) and path.prediction_type == "score":
         levels = {"sigma_min": path.sigma_min, "sigma_max": path.sigma_max}

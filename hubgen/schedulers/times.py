@@ -4,6 +4,7 @@ Timesteps are what schedulers and models count in, 1000 t or indices of a schedu
 (noise), as paths have it. Sampling crosses from one to the other here alone; training by `ProbabilityPath.timestep`.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -41,6 +42,11 @@ def dynamic_shift(config: Any, tokens: int, max_shift: float = 1.15) -> float:
     low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     base, top = config.get("base_shift", 0.5), config.get("max_shift", max_shift)
     return base + (top - base) / (high - low) * (tokens - low)
+
+
+def shift_by_tokens(tokens: int) -> float:
+    """The factor by which FLUX shifts the times of pictures of so many tokens."""
+    return math.exp(dynamic_shift({}, tokens))
 
 
 def timestep_after(scheduler: Any, share: float) -> int:

@@ -256,7 +256,7 @@ def measure(folder: Path, recipe: Path, data: Path) -> dict[str, Any]:
     from hubgen.autoencoders.latents import normalised
     from hubgen.data.cache import cache_latents
     from hubgen.pipelines.text_to_image import TextToImagePipeline
-    from hubgen.training.settings import parse_settings
+    from hubgen.training.kit.parse import parse_settings
     from hubgen.training.train_text_to_image import Settings, build_objective
 
     settings = parse_settings(Settings, ["--config", str(recipe)])

@@ -28,7 +28,7 @@ from hubgen.data.errors import DataError
 from hubgen.data.image_folder import ImageTextFolder
 from hubgen.data.images import read_images, read_masks
 from hubgen.training import train_autoencoder, train_text_to_image
-from hubgen.training.settings import parse_settings
+from hubgen.training.kit.parse import parse_settings
 from tests import models
 from tests.benchmarks import report
 

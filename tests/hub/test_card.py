@@ -10,8 +10,8 @@ from hubgen.hub.card import (
     TrainingRecord,
     describe_data,
     markdown_curve,
+    pipeline_card,
     replace_section,
-    text_to_image_card,
 )
 
 RECORD = TrainingRecord(
@@ -36,7 +36,7 @@ def test_a_damaged_record_is_named(tmp_path: Path) -> None:
 
 
 def test_the_card_has_metadata_that_the_hub_reads_and_states_data_and_settings() -> None:
-    card = text_to_image_card(
+    card = pipeline_card(
         "emoji", "Draws emoji.", COMPONENTS, {"transformer": RECORD, "vae": None}, licence="apache-2.0"
     )
     metadata = yaml.safe_load(card.split("---")[1])
@@ -56,7 +56,7 @@ def test_a_long_curve_is_thinned_to_a_table_that_keeps_both_ends() -> None:
 
 def test_replacing_a_section_changes_nothing_else_and_can_be_repeated(tmp_path: Path) -> None:
     path = tmp_path / "README.md"
-    path.write_text(text_to_image_card("emoji", "Draws emoji.", COMPONENTS, {"transformer": RECORD}))
+    path.write_text(pipeline_card("emoji", "Draws emoji.", COMPONENTS, {"transformer": RECORD}))
     before = path.read_text()
     replace_section(path, "measured", r"50 % \1")
     assert path.read_text() == before.replace("Not measured yet.", r"50 % \1")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 
@@ -204,14 +205,14 @@ def test_masks_hubers_and_offsets_do_what_they_say() -> None:
         (lambda: scheduler_of(Objective(CosinePath())), "`objective`: got a CosinePath"),
         (
             lambda: Objective(RectifiedFlowPath()).loss(
-                torch.zeros(2, 3), PathSample(*[torch.zeros(2, 4)] * 2, torch.zeros(2))
+                torch.zeros(2, 3), PathSample(*[torch.zeros(2, 4)] * 2, torch.zeros(2), torch.zeros(2, 4))
             ),
             r"`prediction`: got shape \(2, 3\), expected the target's, \(2, 4\)",
         ),
         (
             lambda: Objective(RectifiedFlowPath()).loss(
                 torch.zeros(2, 3, 4, 4),
-                PathSample(*[torch.zeros(2, 3, 4, 4)] * 2, torch.zeros(2)),
+                PathSample(*[torch.zeros(2, 3, 4, 4)] * 2, torch.zeros(2), torch.zeros(2, 3, 4, 4)),
                 torch.ones(2, 3, 4, 4),
             ),
             r"`mask`: got shape \(2, 3, 4, 4\), expected \(2, 1, 4, 4\)",
@@ -221,3 +222,48 @@ def test_masks_hubers_and_offsets_do_what_they_say() -> None:
 def test_what_cannot_be_learned_is_refused_by_argument(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_learned_variance_costs_the_variational_bound_of_diffusers_paper() -> None:
+    """Improved DDPM's loss (2102.09672, eq. 15 and 16), written out for each timestep in float64."""
+    path = VariancePreservingPath("noise", num_train_timesteps=50)
+    scheduler = diffusers.DDPMScheduler(num_train_timesteps=50)
+    betas, bars = scheduler.betas.double(), scheduler.alphas_cumprod.double()
+    generator = torch.Generator().manual_seed(0)
+    data = torch.rand(4, 2, 3, 3, generator=generator).mul(255).round() / 127.5 - 1
+    noise, predicted, v = (torch.randn(4, 2, 3, 3, generator=generator) for _ in range(3))
+    index = torch.tensor([0, 1, 20, 49])
+    sample = path.sample(data, noise, path.time(index))
+    objective = Objective(path, learns_variance=True)
+    losses = objective.loss(torch.cat([predicted, v], 1), sample)
+    for row, t in enumerate(index.tolist()):
+        x_0, x_t, eps = data[row].double(), sample.x_t[row].double(), predicted[row].double()
+        beta, bar, before = betas[t], bars[t], bars[t - 1] if t else torch.ones(()).double()
+        first, second = before.sqrt() * beta / (1 - bar), (1 - beta).sqrt() * (1 - before) / (1 - bar)
+        true_mean = first * x_0 + second * x_t
+        mean = first * (x_t - (1 - bar).sqrt() * eps) / bar.sqrt() + second * x_t
+        tilde = betas[max(t, 1)] * (1 - bars[max(t, 1) - 1]) / (1 - bars[max(t, 1)])
+        log_variance = (v[row].double() + 1) / 2 * beta.log() + (1 - v[row].double()) / 2 * tilde.log()
+        normal = torch.distributions.Normal(mean, (0.5 * log_variance).exp())
+        if t:
+            bound = torch.distributions.kl_divergence(torch.distributions.Normal(true_mean, tilde.sqrt()), normal)
+        else:
+            upper = torch.where(x_0 > 0.999, torch.ones_like(x_0), normal.cdf(x_0 + 1 / 255))
+            lower = torch.where(x_0 < -0.999, torch.zeros_like(x_0), normal.cdf(x_0 - 1 / 255))
+            bound = -(upper - lower).clamp(min=1e-12).log()
+        expected = (eps - noise[row].double()).square().mean() + bound.mean() / np.log(2) * 50 / 1000
+        assert losses[row].item() == pytest.approx(expected.item(), rel=2e-4)
+
+
+def test_the_bound_moves_the_variance_and_not_the_mean() -> None:
+    path = VariancePreservingPath("noise")
+    sample = path.sample(torch.randn(2, 1, 2, 2), torch.randn(2, 1, 2, 2), torch.tensor([0.2, 0.7]))
+    prediction = torch.zeros(2, 2, 2, 2, requires_grad=True)
+    Objective(path, learns_variance=True).loss(prediction, sample).sum().backward()
+    plain = torch.zeros(2, 1, 2, 2, requires_grad=True)
+    Objective(path).loss(plain, sample).sum().backward()
+    assert prediction.grad is not None and plain.grad is not None
+    torch.testing.assert_close(prediction.grad[:, :1], plain.grad)
+    assert prediction.grad[:, 1:].abs().min() > 0
+    with pytest.raises(ValueError, match="`learns_variance`: got True with a RectifiedFlowPath"):
+        Objective(RectifiedFlowPath(), learns_variance=True)

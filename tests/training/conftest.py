@@ -40,9 +40,9 @@ def problem(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     models.tokenizer(max_length=16).save_pretrained(root / "text")
     models.text_encoder().save_pretrained(root / "text")
     return {
-        "data_dir": str(root / "data"),
-        "autoencoder": str(root / "autoencoder"),
-        "text_encoder": str(root / "text"),
+        "data.source": str(root / "data"),
+        "base.autoencoder": str(root / "autoencoder"),
+        "base.text_encoder": str(root / "text"),
     }
 
 
@@ -58,18 +58,18 @@ def recipe(problem: dict[str, str], tmp_path: Path) -> dict[str, Any]:
     """Settings of a run of 8 steps into `tmp_path / "run"`, as a recipe would give them."""
     return {
         **problem,
-        "output_dir": str(tmp_path / "run"),
-        "size": 16,
-        "max_text_tokens": 8,
-        "backbone_config": MMDIT,
-        "batch_size": 4,
-        "max_train_steps": 8,
-        "lr_warmup_steps": 2,
-        "learning_rate": 1e-2,
-        "checkpoint_steps": 3,
-        "log_steps": 1,
-        "report_to": "none",
-        "export_dtype": "float32",
+        "run.output_dir": str(tmp_path / "run"),
+        "data.size": 16,
+        "base.max_text_tokens": 8,
+        "base.backbone_config": MMDIT,
+        "run.batch_size": 4,
+        "run.max_train_steps": 8,
+        "optim.lr_warmup_steps": 2,
+        "optim.learning_rate": 1e-2,
+        "run.checkpoint_steps": 3,
+        "run.log_steps": 1,
+        "run.report_to": "none",
+        "publish.dtype": "float32",
     }
 
 
@@ -78,7 +78,7 @@ def train(tmp_path: Path) -> Iterator[Callable[[dict[str, Any]], Path]]:
     """Runs train_text_to_image in this process and returns its output folder."""
     import yaml
 
-    from hubgen.training.settings import parse_settings
+    from hubgen.training.kit.parse import parse_settings
     from hubgen.training.train_text_to_image import Settings, main
 
     def run(recipe: dict[str, Any]) -> Path:
@@ -87,7 +87,7 @@ def train(tmp_path: Path) -> Iterator[Callable[[dict[str, Any]], Path]]:
         path = tmp_path / "recipe.yaml"
         path.write_text(yaml.safe_dump(recipe))
         main(parse_settings(Settings, ["--config", str(path)]))
-        return Path(recipe["output_dir"])
+        return Path(recipe["run.output_dir"])
 
     yield run
     AcceleratorState._reset_state(reset_partial_state=True)

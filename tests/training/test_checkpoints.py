@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import nn
 
-from hubgen.training import checkpoints as checkpoints_module
-from hubgen.training.checkpoints import CheckpointError, Checkpoints, DiskFullError
+from hubgen.training.kit import checkpoints as checkpoints_module
+from hubgen.training.kit.checkpoints import CheckpointError, Checkpoints, DiskFullError
 
 IDENTITY = {"settings": {"learning_rate": 0.1, "betas": (0.9, 0.99)}, "data": "abc"}
 
@@ -223,7 +223,7 @@ def test_a_folder_that_cannot_be_written_fails_before_the_first_step(tmp_path: P
 
 def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
     script = (
-        "import sys\nfrom hubgen.training.checkpoints import Checkpoints, CheckpointError\n"
+        "import sys\nfrom hubgen.training.kit.checkpoints import Checkpoints, CheckpointError\n"
         "try:\n    Checkpoints(sys.argv[1])\nexcept CheckpointError as error:\n    sys.exit(str(error))\n"
     )
     command = [sys.executable, "-c", script, str(tmp_path)]

@@ -1,93 +1,100 @@
-"""The average follows the model by its definition and never touches a random number generator."""
+"""The average is what its formula says, follows what is trained alone, and leaves no trace when it is taken off."""
 
-import copy
+import itertools
+import json
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from hubgen.training.ema import ExponentialMovingAverage
-
-
-def tiny_model() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+from hubgen.training.kit.checkpoints import Checkpoints
+from hubgen.training.kit.ema import ExponentialMovingAverage
 
 
 def scramble(module: nn.Module) -> None:
     with torch.no_grad():
-        for tensor in module.state_dict().values():
-            tensor.copy_(
-                torch.randint(0, 100, tensor.shape) if not tensor.is_floating_point() else torch.randn_like(tensor)
-            )
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
 
 
 def test_the_average_is_the_weighted_sum_of_the_history() -> None:
-    model = tiny_model()
+    model = network()
     ema = ExponentialMovingAverage(model, decay=0.75, warmup=False)
     expected = model[0].weight.detach().double()
-    for _ in range(5):
+    for _ in range(20):
         scramble(model)
         ema.update(model)
         expected = 0.75 * expected + 0.25 * model[0].weight.detach().double()
-    torch.testing.assert_close(ema.shadow[0].weight.double(), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(ema.averages["0.weight"].double(), expected, rtol=0, atol=1e-6)
 
 
-def test_warmup_forgets_the_start_and_ends_at_the_decay() -> None:
-    model = tiny_model()
-    ema = ExponentialMovingAverage(model, decay=0.9)
-    assert ema.current_decay() == pytest.approx(2 / 11)
-    for _ in range(200):
-        ema.update(model)
-    assert ema.current_decay() == 0.9
+def test_the_warm_up_forgets_the_random_start() -> None:
+    ema = ExponentialMovingAverage(network(), decay=0.999)
+    decays = []
+    for _ in range(9000):
+        decays.append(ema.current_decay())
+        ema.num_updates += 1
+    assert decays[0] == pytest.approx(2 / 11) and decays[-1] == 0.999
+    assert all(before <= after for before, after in itertools.pairwise(decays))
 
 
-def test_buffers_are_copied_and_half_precision_is_averaged_in_float32() -> None:
-    model = tiny_model().to(torch.bfloat16)
-    ema = ExponentialMovingAverage(model, decay=0.999)
-    scramble(model)
+def test_an_average_of_half_precision_weights_moves_by_less_than_half_precision_can_tell() -> None:
+    model = nn.Linear(1, 1, bias=False).to(torch.bfloat16)
+    nn.init.ones_(model.weight)
+    ema = ExponentialMovingAverage(model, decay=0.9999, warmup=False)
+    nn.init.constant_(model.weight, 2.0)
     ema.update(model)
-    assert ema.shadow[0].weight.dtype == torch.float32
-    assert torch.equal(ema.shadow[1].running_mean, model[1].running_mean.float())
-    assert torch.equal(ema.shadow[1].num_batches_tracked, model[1].num_batches_tracked)
+    assert ema.averages["weight"].item() == pytest.approx(1.0001)
 
 
-def test_applied_lends_the_average_and_returns_the_own_weights() -> None:
-    model = tiny_model()
+def test_frozen_parameters_are_not_followed() -> None:
+    model = network()
+    model[1].requires_grad_(False)
     ema = ExponentialMovingAverage(model, decay=0.5)
+    assert set(ema.averages) == {"0.weight", "0.bias"}
     scramble(model)
-    own = copy.deepcopy(model.state_dict())
-    with pytest.raises(KeyboardInterrupt), ema.applied(model):
-        assert torch.equal(model[0].weight, ema.shadow[0].weight)
-        assert not torch.equal(model[0].weight, own["0.weight"])
-        raise KeyboardInterrupt
-    assert all(torch.equal(value, own[key]) for key, value in model.state_dict().items())
-
-
-def test_a_restored_average_goes_on_as_the_saved_one() -> None:
-    model = tiny_model()
-    ema = ExponentialMovingAverage(model, decay=0.9)
-    for _ in range(3):
-        scramble(model)
-        ema.update(model)
-    restored = ExponentialMovingAverage(tiny_model(), decay=0.9)
-    restored.load_state_dict(ema.state_dict())
-    scramble(model)
-    ema.update(model)
-    restored.update(model)
-    assert all(torch.equal(value, restored.state_dict()[key]) for key, value in ema.state_dict().items())
-
-
-def test_no_random_number_is_drawn() -> None:
-    model = tiny_model()
-    before = torch.get_rng_state()
-    ema = ExponentialMovingAverage(model, decay=0.9)
+    frozen = model[1].weight.clone()
     ema.update(model)
     with ema.applied(model):
-        ema.state_dict()
+        assert torch.equal(model[1].weight, frozen)
+
+
+def test_applied_leaves_no_trace() -> None:
+    model = network()
+    ema = ExponentialMovingAverage(model, decay=0.5)
+    scramble(model)
+    ema.update(model)
+    own = {key: value.clone() for key, value in model.state_dict().items()}
+    before = torch.get_rng_state()
+    with pytest.raises(KeyError), ema.applied(model) as averaged:
+        assert torch.equal(averaged[0].weight, ema.averages["0.weight"])
+        assert not torch.equal(averaged[0].weight, own["0.weight"])
+        raise KeyError
+    assert all(torch.equal(value, own[key]) for key, value in model.state_dict().items())
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("decay", [1.0, -0.1, float("nan")])
-def test_an_impossible_decay_is_refused(decay: float) -> None:
+def test_a_checkpoint_restores_it_with_its_count(tmp_path: Path) -> None:
+    model = network()
+    ema, again = (ExponentialMovingAverage(model, decay=0.9) for _ in range(2))
+    for _ in range(3):
+        scramble(model)
+        ema.update(model)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(3, {"ema": ema})
+    assert checkpoints.restore({"ema": again}) == (3, {})
+    assert again.num_updates == 3 and again.current_decay() == ema.current_decay()
+    assert all(torch.equal(value, ema.averages[key]) for key, value in again.averages.items())
+    assert "ema.safetensors" in json.loads((tmp_path / "checkpoints/step-00000003/manifest.json").read_text())["files"]
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0])
+def test_a_decay_outside_of_its_range_is_refused(decay: float) -> None:
     with pytest.raises(ValueError, match="`decay`: got"):
-        ExponentialMovingAverage(tiny_model(), decay=decay)
+        ExponentialMovingAverage(network(), decay=decay)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import hubgen.training
-from hubgen.training.settings import parse_settings
+from hubgen.training.kit.parse import parse_settings
 
 RECIPES = sorted((Path(hubgen.training.__file__).parent / "recipes").glob("*.yaml"))
 SCRIPTS = {"autoencoder": "train_autoencoder", "text-to-image": "train_text_to_image"}
@@ -16,9 +16,7 @@ SCRIPTS = {"autoencoder": "train_autoencoder", "text-to-image": "train_text_to_i
 def test_a_recipe_is_settings_of_the_script_that_its_name_begins_with(recipe: Path) -> None:
     (script,) = (script for prefix, script in SCRIPTS.items() if recipe.name.startswith(prefix))
     module = importlib.import_module(f"hubgen.training.{script}")
-    folders = ["--data_dir", "data", "--output_dir", "run"]
-    parts = ["--autoencoder", "autoencoder"] if script == "train_text_to_image" else []
-    parse_settings(module.Settings, ["--config", str(recipe), *folders, *parts])
+    parse_settings(module.Settings, ["--config", str(recipe), "--data.source", "data", "--run.output_dir", "run"])
     assert f"hubgen.training.{script}" in recipe.read_text() and f"training/recipes/{recipe.name}" in recipe.read_text()
 
 

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from hubgen.autoencoders.autoencoder_kl import AutoencoderKL
 from hubgen.data.image_folder import ImageTextFolder
-from hubgen.training.checkpoints import CheckpointError
-from hubgen.training.finite import NonFiniteError
-from hubgen.training.settings import parse_settings
+from hubgen.training.kit.checkpoints import CheckpointError
+from hubgen.training.kit.finite import NonFiniteError
+from hubgen.training.kit.parse import parse_settings
 from hubgen.training.train_autoencoder import Settings, main
 from tests.training.conftest import draw_pictures
 
@@ -23,35 +23,35 @@ Train = Callable[..., Path]
 
 @pytest.fixture
 def train(tmp_path: Path) -> Iterator[Train]:
-    """Runs the script in this process on drawn pictures, settings given as keywords; returns the output folder."""
+    """Runs the script in this process on drawn pictures, with changed settings; returns the output folder."""
     draw_pictures(tmp_path / "data" / "train", 10)
     draw_pictures(tmp_path / "data" / "held_out", 3, first=10)
     tiny: dict[str, Any] = {
-        "data_dir": tmp_path / "data",
-        "output_dir": tmp_path / "run",
-        "size": 16,
-        "latent_channels": 2,
-        "block_out_channels": "8 8",
-        "norm_num_groups": 4,
-        "perceptual_network": "none",
-        "discriminator_width": 4,
-        "discriminator_layers": 1,
-        "batch_size": 4,
-        "max_train_steps": 6,
-        "learning_rate": 0.003,
-        "lr_warmup_steps": 0,
-        "lr_schedule": "constant",
-        "report_to": "none",
+        "data.source": tmp_path / "data",
+        "run.output_dir": tmp_path / "run",
+        "data.size": 16,
+        "model.latent_channels": 2,
+        "model.block_out_channels": "8 8",
+        "model.norm_num_groups": 4,
+        "loss.perceptual_network": "none",
+        "adversarial.width": 4,
+        "adversarial.layers": 1,
+        "run.batch_size": 4,
+        "run.max_train_steps": 6,
+        "optim.learning_rate": 0.003,
+        "optim.lr_warmup_steps": 0,
+        "optim.lr_schedule": "constant",
+        "run.report_to": "none",
     }
 
-    def run(**changes: Any) -> Path:
+    def run(changes: dict[str, Any] | None = None) -> Path:
         AcceleratorState._reset_state(reset_partial_state=True)
         arguments: list[str] = []
-        for name, value in (tiny | changes).items():
+        for name, value in (tiny | (changes or {})).items():
             arguments += [f"--{name}", *str(value).split()]
         settings = parse_settings(Settings, arguments)
         main(settings)
-        return settings.output_dir
+        return settings.run.output_dir
 
     yield run
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -65,19 +65,19 @@ def final_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("discriminator_weight", [0.0, 0.5])
 def test_a_run_that_was_stopped_and_resumed_equals_an_uninterrupted_one(train: Train, tmp_path, discriminator_weight):
-    options = {"discriminator_weight": discriminator_weight, "discriminator_start": 2}
-    whole = final_weights(train(output_dir=tmp_path / "whole", checkpoint_steps=100, **options))
+    options = {"adversarial.weight": discriminator_weight, "adversarial.start": 2}
+    whole = final_weights(train({"run.output_dir": tmp_path / "whole", "run.checkpoint_steps": 100, **options}))
     with pytest.raises(KeyboardInterrupt):
-        stop_after(4, lambda: train(checkpoint_steps=3, **options))
+        stop_after(4, lambda: train({"run.checkpoint_steps": 3, **options}))
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-00000003"]
-    resumed = final_weights(train(checkpoint_steps=3, **options))
+    resumed = final_weights(train({"run.checkpoint_steps": 3, **options}))
     assert whole.keys() == resumed.keys()
     assert [key for key in whole if not torch.equal(whole[key], resumed[key])] == []
 
 
 def stop_after(steps: int, run: Callable[[], Any]) -> None:
     """Runs until the averaged weights were updated `steps` times, then fails there as Ctrl-C would."""
-    from hubgen.training.ema import ExponentialMovingAverage
+    from hubgen.training.kit.ema import ExponentialMovingAverage
 
     update, count = ExponentialMovingAverage.update, 0
 
@@ -97,12 +97,12 @@ def stop_after(steps: int, run: Callable[[], Any]) -> None:
 
 def test_the_discriminator_changes_the_autoencoder_from_its_first_step_on_and_not_before(train: Train, tmp_path):
     def weights(name: str, **changes: Any) -> dict[str, torch.Tensor]:
-        folder = train(output_dir=tmp_path / name, max_train_steps=3, **changes)
+        folder = train({"run.output_dir": tmp_path / name, "run.max_train_steps": 3, **changes})
         return load_file(folder / "checkpoints" / "step-00000003" / "autoencoder.safetensors")
 
     plain = weights("plain")
-    later = weights("later", discriminator_weight=0.5, discriminator_start=3)
-    sooner = weights("sooner", discriminator_weight=0.5, discriminator_start=2)
+    later = weights("later", **{"adversarial.weight": 0.5}, **{"adversarial.start": 3})
+    sooner = weights("sooner", **{"adversarial.weight": 0.5}, **{"adversarial.start": 2})
     assert all(torch.equal(plain[key], later[key]) for key in plain)
     assert not all(torch.equal(plain[key], sooner[key]) for key in plain)
 
@@ -121,12 +121,14 @@ def test_published_latents_have_mean_zero_and_standard_deviation_one_on_the_trai
 
 def test_training_with_perceptual_loss_lowers_the_reconstruction_error(train: Train, tmp_path):
     folder = train(
-        perceptual_network="efficientnet_lite0",
-        validation_split="held_out",
-        validation_steps=1,
-        max_train_steps=25,
-        learning_rate=0.01,
-        ema_decay=0.5,
+        {
+            "loss.perceptual_network": "efficientnet_lite0",
+            "validation.split": "held_out",
+            "validation.steps": 1,
+            "run.max_train_steps": 25,
+            "optim.learning_rate": 0.01,
+            "optim.ema_decay": 0.5,
+        }
     )
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     reports = [row for row in rows if "psnr" in row]
@@ -136,14 +138,14 @@ def test_training_with_perceptual_loss_lowers_the_reconstruction_error(train: Tr
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(train: Train, tmp_path):
-    train(max_train_steps=2)
+    train({"run.max_train_steps": 2})
     with pytest.raises(NonFiniteError, match=r"\.png"):
-        train(output_dir=tmp_path / "bad", learning_rate=1e20, checkpoint_steps=1)
+        train({"run.output_dir": tmp_path / "bad", "optim.learning_rate": 1e20, "run.checkpoint_steps": 1})
     kept = max((tmp_path / "bad" / "checkpoints").glob("step-*"))
     assert all(value.isfinite().all() for value in load_file(kept / "autoencoder.safetensors").values())
 
 
 def test_a_run_with_other_settings_in_the_same_folder_is_refused_with_the_difference(train: Train):
-    train(max_train_steps=2)
-    with pytest.raises(CheckpointError, match="kl_weight: 0.001 in the checkpoint, 0.5 now"):
-        train(max_train_steps=2, kl_weight=0.5)
+    train({"run.max_train_steps": 2})
+    with pytest.raises(CheckpointError, match=r"loss\.kl_weight: 0.001 in the checkpoint, 0.5 now"):
+        train({"run.max_train_steps": 2, "loss.kl_weight": 0.5})

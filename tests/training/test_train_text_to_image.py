@@ -16,8 +16,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from hubgen.training.finite import NonFiniteError
-from hubgen.training.settings import NON_FINITE_ERROR, USAGE_ERROR, SettingsError
+from hubgen.training.kit.finite import NonFiniteError
+from hubgen.training.kit.parse import SettingsError
+from hubgen.training.kit.script import NON_FINITE_ERROR, USAGE_ERROR
 from tests.training.conftest import MMDIT, UNET, draw_pictures
 
 Train = Callable[[dict[str, Any]], Path]
@@ -67,9 +68,14 @@ def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> No
 def test_a_run_killed_at_a_random_step_and_then_stopped_by_sigterm_equals_an_uninterrupted_one(
     recipe: dict[str, Any], tmp_path: Path
 ) -> None:
-    recipe |= {"max_train_steps": 60, "mixed_precision": "bf16", "gradient_accumulation_steps": 2, "batch_size": 3}
-    run, whole = Path(recipe["output_dir"]), tmp_path / "whole"
-    finish(start(recipe | {"output_dir": str(whole), "checkpoint_steps": 1000}, tmp_path))
+    recipe |= {
+        "run.max_train_steps": 60,
+        "run.mixed_precision": "bf16",
+        "run.gradient_accumulation_steps": 2,
+        "run.batch_size": 3,
+    }
+    run, whole = Path(recipe["run.output_dir"]), tmp_path / "whole"
+    finish(start(recipe | {"run.output_dir": str(whole), "run.checkpoint_steps": 1000}, tmp_path))
 
     process = start(recipe, tmp_path)
     wait_for_step(process, run, random.Random(0).randint(4, 25))
@@ -94,9 +100,9 @@ def test_a_run_killed_at_a_random_step_and_then_stopped_by_sigterm_equals_an_uni
 def test_the_cadence_of_saving_and_validation_does_not_touch_the_weights(
     recipe: dict[str, Any], train: Train, tmp_path: Path, cadence: int
 ) -> None:
-    never = train(recipe | {"output_dir": str(tmp_path / "never"), "checkpoint_steps": 1000})
-    often = {"validation_split": "held_out", "validation_prompts": ["red ball"], "validation_inference_steps": 2}
-    run = train(recipe | often | {"checkpoint_steps": cadence, "validation_steps": cadence})
+    never = train(recipe | {"run.output_dir": str(tmp_path / "never"), "run.checkpoint_steps": 1000})
+    often = {"validation.split": "held_out", "validation.prompts": ["red ball"], "validation.inference_steps": 2}
+    run = train(recipe | often | {"run.checkpoint_steps": cadence, "validation.steps": cadence})
     assert_identical(run, never)
 
 
@@ -104,15 +110,15 @@ def test_the_cadence_of_saving_and_validation_does_not_touch_the_weights(
 def test_a_run_made_longer_equals_one_that_was_that_long_from_the_start(
     recipe: dict[str, Any], train: Train, tmp_path: Path, variant: str
 ) -> None:
-    recipe |= {"lr_schedule": "constant", "max_train_steps": 6}
+    recipe |= {"optim.lr_schedule": "constant", "run.max_train_steps": 6}
     recipe |= {
-        "ddpm": {"path": "ddpm", "prediction_type": "v", "weighting": "min_snr"},
-        "unet": {"backbone": "unet", "backbone_config": UNET | {"dropout": 0.3}},
-        "accumulation": {"gradient_accumulation_steps": 3, "gradient_checkpointing": True},
-        "dropped captions": {"condition_dropout": 0.5, "caption_variants": 1.0, "timestep_density": "uniform"},
+        "ddpm": {"objective.path": "ddpm", "objective.prediction": "v", "objective.weighting": "min_snr"},
+        "unet": {"base.backbone": "unet", "base.backbone_config": UNET | {"dropout": 0.3}},
+        "accumulation": {"run.gradient_accumulation_steps": 3, "run.gradient_checkpointing": True},
+        "dropped captions": {"data.caption_dropout": 0.5, "data.caption_variants": 1.0, "objective.density": "uniform"},
     }[variant]
-    long = train(recipe | {"output_dir": str(tmp_path / "long")})
-    train(recipe | {"max_train_steps": 4})  # 4 steps of 4 of 14 pictures: in the middle of an epoch
+    long = train(recipe | {"run.output_dir": str(tmp_path / "long")})
+    train(recipe | {"run.max_train_steps": 4})  # 4 steps of 4 of 14 pictures: in the middle of an epoch
     assert_identical(train(recipe), long)
 
 
@@ -124,20 +130,25 @@ def test_either_backbone_on_either_path_ends_in_a_pipeline_that_draws(
     from hubgen.pipelines.text_to_image import TextToImagePipeline
 
     config = MMDIT if backbone == "mmdit" else UNET
-    recipe |= {"backbone": backbone, "backbone_config": config, "path": path, "max_train_steps": 2}
-    recipe |= {"validation_split": "held_out", "validation_prompts": ["red ball", "a box", "blue"]}
-    run = train(recipe | {"validation_inference_steps": 2, "report_to": "tensorboard"})
+    recipe |= {
+        "base.backbone": backbone,
+        "base.backbone_config": config,
+        "objective.path": path,
+        "run.max_train_steps": 2,
+    }
+    recipe |= {"validation.split": "held_out", "validation.prompts": ["red ball", "a box", "blue"]}
+    run = train(recipe | {"validation.inference_steps": 2, "run.report_to": "tensorboard"})
     pipeline = TextToImagePipeline.from_pretrained(run / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
     (picture,) = pipeline("red ball", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
     assert picture.size == (16, 16)
     assert pipeline.tokenizer.model_max_length == 8
     published_text = "".join(path.read_text() for path in (run / "pipeline").rglob("*.json"))
-    assert str(run.parent) not in published_text and recipe["autoencoder"] not in published_text
+    assert str(run.parent) not in published_text and recipe["base.autoencoder"] not in published_text
     assert pipeline.config.default_num_inference_steps == 2
-    average = {k.partition("shadow.")[2]: v for k, v in final_weights(run).items() if "/shadow." in k}
+    average = {k.partition("average.")[2]: v for k, v in final_weights(run).items() if "/average." in k}
     published = pipeline.backbone.state_dict()
-    assert average.keys() == published.keys()
+    assert average.keys() == {name for name, _ in pipeline.backbone.named_parameters()}
     assert all(torch.equal(average[key], published[key]) for key in average)
     assert (run / "validation" / "step-00000002.png").is_file() and list((run / "logs").iterdir())
     held_out = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
@@ -147,40 +158,40 @@ def test_either_backbone_on_either_path_ends_in_a_pipeline_that_draws(
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_batch(
     recipe: dict[str, Any], train: Train
 ) -> None:
-    recipe |= {"learning_rate": 1e30, "lr_warmup_steps": 0, "checkpoint_steps": 1, "batch_size": 14}
+    recipe |= {"optim.learning_rate": 1e30, "optim.lr_warmup_steps": 0, "run.checkpoint_steps": 1, "run.batch_size": 14}
     with pytest.raises(NonFiniteError) as error:
         train(recipe)
     message = str(error.value)
     assert all(f"{number}.png" in message for number in range(14))
-    kept = max((Path(recipe["output_dir"]) / "checkpoints").glob("step-*"))
+    kept = max((Path(recipe["run.output_dir"]) / "checkpoints").glob("step-*"))
     assert f"checkpoint of step {int(kept.name[5:])} is kept" in message
     assert all(value.isfinite().all() for value in load_file(kept / "backbone.safetensors").values())
-    assert not (Path(recipe["output_dir"]) / "pipeline").exists()
+    assert not (Path(recipe["run.output_dir"]) / "pipeline").exists()
     assert NON_FINITE_ERROR not in (0, 1, USAGE_ERROR)
 
 
 def test_other_settings_or_data_are_refused_with_the_differences(
     recipe: dict[str, Any], train: Train, tmp_path: Path
 ) -> None:
-    recipe |= {"max_train_steps": 2}
+    recipe |= {"run.max_train_steps": 2}
     train(recipe)
-    with pytest.raises(ValueError, match="learning_rate: 0.01 in the checkpoint, 0.1 now"):
-        train(recipe | {"learning_rate": 0.1})
+    with pytest.raises(ValueError, match=r"optim\.learning_rate: 0.01 in the checkpoint, 0.1 now"):
+        train(recipe | {"optim.learning_rate": 0.1})
     draw_pictures(tmp_path / "other" / "train", 13)
     with pytest.raises(ValueError, match="another run: data: "):
-        train(recipe | {"data_dir": str(tmp_path / "other")})
-    train(recipe | {"log_steps": 5, "checkpoint_steps": 100})  # does not touch the weights
+        train(recipe | {"data.source": str(tmp_path / "other")})
+    train(recipe | {"run.log_steps": 5, "run.checkpoint_steps": 100})  # does not touch the weights
 
 
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [
-        ({"backbone_config": MMDIT | {"num_layer": 3}}, "unknown key 'num_layer'"),
-        ({"backbone_config": MMDIT | {"in_channels": 3}}, "got in_channels 3, expected 4"),
-        ({"prediction_type": "noise"}, "'prediction_type': got 'noise', expected 'velocity'"),
-        ({"autoencoder": "/nowhere"}, "'autoencoder': got /nowhere"),
-        ({"text_encoder": "/nowhere"}, "'text_encoder': /nowhere"),
-        ({"ema_decay": 1}, "'ema_decay'"),
+        ({"base.backbone_config": MMDIT | {"num_layer": 3}}, "unknown key 'num_layer'"),
+        ({"base.backbone_config": MMDIT | {"in_channels": 3}}, "got in_channels 3, expected 4"),
+        ({"objective.prediction": "noise"}, "'objective.prediction': got 'noise', expected 'velocity'"),
+        ({"base.autoencoder": "/nowhere"}, "'base.autoencoder': got /nowhere"),
+        ({"base.text_encoder": "/nowhere"}, "'base.text_encoder': /nowhere"),
+        ({"optim.ema_decay": 1}, "'optim.ema_decay'"),
     ],
 )
 def test_settings_that_do_not_fit_are_named(
@@ -195,17 +206,17 @@ def test_the_script_ends_with_one_line_and_exit_code_2_on_bad_input(recipe: dict
     picture = tmp_path / "data" / "train" / "1.png"
     draw_pictures(picture.parent, 3)
     picture.write_bytes(picture.read_bytes()[:60])
-    process = start(recipe | {"data_dir": str(tmp_path / "data")}, tmp_path)
+    process = start(recipe | {"data.source": str(tmp_path / "data")}, tmp_path)
     _, message = process.communicate(timeout=600)
     assert process.returncode == USAGE_ERROR
     assert message.splitlines()[-1].startswith("error: ") and "1.png" in message and "Traceback" not in message
 
 
 def test_a_second_process_on_the_same_folder_is_refused(recipe: dict[str, Any], train: Train, tmp_path: Path) -> None:
-    from hubgen.training.checkpoints import CheckpointError, Checkpoints
+    from hubgen.training.kit.checkpoints import CheckpointError, Checkpoints
 
-    first = Checkpoints(recipe["output_dir"])
+    first = Checkpoints(recipe["run.output_dir"])
     with pytest.raises(CheckpointError, match="another process"):
         train(recipe)
     first.close()
-    assert os.listdir(recipe["output_dir"] + "/checkpoints") == []
+    assert os.listdir(recipe["run.output_dir"] + "/checkpoints") == []

@@ -41,9 +41,9 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_run_of_two_processes_that_was_stopped_goes_on_bit_for_bit(recipe: dict[str, Any], tmp_path: Path) -> None:
-    recipe |= {"max_train_steps": 30, "batch_size": 2, "checkpoint_steps": 3}
-    run, whole = Path(recipe["output_dir"]), tmp_path / "whole"
-    finish(start(recipe | {"output_dir": str(whole), "checkpoint_steps": 1000}, tmp_path))
+    recipe |= {"run.max_train_steps": 30, "run.batch_size": 2, "run.checkpoint_steps": 3}
+    run, whole = Path(recipe["run.output_dir"]), tmp_path / "whole"
+    finish(start(recipe | {"run.output_dir": str(whole), "run.checkpoint_steps": 1000}, tmp_path))
     identity = json.loads((newest(whole) / "state.json").read_text())["identity"]
     assert identity["num_processes"] == 2
 
@@ -66,7 +66,12 @@ def test_each_process_takes_pictures_of_its_own_and_both_learn_from_all(recipe: 
     ends = []
     for processes in (1, 2):
         output = tmp_path / str(processes)
-        changes = {"output_dir": str(output), "batch_size": 2, "max_train_steps": 2, "checkpoint_steps": 2}
+        changes = {
+            "run.output_dir": str(output),
+            "run.batch_size": 2,
+            "run.max_train_steps": 2,
+            "run.checkpoint_steps": 2,
+        }
         finish(start(recipe | changes, tmp_path, processes))
         ends.append(weights(output))
     assert any(not torch.equal(value, ends[0][key]) for key, value in ends[1].items())

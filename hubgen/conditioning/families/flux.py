@@ -12,6 +12,7 @@ from torch import nn
 from hubgen.conditioning.condition import Condition
 from hubgen.conditioning.families.family import BackboneFamily, Doors, StartRules, even_sigmas
 from hubgen.conditioning.prompts import ClipAndT5, PromptCondition
+from hubgen.conditioning.text import SHOWS_PADDING
 
 # Side of the square of latents that is one token.
 PACKED = 2
@@ -39,7 +40,10 @@ class FluxFamily(BackboneFamily):
     def prompt_condition(
         self, encoders: Sequence[nn.Module | None], tokenizers: Sequence[Any], zero_without_prompt: bool = True
     ) -> PromptCondition:
-        """Always CLIP and T5: one alone can read no prompt."""
+        """CLIP and T5, of which one alone can read no prompt; or a single encoder of another kind."""
+        first: Any = encoders[0]
+        if first is not None and first.config.model_type not in SHOWS_PADDING and not any(encoders[1:]):
+            return super().prompt_condition(encoders, tokenizers, zero_without_prompt)
         return ClipAndT5(tuple(encoders), tuple(tokenizers))
 
     def sigmas(self, steps: int, scheduler: Any) -> list[float] | None:

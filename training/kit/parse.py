@@ -1,19 +1,25 @@
-"""Settings of a training script: one frozen dataclass, read from a YAML recipe and the command line, strictly typed.
+"""Settings of a training script: groups of frozen dataclasses, from a YAML recipe and the command line, strictly typed.
 
-A field's annotation is its check, the string below it is its help text:
+A field's annotation is its check, the string below it is its help text; a field that is a dataclass is a group:
 
-    @dataclass(frozen=True)
-    class Settings:
-        data_dir: Path
-        '''Folder of the training pictures.'''
-
+    @dataclass(frozen=True, kw_only=True)
+    class Optim:
         learning_rate: Annotated[float, Range(0)] = 1e-4
         '''Peak learning rate.'''
 
-    settings = parse_settings(Settings, description=__doc__)    # --config recipe.yaml --learning_rate 3e-4
+    @dataclass(frozen=True, kw_only=True)
+    class Settings:
+        optim: Optim = Optim()
+        run: RunOptions
 
-The command line wins over the recipe, the recipe over the defaults. Annotations may be int, float, str, bool, Path,
-Literal, dict[str, Any], tuple[T, ...] and list[T] of those, `T | None`, and Annotated[T, Range(...)].
+    settings = parse_settings(Settings, description=__doc__)    # --config recipe.yaml --optim.learning_rate 3e-4
+
+A recipe is a mapping of groups to mappings. The command line wins over the recipe, the recipe over the defaults: those
+of the group's own object where the script gives one, else those of its class. Annotations may be int, float, str, bool,
+Path, Literal, dict[str, Any], tuple[T, ...] and list[T] of those, `T | None`, and Annotated[T, Range(...), FREE].
+
+A field or group marked `FREE` may change between a run and its resumption, as it does not touch the weights;
+`identity_of` gives the others.
 """
 
 import argparse
@@ -23,42 +29,32 @@ import difflib
 import inspect
 import itertools
 import math
-import os
 import sys
 import textwrap
-import traceback
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from hubgen.errors import is_expected, one_line
-from hubgen.training.finite import NonFiniteError
-from hubgen.training.interruption import Interrupted
-
 T = TypeVar("T")
-
-USAGE_ERROR = 2
-"""Exit code of a run that was refused because of what it was given."""
-
-UNFINISHED_ERROR = 4
-"""Exit code of a run that has trained and saved, but could not validate or publish."""
-
-NON_FINITE_ERROR = 3
-"""Exit code of a run that stopped at a loss or gradient that is not finite."""
 
 
 class SettingsError(ValueError):
     """A setting is unknown, missing, of the wrong type or out of range; the message names it."""
 
 
-class UnfinishedError(RuntimeError):
-    """The weights are trained and saved; something beside them failed."""
+@dataclass(frozen=True)
+class Free:
+    """Mark of settings that do not touch the weights."""
 
 
-@dataclasses.dataclass(frozen=True)
+FREE = Free()
+
+
+@dataclass(frozen=True)
 class Range:
     """Bounds of a number, for `Annotated[int, Range(1)]`; both ends belong to it unless `open_minimum` is set."""
 
@@ -76,11 +72,25 @@ class Range:
         return " and ".join(part for part in (low, high) if part)
 
 
+MISSING = dataclasses.MISSING
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A setting: a field that is no group."""
+
+    expected: Any
+    """Its annotation"""
+    default: Any
+    """`MISSING` for one that has to be given"""
+    doc: str
+
+
 def parse_settings(cls: type[T], argv: Sequence[str] | None = None, *, description: str = "") -> T:
     """The settings from `--config recipe.yaml` and the command line.
 
     Args:
-        cls: A dataclass; fields without a default are required.
+        cls: A dataclass of groups and settings; settings without a default are required.
         argv: Arguments without the program's name; `sys.argv[1:]` by default.
         description: Text above the list of settings in `--help`.
 
@@ -89,96 +99,136 @@ def parse_settings(cls: type[T], argv: Sequence[str] | None = None, *, descripti
             names the key and where it stood, what was found, what was expected, and the closest known key.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser, hints = _build_parser(cls, description), get_type_hints(cls, include_extras=True)
-    given, unknown = parser.parse_known_args(argv)
+    leaves = dict(leaves_of(cls))
+    given, unknown = _build_parser(leaves, description).parse_known_args(argv)
     if unknown:
-        _raise_unknown(unknown[0], unknown[0].lstrip("-").split("=")[0], hints, "on the command line")
+        name = unknown[0].lstrip("-").split("=")[0].replace("-", "_")
+        _raise_unknown(unknown[0], name, list(leaves), "on the command line")
     given_values = {key: value for key, value in vars(given).items() if value is not None}
     values: dict[str, Any] = {}
     recipe = given_values.pop("config", None)
     if recipe is not None:
-        content = {str(key): value for key, value in _read_recipe(Path(recipe)).items()}
-        for key in content:
-            if key.replace("-", "_") not in hints:
-                _raise_unknown(key, key, hints, f"in {recipe}")
-        for key, value in content.items():
-            name = key.replace("-", "_")
+        for name, value in _flat(_read_recipe(Path(recipe)), leaves, recipe):
             if name in values:
                 raise SettingsError(f"setting '{name}' stands twice in {recipe}; expected it once.")
-            values[name] = _convert(value, hints[name], name, f"in {recipe}", from_text=False)
+            values[name] = _convert(value, leaves[name].expected, name, f"in {recipe}", from_text=False)
     for name, words in given_values.items():
         words = words if isinstance(words, list) else [words]
-        values[name] = _convert(words, hints[name], name, "on the command line", from_text=True)
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
-        if field.name not in values and not has_default:
+        values[name] = _convert(words, leaves[name].expected, name, "on the command line", from_text=True)
+    for name, leaf in leaves.items():
+        if name not in values and leaf.default is MISSING:
             where = f"in {recipe} or on the command line" if recipe is not None else "on the command line"
-            raise SettingsError(f"setting '{field.name}' is missing; expected {_name(hints[field.name])} {where}.")
-    return cls(**values)
+            raise SettingsError(f"setting '{name}' is missing; expected {_name(leaf.expected)} {where}.")
+    return _built(cls, {name: leaf.default for name, leaf in leaves.items()} | values)
+
+
+def leaves_of(cls: type, default: Any = None, prefix: str = "") -> Iterator[tuple[str, Leaf]]:
+    """The settings of a dataclass and its groups, by dotted name, in order.
+
+    Args:
+        cls: The dataclass.
+        default: An object of it, whose values are the defaults; `None`: its fields' own.
+        prefix: Of the names.
+    """
+    hints, docs = get_type_hints(cls, include_extras=True), field_docstrings(cls)
+    for field in dataclasses.fields(cls):
+        if default is not None:
+            value = getattr(default, field.name)
+        elif field.default_factory is not MISSING:
+            value = field.default_factory()
+        else:
+            value = field.default
+        group = _group(hints[field.name])
+        if group is not None:
+            yield from leaves_of(group, None if value is MISSING else value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, Leaf(hints[field.name], value, docs.get(field.name, ""))
 
 
 def settings_to_dict(settings: Any) -> dict[str, Any]:
-    """The settings as plain JSON values (paths as strings, tuples as lists)."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Path):
-            return str(value)
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        if isinstance(value, dict):
-            return {str(key): plain(item) for key, item in value.items()}
-        return value
-
-    return {field.name: plain(getattr(settings, field.name)) for field in dataclasses.fields(settings)}
+    """The settings as plain JSON values: groups are mappings, paths strings, tuples lists."""
+    return {field.name: _plain(getattr(settings, field.name)) for field in dataclasses.fields(settings)}
 
 
-def run_script(main: Callable[[Any], None], cls: type, *, description: str = "") -> NoReturn:
-    """Parse the settings, run `main(settings)` and exit; an expected error becomes one line on stderr and no traceback.
-
-    Exit codes: 0 done; 2 for what the user gave (settings, data, paths, a full disk); 3 for a loss that is not finite;
-    4 for a run that is trained and saved, but failed to validate or publish; 128 + signal for a run that saved and
-    stopped on a signal. `HUBGEN_TRACEBACK=1` prints the traceback as well.
-    """
-    try:
-        main(parse_settings(cls, description=description))
-    except Interrupted as stop:
-        print(f"stopped: {stop}", file=sys.stderr)
-        sys.exit(stop.exit_code)
-    except Exception as error:
-        codes = {NonFiniteError: NON_FINITE_ERROR, UnfinishedError: UNFINISHED_ERROR}
-        if type(error) not in codes and not is_expected(error):
-            raise
-        if os.environ.get("HUBGEN_TRACEBACK"):
-            traceback.print_exc()
-        print(f"error: {one_line(error, 'try a smaller batch_size or size')}", file=sys.stderr)
-        sys.exit(codes.get(type(error), USAGE_ERROR))
-    sys.exit(0)
+def identity_of(settings: Any) -> dict[str, Any]:
+    """The settings that are not `FREE`, as plain JSON values."""
+    hints, kept = get_type_hints(type(settings), include_extras=True), {}
+    for field in dataclasses.fields(settings):
+        expected, value = hints[field.name], getattr(settings, field.name)
+        if any(isinstance(mark, Free) for mark in get_args(expected)[1:] if get_origin(expected) is Annotated):
+            continue
+        kept[field.name] = identity_of(value) if dataclasses.is_dataclass(value) else _plain(value)
+    return kept
 
 
-def _build_parser(cls: type, description: str) -> argparse.ArgumentParser:
-    """The command line: one `--key` (also `--ke-y` with dashes) a field, with its docstring and default as help."""
+def _group(expected: Any) -> type | None:
+    """The dataclass of a field that is a group."""
+    if get_origin(expected) is Annotated:
+        expected = get_args(expected)[0]
+    return expected if isinstance(expected, type) and dataclasses.is_dataclass(expected) else None
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return settings_to_dict(value)
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return value
+
+
+def _built(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
+    """The dataclass with its groups, of all settings by dotted name."""
+    hints, arguments = get_type_hints(cls, include_extras=True), {}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        group = _group(hints[field.name])
+        name = prefix + field.name
+        arguments[field.name] = values[name] if group is None else _built(group, values, f"{name}.")
+    return cls(**arguments)
+
+
+def _flat(
+    content: Mapping[Any, Any], leaves: Mapping[str, Leaf], recipe: str, prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """The settings of a recipe by dotted name; a group may be empty."""
+    for key, value in content.items():
+        given = f"{prefix}{key}"
+        name = given.replace("-", "_")
+        if name in leaves:
+            yield name, value
+        elif any(leaf.startswith(f"{name}.") for leaf in leaves):
+            if value is not None and not isinstance(value, dict):
+                found = _show(value, from_text=False)
+                raise SettingsError(f"setting '{name}' in {recipe}: got {found}, expected a mapping of its settings.")
+            yield from _flat(value or {}, leaves, recipe, f"{name}.")
+        else:
+            _raise_unknown(given, name, list(leaves), f"in {recipe}")
+
+
+def _build_parser(leaves: Mapping[str, Leaf], description: str) -> argparse.ArgumentParser:
+    """The command line: one `--group.key` (also with dashes) a setting, with its docstring and default as help."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.error = _raise_usage  # type: ignore[method-assign]
     parser.add_argument("--config", metavar="RECIPE.yaml", help="YAML file of settings; the command line wins over it.")
-    hints, docs = get_type_hints(cls, include_extras=True), field_docstrings(cls)
-    for field in dataclasses.fields(cls):
-        if field.name == "config":
-            raise TypeError(f"{cls.__name__}: a field may not be called 'config', the option that names the recipe.")
-        if field.default is not dataclasses.MISSING:
-            default = f"default: {field.default}"
-        elif field.default_factory is not dataclasses.MISSING:
-            default = f"default: {field.default_factory()}"
-        else:
-            default = "required"
-        flags = dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"])
-        parser.add_argument(
-            *flags,
-            dest=field.name,
-            **_argument_count(hints[field.name]),
+    sections: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        if name == "config":
+            raise TypeError("a setting may not be called 'config', the option that names the recipe.")
+        group = name.rpartition(".")[0]
+        if group not in sections:
+            sections[group] = parser.add_argument_group(group) if group else parser
+        default = "required" if leaf.default is MISSING else f"default: {leaf.default}"
+        sections[group].add_argument(
+            *dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]),
+            dest=name,
+            **_argument_count(leaf.expected),
             metavar="VALUE",
-            help=f"{docs.get(field.name, '')} [{_name(hints[field.name])}; {default}]".replace("%", "%%"),
+            help=f"{leaf.doc} [{_name(leaf.expected)}; {default}]".replace("%", "%%"),
         )
     return parser
 
@@ -230,13 +280,26 @@ def _raise_usage(message: str) -> NoReturn:
     raise SettingsError(f"command line: {message}.")
 
 
-def _raise_unknown(given: str, name: str, hints: dict[str, Any], where: str) -> NoReturn:
+def _raise_unknown(given: str, name: str, known: Sequence[str], where: str) -> NoReturn:
     if not given.startswith("-") and where == "on the command line":
-        raise SettingsError(f"got '{given}' on the command line, expected --setting value.")
-    known = [*hints, "config"] if where == "on the command line" else list(hints)
-    close = difflib.get_close_matches(name.replace("-", "_"), known, n=1, cutoff=0.5)
-    advice = f"did you mean '{close[0]}'?" if close else f"known settings: {', '.join(sorted(known))}."
+        raise SettingsError(f"got '{given}' on the command line, expected --group.setting value.")
+    known = [*known, "config"] if where == "on the command line" else list(known)
+    advice = (
+        f"did you mean '{nearest}'?" if (nearest := _nearest(name, known)) else f"known settings: {', '.join(known)}."
+    )
     raise SettingsError(f"unknown setting '{given}' {where}; {advice}")
+
+
+def _nearest(name: str, known: Sequence[str]) -> str | None:
+    """The known setting that is spelled most like a name, its group left out or mistaken or not."""
+
+    def likeness(setting: str) -> float:
+        whole = difflib.SequenceMatcher(None, name, setting).ratio()
+        last = difflib.SequenceMatcher(None, name.rpartition(".")[2], setting.rpartition(".")[2]).ratio()
+        return max(whole, last) + whole / 100
+
+    best = max(known, key=likeness)
+    return best if likeness(best) > 0.6 else None
 
 
 def _convert(value: Any, expected: Any, key: str, where: str, *, from_text: bool) -> Any:

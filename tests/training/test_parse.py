@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
-from hubgen.training.settings import Range, SettingsError, parse_settings, settings_to_dict
+from hubgen.training.kit.parse import FREE, Range, SettingsError, identity_of, parse_settings, settings_to_dict
 
 
 @dataclass(frozen=True)
@@ -140,3 +140,90 @@ def test_help_shows_the_docstring_below_each_field(capsys: pytest.CaptureFixture
 def test_settings_become_json_values() -> None:
     values = settings_to_dict(Example(data_dir=Path("x"), prompts=("a",)))
     assert values["data_dir"] == "x" and values["prompts"] == ["a"] and values["betas"] == [0.9, 0.99]
+
+
+# ---- groups ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    learning_rate: Annotated[float, Range(0)] = 1e-4
+    """Peak learning rate."""
+
+    betas: tuple[float, float] = (0.9, 0.99)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    output_dir: Annotated[Path, FREE]
+    """Where it goes."""
+
+    seed: int = 0
+
+    log_steps: Annotated[int, Range(1), FREE] = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    steps: int = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grouped:
+    optim: Optim = Optim(learning_rate=5e-4)
+    run: Run
+    validation: Annotated[Validation, FREE] = Validation()
+
+
+def grouped(tmp_path: Path, text: str, *argv: str) -> Grouped:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    return parse_settings(Grouped, ["--config", str(recipe), *argv])
+
+
+def test_groups_are_mappings_in_a_recipe_and_dotted_on_the_command_line(tmp_path: Path) -> None:
+    recipe = "optim:\n  betas: [0.5, 0.9]\nrun:\n  output_dir: x\n  seed: 3\nvalidation:\n"
+    settings = grouped(tmp_path, recipe, "--run.seed", "4", "--run.log-steps", "7")
+    assert settings == Grouped(
+        optim=Optim(learning_rate=5e-4, betas=(0.5, 0.9)), run=Run(output_dir=Path("x"), seed=4, log_steps=7)
+    )
+    assert grouped(tmp_path, "run.output_dir: x\nrun: {seed: 1}").run.seed == 1
+
+
+def test_what_is_free_is_no_part_of_the_identity() -> None:
+    settings = Grouped(run=Run(output_dir=Path("x")))
+    assert identity_of(settings) == {"optim": {"learning_rate": 5e-4, "betas": [0.9, 0.99]}, "run": {"seed": 0}}
+    assert settings_to_dict(settings)["run"] == {"output_dir": "x", "seed": 0, "log_steps": 50}
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("learning_rate: 1e-3", ["unknown setting 'learning_rate'", "did you mean 'optim.learning_rate'"]),
+        ("optim: {learning_rat: 1}", ["unknown setting 'optim.learning_rat'", "did you mean 'optim.learning_rate'"]),
+        ("optimiser: {learning_rate: 1}", ["unknown setting 'optimiser'"]),
+        ("optim: 3", ["'optim'", "got 3 (int)", "expected a mapping of its settings"]),
+        ("validation: {seed: 1}", ["unknown setting 'validation.seed'", "did you mean 'run.seed'"]),
+        ("run: {log_steps: 0}", ["'run.log_steps'", "int at least 1"]),
+        ("run.seed: 1\nrun: {seed: 2}", ["'run.seed' stands twice"]),
+    ],
+)
+def test_an_unknown_key_in_a_group_is_answered_with_the_nearest(tmp_path: Path, line: str, named: list[str]) -> None:
+    with pytest.raises(SettingsError) as error:
+        grouped(tmp_path, line, "--run.output_dir", "x")
+    for part in [*named, "recipe.yaml"]:
+        assert part in str(error.value)
+
+
+def test_a_missing_setting_of_a_group_is_named() -> None:
+    with pytest.raises(SettingsError, match=r"'run\.output_dir' is missing; expected path on the command line"):
+        parse_settings(Grouped, [])
+    with pytest.raises(SettingsError, match=r"unknown setting '--learning_rate' .*did you mean 'optim\.learning_rate'"):
+        parse_settings(Grouped, ["--learning_rate", "1"])
+
+
+def test_help_lists_the_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_settings(Grouped, ["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Peak learning rate. [float at least 0; default: 0.0005]" in shown and "--run.output_dir" in shown

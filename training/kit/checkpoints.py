@@ -1,15 +1,16 @@
 """Checkpoints that a run can be killed beside: written under a temporary name, verified, renamed into place.
 
     output_dir/checkpoints/step-00001000/
-        backbone.safetensors             one file per module
-        optimizer.adamw.safetensors      one file per optimizer
+        backbone.safetensors             one file per module: what of it is trained
+        ema.backbone.safetensors         its average
+        optimizer.backbone.adamw.safetensors   one file per optimizer
         state.json                       step, identity of the run, optimizer groups, whatever the script adds
         manifest.json                    size and sha256 of each of the above; written last
 
 A save writes all files and then the manifest in a folder `.tmp-*`, fsyncs them, renames the folder, fsyncs its parent,
 and only then removes old checkpoints. A folder named `step-N` is therefore complete at every moment; bits that rot
 later fail the hash, and the checkpoint before is taken. Tensors are safetensors and the rest is JSON; nothing is ever
-unpickled.
+unpickled. Tensors that are sharded over processes are gathered, so that a file is the same on any number of them.
 """
 
 import errno
@@ -23,20 +24,30 @@ import sys
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from hubgen.formats.atomic import sweep, written
 
-FORMAT = 1
+FORMAT = 2
 """Version of the layout above, part of every manifest."""
 
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
+
+
+class Stateful(Protocol):
+    """A module, or what has a module's two methods."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Tensors by name."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> Any:
+        """Takes over what `state_dict` gave."""
 
 
 class CheckpointError(ValueError):
@@ -53,9 +64,10 @@ class Checkpoints:
     Args:
         output_dir: Folder of the run; made if missing. Another process that uses it at the same time is refused.
         keep: Checkpoints that stay; at least 2, so that a damaged one has one before it.
-        identity: JSON values that make the run what it is (settings that change the weights, fingerprint of the data,
-            number of processes). Resuming with others is refused.
-        writer: Whether this process writes; with several processes, only the main one does. The others restore only.
+        identity: JSON values that make the run what it is (settings that change the weights, fingerprint of the data).
+            Resuming with others is refused.
+        writer: Whether this process writes; with several processes, only the main one does. The others take part where
+            tensors have to be gathered, and restore.
 
     Raises:
         CheckpointError: The folder is in use by another process, or `keep` is below 2.
@@ -86,15 +98,15 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        modules: Mapping[str, nn.Module],
+        modules: Mapping[str, Stateful],
         optimizers: Mapping[str, Optimizer] | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> Path:
-        """Write the checkpoint of `step` (optimizer steps done) and remove those beyond `keep`.
+        """Write the checkpoint of `step` (steps done) and remove those beyond `keep`; called by all processes.
 
         Args:
             step: Number of optimizer steps that the state has seen.
-            modules: Name to module; parameters and persistent buffers are stored.
+            modules: Name to module; what its `state_dict` holds is stored.
             optimizers: Name to optimizer.
             extra: Other JSON values that `restore` shall return.
 
@@ -105,14 +117,16 @@ class Checkpoints:
             DiskFullError: No room; the checkpoints before are as they were and the temporary folder is gone.
         """
         target = self.folder / f"step-{step:08d}"
-        if target.is_dir() and self._damage(target) is None:
-            return target
         tensors: dict[str, dict[str, torch.Tensor]] = {}
         state: dict[str, Any] = {"step": step, "identity": self.identity, "extra": dict(extra or {}), "optimizers": {}}
         for name, module in modules.items():
-            tensors[f"{name}.safetensors"] = {key: _own_copy(value) for key, value in module.state_dict().items()}
+            tensors[f"{name}.safetensors"] = content = {}
+            _packed(dict(module.state_dict()), "", content, self.writer)
         for name, optimizer in (optimizers or {}).items():
-            tensors[f"optimizer.{name}.safetensors"], state["optimizers"][name] = _flatten_optimizer(optimizer)
+            tensors[f"optimizer.{name}.safetensors"] = content = {}
+            state["optimizers"][name] = _packed(_bare(optimizer).state_dict(), "", content, self.writer)
+        if not self.writer or (target.is_dir() and self._damage(target) is None):
+            return target
         try:
             with written(target) as temporary:  # in the place of a damaged checkpoint of the same step, if there is one
                 temporary.mkdir()
@@ -141,8 +155,29 @@ class Checkpoints:
 
     # Restoring
 
+    def check(self) -> None:
+        """Raises CheckpointError where the newest checkpoint is of another run; reads nothing large."""
+        for step in reversed(self.steps()):
+            folder = self.folder / f"step-{step:08d}"
+            try:
+                state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+                self._check_identity(folder, state["identity"])
+            except CheckpointError:
+                raise
+            except (OSError, ValueError, KeyError, TypeError):
+                continue  # damaged: `restore` says so
+            return
+
+    def _check_identity(self, folder: Path, identity: Any) -> None:
+        differences = _differences(identity, self.identity)
+        if differences:
+            raise CheckpointError(
+                f"{folder} was written by another run: {'; '.join(differences)}. "
+                "Restore these settings, or choose another output_dir."
+            )
+
     def restore(
-        self, modules: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer] | None = None
+        self, modules: Mapping[str, Stateful], optimizers: Mapping[str, Optimizer] | None = None
     ) -> tuple[int, dict[str, Any]] | None:
         """Load the newest checkpoint that is whole into `modules` and `optimizers`.
 
@@ -234,15 +269,10 @@ class Checkpoints:
         return None
 
     def _load(
-        self, folder: Path, modules: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer]
+        self, folder: Path, modules: Mapping[str, Stateful], optimizers: Mapping[str, Optimizer]
     ) -> tuple[int, dict[str, Any]]:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        differences = _differences(state["identity"], self.identity)
-        if differences:
-            raise CheckpointError(
-                f"{folder} was written by another run: {'; '.join(differences)}. "
-                "Restore these settings, or choose another output_dir."
-            )
+        self._check_identity(folder, state["identity"])
         stored = {path.name for path in folder.glob("*.safetensors")}
         wanted = {f"{name}.safetensors" for name in modules} | {f"optimizer.{name}.safetensors" for name in optimizers}
         if stored != wanted:
@@ -251,7 +281,7 @@ class Checkpoints:
             path = folder / f"{name}.safetensors"
             tensors, expected = load_file(path), module.state_dict()
             _check_tensors(path, tensors, expected)
-            module.load_state_dict(tensors)
+            module.load_state_dict({key: _shared_out(value, expected[key]) for key, value in tensors.items()})
         for name, optimizer in optimizers.items():
             path = folder / f"optimizer.{name}.safetensors"
             _restore_optimizer(optimizer, load_file(path), state["optimizers"][name], path)
@@ -267,63 +297,79 @@ def file_digest(path: Path) -> str:
 _sha256 = file_digest
 
 
-def folder_digest(folder: Path) -> str:
-    """Hex sha256 over the weights and the config of a model's folder, wherever it lies."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    plain = {name: value for name, value in config.items() if not name.startswith("_")}
-    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(f"\n{path.name} {file_digest(path)}".encode())
-    return digest.hexdigest()
-
-
-def _own_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous tensor on the CPU; cloned, because safetensors refuses tied weights that share storage."""
-    return tensor.detach().to("cpu", copy=True).contiguous()
-
-
 def _bare(optimizer: Optimizer) -> Optimizer:
     """The torch optimizer below Accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)
 
 
-def _flatten_optimizer(optimizer: Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors named `{parameter}.{key}` and, as JSON, what is no tensor: plain state values and the groups."""
-    state_dict = _bare(optimizer).state_dict()
-    tensors, values = {}, {}
-    for parameter, entries in state_dict["state"].items():
-        for key, value in entries.items():
-            if torch.is_tensor(value):
-                tensors[f"{parameter}.{key}"] = _own_copy(value)
-            else:
-                values[f"{parameter}.{key}"] = value
-    groups = [
-        {key: value.item() if torch.is_tensor(value) else value for key, value in group.items()}
-        for group in state_dict["param_groups"]
-    ]
-    return tensors, {"values": values, "groups": groups}
+def _packed(tree: Any, name: str, tensors: dict[str, torch.Tensor], keep: bool) -> Any:
+    """A nest of dicts, lists and tuples as JSON, its tensors put into `tensors` under the names of their places.
+
+    Args:
+        tree: The nest; beside tensors it holds what JSON has.
+        name: Of its place.
+        tensors: Filled with own copies on the CPU: safetensors refuses weights that share storage.
+        keep: Whether they are wanted; without, sharded tensors are only gathered, which all processes have to do.
+
+    Raises:
+        CheckpointError: Something is neither.
+    """
+    if torch.is_tensor(tree):
+        tensor = tree.detach()
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
+        if keep:
+            tensors[name] = tensor.to("cpu", copy=True).contiguous()
+        return {"tensor": name}
+    if isinstance(tree, Mapping):
+        inner = [
+            [key, _packed(value, f"{name}.{key}" if name else str(key), tensors, keep)] for key, value in tree.items()
+        ]
+        return {"items": inner}
+    if isinstance(tree, list | tuple):
+        values = [_packed(value, f"{name}.{number}", tensors, keep) for number, value in enumerate(tree)]
+        return {type(tree).__name__: values}
+    if tree is None or isinstance(tree, bool | int | float | str):
+        return tree
+    raise CheckpointError(f"{name}: got a {type(tree).__name__}, expected tensors and plain values in what is saved.")
+
+
+def _unpacked(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """The nest that `_packed` was given."""
+    if not isinstance(tree, dict):
+        return tree
+    ((kind, content),) = tree.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "items":
+        return {key: _unpacked(value, tensors) for key, value in content}
+    values = [_unpacked(value, tensors) for value in content]
+    return tuple(values) if kind == "tuple" else values
+
+
+def _shared_out(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A whole tensor, sharded over processes as another one is."""
+    if not isinstance(like, DTensor) or tensor.shape != like.shape:
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
 def _restore_optimizer(
     optimizer: Optimizer, tensors: Mapping[str, torch.Tensor], stored: Mapping[str, Any], path: Path
 ) -> None:
     optimizer = _bare(optimizer)
-    now = optimizer.state_dict()["param_groups"]
-    if [group["params"] for group in now] != [group["params"] for group in stored["groups"]]:
+    state, now = _unpacked(stored, tensors), optimizer.state_dict()["param_groups"]
+    if [group["params"] for group in now] != [group["params"] for group in state["param_groups"]]:
         raise CheckpointError(
-            f"{path}: got groups of {[len(group['params']) for group in stored['groups']]} parameters, "
+            f"{path}: got groups of {[len(group['params']) for group in state['param_groups']]} parameters, "
             f"expected {[len(group['params']) for group in now]}."
         )
-    state: dict[int, dict[str, Any]] = {}
-    for name, value in {**tensors, **stored["values"]}.items():
-        parameter, key = name.split(".", 1)
-        state.setdefault(int(parameter), {})[key] = value
-    groups = []
-    for stored_group, group in zip(stored["groups"], now, strict=True):
-        # JSON has no tuples; Adam's betas come back as one.
-        restored = {k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in stored_group.items()}
-        groups.append(restored)
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, entries in state["state"].items():
+        for key, value in entries.items():
+            if torch.is_tensor(value):
+                entries[key] = _shared_out(value, parameters[number])
+    optimizer.load_state_dict(state)
 
 
 def _check_tensors(path: Path, found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:

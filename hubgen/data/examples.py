@@ -1,0 +1,128 @@
+"""Pictures with what is known of them, wherever they lie; `hubgen.data.sources` opens them."""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from hubgen.data.errors import DataError
+from hubgen.data.views import Size
+
+SKIPPED_AT_MOST = 0.5
+"""Share of rows that may be left out before a source as a whole counts as unusable."""
+
+
+class Examples(ABC):
+    """Rows of pictures, counted from 0; a source fills them when it is opened, and has checked each of them then.
+
+    Args:
+        place: Of the source, for messages.
+        columns: Further ones that are kept of each row.
+        reading: Whatever else its pictures and captions depend on, for the fingerprint.
+    """
+
+    def __init__(self, place: str, columns: Sequence[str] = (), reading: str = "") -> None:
+        self.place, self.reading = place, reading
+        self.file_names: list[str] = []
+        """Of each row, for messages and records"""
+        self.captions: list[list[str]] = []
+        """Wordings of each picture's caption, the caption first; none where none were asked for"""
+        self.sizes: list[Size] = []
+        """(height, width) of each picture in pixels, upright"""
+        self.digests: list[str] = []
+        """Hexadecimal, of what each picture is made of"""
+        self.repeats: list[int] = []
+        """How often each picture stands in an epoch"""
+        self.columns: dict[str, list[Any]] = {name: [] for name in columns}
+        self.skipped: list[str] = []
+        """One line for each row that is left out: place, what was found, what was expected."""
+
+    @abstractmethod
+    def picture(self, row: int) -> Image.Image:
+        """RGB, upright and on white."""
+
+    @abstractmethod
+    def mask(self, row: int, column: str) -> Image.Image | None:
+        """The mask that a column names or holds, "L", of the picture's size; `None` where there is none.
+
+        Raises:
+            DataError: It is no mask of this picture.
+        """
+
+    def __len__(self) -> int:
+        return len(self.file_names)
+
+    @property
+    def texts(self) -> list[str]:
+        """The caption of each picture, its first wording."""
+        return [wordings[0] for wordings in self.captions]
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over captions, columns and the bytes of every picture, in the order of rows."""
+        digest = hashlib.sha256(f"{self.reading}\n".encode())
+        for row, name in enumerate(self.file_names):
+            more = {column: values[row] for column, values in self.columns.items()}
+            record = [name, self.digests[row], self.captions[row], self.repeats[row], more]
+            digest.update(json.dumps(record, ensure_ascii=False, sort_keys=True, default=str).encode() + b"\n")
+        return digest.hexdigest()
+
+    def left_out(self) -> list[str]:
+        """What a user has to be told about what is not used."""
+        lines = [f"left out, {counted(len(self.skipped), 'row')} of {self.place}:"] if self.skipped else []
+        return lines + [f"  {line}" for line in self.skipped]
+
+    def drop(self, rows: Mapping[int, str]) -> None:
+        """Leaves rows out, each for a reason.
+
+        Raises:
+            DataError: Most of the rows are left out now.
+        """
+        lists: list[list[Any]] = [self.file_names, self.captions, self.sizes, self.digests, self.repeats]
+        for values in [*lists, *self.columns.values()]:
+            values[:] = [value for row, value in enumerate(values) if row not in rows]
+        self.skipped += [rows[row] for row in sorted(rows)]
+        self.check_enough()
+
+    def check_enough(self) -> None:
+        """Raises DataError where there are no rows, or most are left out."""
+        total = len(self.skipped) + len(self.file_names)
+        if not self.file_names or len(self.skipped) > SKIPPED_AT_MOST * total:
+            first = f"; the first: {self.skipped[0]}" if self.skipped else ""
+            raise DataError(f"{self.place}: {len(self.file_names)} of {total} rows can be used, expected most{first}")
+
+    def _add(
+        self,
+        name: str,
+        captions: Sequence[str],
+        size: Size,
+        digest: str,
+        repeats: int = 1,
+        columns: Mapping[str, Any] | None = None,
+    ) -> None:
+        """One more row."""
+        self.file_names.append(name)
+        self.captions.append(list(captions))
+        self.sizes.append(size)
+        self.digests.append(digest)
+        self.repeats.append(repeats)
+        for column, values in self.columns.items():
+            values.append((columns or {}).get(column))
+
+
+def counted(number: int, what: str) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def check_mask(mask: Image.Image, name: str, size: Size, picture: str) -> Image.Image:
+    """A mask of the size of its picture; raises DataError for one of another size."""
+    if mask.size != (size[1], size[0]):
+        raise DataError(
+            f"{name}: got {mask.width}x{mask.height} pixels, expected {size[1]}x{size[0]}, those of {picture}, whose "
+            "mask it is"
+        )
+    return mask

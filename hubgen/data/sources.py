@@ -1,0 +1,47 @@
+"""The one door of training to its data.
+
+a folder                pictures with a table, with text files, or in folders of kohya's kind (`image_folder`)
+shards of a WebDataset  `data/{0000..0009}.tar`, or a folder of .tar files (`webdataset`)
+a data set on the Hub   `owner/name` (`hub_dataset`)
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hubgen.data.errors import DataError
+from hubgen.data.examples import Examples
+from hubgen.data.image_folder import ImageTextFolder
+from hubgen.data.pictures import MAX_PIXELS
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def open_examples(
+    source: str,
+    split: str = "train",
+    *,
+    caption_column: str | None = "text",
+    columns: Sequence[str] = (),
+    on_error: str = "fail",
+    max_pixels: int = MAX_PIXELS,
+) -> Examples:
+    """The examples of a source, all of them checked.
+
+    Args:
+        source: See the head of this file.
+        split: Of the data set.
+        caption_column: Column of the caption; `None`: none is needed.
+        columns: Further columns to read.
+        on_error: "fail" at the first row that cannot be used, or "skip" such rows and say so.
+        max_pixels: Pixels of a picture at most.
+
+    Raises:
+        DataError: There is no such source, or a row of it cannot be used.
+    """
+    options: dict[str, Any] = {"on_error": on_error, "max_pixels": max_pixels, "columns": columns}
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return ImageTextFolder(path, split=split, caption_column=caption_column, **options)
+    raise DataError(f"{source}: no such folder, expected pictures with a metadata.jsonl")

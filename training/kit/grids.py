@@ -1,0 +1,72 @@
+"""Pictures that show how a run is getting on."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from diffusers.utils import make_image_grid
+from PIL import Image
+
+from hubgen.errors import one_line
+from hubgen.training.kit.run import Run
+
+Draw = Callable[[Sequence[int]], list[Image.Image]]
+
+
+def draw_grid(run: Run, draw: Draw, count: int, step: int) -> None:
+    """A grid of `count` pictures as a PNG and to the tracker; the processes share the work.
+
+    Args:
+        run: The processes, and the folder.
+        draw: The pictures of some numbers from 0 to `count` - 1; each has a seed of its own.
+        count: Of pictures.
+        step: Number of the step, for the file's name.
+
+    Raises:
+        RuntimeError: A process could not draw.
+    """
+    share = -(-count // run.world_size)
+    numbers = [min(run.rank * share + index, count - 1) for index in range(share)]
+    try:
+        with run.accelerator.autocast(), torch.no_grad():
+            found: list[Any] = list(zip(numbers, draw(numbers), strict=True))
+    except Exception as error:
+        if run.world_size == 1:
+            raise
+        found = [(None, one_line(error))]
+    gathered = gather_object(found) if run.world_size > 1 else found
+    failed = [message for number, message in gathered if number is None]
+    if failed:  # said by all, because all wait for each other
+        raise RuntimeError(f"drawing failed: {failed[0]}")
+    if run.writer:
+        pictures = dict(gathered)
+        save_grid(run, [pictures[number] for number in range(count)], step)
+
+
+def save_grid(run: Run, pictures: Sequence[Image.Image], step: int, columns: int | None = None) -> None:
+    """A grid as `validation/step-N.png` and to the tracker; about a square if `columns` does not say otherwise."""
+    columns = columns or math.ceil(math.sqrt(len(pictures)))
+    empty = [Image.new("RGB", pictures[0].size, "white")] * (-len(pictures) % columns)
+    shown = [picture.convert("RGB") for picture in [*pictures, *empty]]
+    grid = make_image_grid(shown, rows=len(shown) // columns, cols=columns)
+    folder = run.options.output_dir / "validation"
+    folder.mkdir(parents=True, exist_ok=True)
+    grid.save(folder / f"step-{step:08d}.png")
+    for tracker in run.accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({"validation": np.asarray(grid)[None]}, step=step, dataformats="NHWC")
+        elif hasattr(tracker, "log_images"):
+            tracker.log_images({"validation": [grid]}, step=step)
+
+
+def sample_seeds(pipeline: Any, numbers: Sequence[int], **arguments: Any) -> list[Image.Image]:
+    """Pictures of a pipeline, called without its progress bar, each of the seed of its number."""
+    bar = dict(getattr(pipeline, "_progress_bar_config", {}))
+    pipeline.set_progress_bar_config(disable=True)
+    try:
+        return pipeline(generator=[torch.Generator().manual_seed(number) for number in numbers], **arguments).images
+    finally:
+        pipeline.set_progress_bar_config(**bar)

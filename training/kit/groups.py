@@ -1,0 +1,286 @@
+"""The groups of settings that training scripts are composed of; a script takes those that its task needs.
+
+What builds an object from a group stands where that object does: `objectives`, `optimizers`, `bases`, `feed`, `run`.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from hubgen.data.pictures import MAX_PIXELS
+from hubgen.training.kit.parse import FREE, Range, SettingsError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Pictures."""
+
+    source: Annotated[str, FREE]
+    """Folder of pictures, shards of a WebDataset, or data set on the Hub; see the README."""
+
+    split: str = "train"
+    """Split to train on."""
+
+    size: Annotated[int, Range(8)] | None = None
+    """Height and width in pixels; with buckets, of the square whose area they have. The model's own if not given."""
+
+    buckets: bool = False
+    """Whether pictures keep about their aspect ratio, in buckets of one size each, or are cropped to a square."""
+
+    bucket_step: Annotated[int, Range(8)] = 64
+    """Height and width of buckets are multiples of it."""
+
+    bucket_sides: tuple[int, int] = (256, 2048)
+    """Least and largest height and width of a bucket."""
+
+    random_crops: Annotated[int, Range(0)] = 0
+    """Places of the crop of each picture, drawn at random; 0 is one in the middle."""
+
+    mirror: bool = False
+    """Show half of the pictures mirrored."""
+
+    upscale: bool = False
+    """Enlarge pictures that are smaller than their size; without, they are an error."""
+
+    repeats: Annotated[int, Range(1)] = 1
+    """How often each picture stands in an epoch, beside what a folder of kohya's kind says."""
+
+    mask_column: str | None = None
+    """Column that names a mask of each picture: how much a place counts in the loss, white all and black nothing."""
+
+    on_bad_picture: Annotated[Literal["fail", "skip"], FREE] = "fail"
+    """Whether a row that cannot be used ends the run or is left out and reported."""
+
+    max_pixels: Annotated[int, Range(1), FREE] = MAX_PIXELS
+    """Pixels of a picture at most, before it is scaled."""
+
+    cache: Annotated[bool, FREE] = True
+    """Keep what the frozen encoders make of pictures and captions, instead of asking them at each step."""
+
+    cache_dir: Annotated[Path | None, FREE] = None
+    """Folder of that; output_dir/cache if not given."""
+
+    num_workers: Annotated[int, Range(0), FREE] = 0
+    """Processes that read ahead, each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionedData(Data):
+    """Pictures with captions."""
+
+    caption_column: Annotated[str, FREE] = "text"
+    """Column of the captions."""
+
+    caption_variants: Annotated[float, Range(0, 1)] = 0.5
+    """How often a picture is shown with another of its wordings than the first."""
+
+    caption_dropout: Annotated[float, Range(0, 1)] = 0.1
+    """How often the caption is the empty one, which classifier-free guidance needs."""
+
+    caption_prefix: str = ""
+    """Put before every caption as it is, such as a trigger word."""
+
+    tag_orders: Annotated[int, Range(0)] = 0
+    """Orders in which the tags of a caption (parts between commas) are shown; 0 leaves them as they stand."""
+
+    kept_tags: Annotated[int, Range(0)] = 0
+    """Tags at the beginning of a caption that stay there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledData(Data):
+    """Pictures with classes."""
+
+    label_column: str | None = None
+    """Column of the class, a name or a number; the name of the folder that a picture lies in if not given."""
+
+    label_dropout: Annotated[float, Range(0, 1)] = 0.1
+    """How often the class is none, which classifier-free guidance needs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What the network learns. Whatever is not given is as the base's scheduler says, or usual for the path."""
+
+    path: Literal["rectified_flow", "ddpm", "cosine", "edm", "variance_exploding", "ncsn"] | None = None
+    """Path from data to noise; that of the base's scheduler, or rectified_flow from scratch, if not given."""
+
+    prediction: Literal["noise", "data", "v", "velocity", "score"] | None = None
+    """What the network predicts."""
+
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "squaredcos_cap_v2"
+    """Noise schedule of the path ddpm."""
+
+    zero_terminal_snr: bool = False
+    """Whether the path ddpm ends without any signal (2305.08891)."""
+
+    sigma_min: Annotated[float, Range(0)] | None = None
+    """Noise that is left at the data's end of rectified_flow (2210.02747), or the least of the exploding paths."""
+
+    sigma_max: Annotated[float, Range(0, open_minimum=True)] | None = None
+    """The largest noise of the exploding paths."""
+
+    density: Literal["uniform", "logit_normal"] | None = None
+    """Density that the time is drawn from; logit_normal on rectified_flow and uniform elsewhere if not given."""
+
+    logit_mean: float = 0.0
+    """Mean of logit(t) of the logit-normal density."""
+
+    logit_std: Annotated[float, Range(0, open_minimum=True)] = 1.0
+    """Standard deviation of logit(t) of the logit-normal density."""
+
+    shift: Annotated[float, Range(0, open_minimum=True)] | Literal["auto"] | None = None
+    """Resolution shift of the density and of the scheduler, above 1 towards noise; auto is FLUX's, by the size."""
+
+    weighting: Literal["uniform", "min_snr"] = "uniform"
+    """Weight of the loss over the time, beside the density."""
+
+    min_snr_gamma: Annotated[float, Range(0, open_minimum=True)] = 5.0
+    """Cap of the min_snr weighting (2303.09556)."""
+
+    huber: Annotated[float, Range(0, open_minimum=True)] | None = None
+    """c of the pseudo-Huber loss; the squared error if not given."""
+
+    noise_offset: Annotated[float, Range(0)] = 0.0
+    """Standard deviation of a noise that is the same for a whole channel."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """How the weights move."""
+
+    optimizer: str = "adamw"
+    """adamw, adafactor, muon, sgd, adamw8bit, prodigy, schedule_free_adamw, or one of pytorch-optimizer."""
+
+    learning_rate: Annotated[float, Range(0)] = 3e-4
+    """Peak learning rate; about 1 for prodigy."""
+
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Decay rates of the moments."""
+
+    eps: Annotated[float, Range(0, open_minimum=True)] = 1e-8
+    """Added to denominators."""
+
+    weight_decay: Annotated[float, Range(0)] = 0.01
+    """Decoupled weight decay."""
+
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the optimizer."""
+
+    lr_schedule: str = "cosine"
+    """Learning rate after the warm-up, as transformers names it: constant, linear, cosine, polynomial, ..."""
+
+    lr_warmup_steps: Annotated[int, Range(0)] = 200
+    """Steps over which the learning rate rises from 0."""
+
+    lr_schedule_arguments: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the schedule, as transformers has them."""
+
+    max_grad_norm: Annotated[float, Range(0, open_minimum=True)] = 1.0
+    """Gradients are scaled down to this norm."""
+
+    ema_decay: Annotated[float, Range(0, 0.999999)] | None = 0.999
+    """Decay of the averaged weights that are validated and published; none averages nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How long, how much at once, and where to."""
+
+    output_dir: Annotated[Path, FREE]
+    """Where checkpoints, caches, logs, validation grids and the result go."""
+
+    max_train_steps: Annotated[int, Range(1), FREE] = 10_000
+    """Optimizer steps; where the learning rate falls towards the end, part of what the run is."""
+
+    batch_size: Annotated[int, Range(1), FREE] = 64
+    """Pictures a process and batch; what counts is their product with processes and accumulated batches."""
+
+    gradient_accumulation_steps: Annotated[int, Range(1), FREE] = 1
+    """Batches an optimizer step."""
+
+    mixed_precision: Annotated[Literal["no", "fp16", "bf16"] | None, FREE] = None
+    """Precision of the forward pass; weights stay in float32. Not given, it is the launcher's."""
+
+    gradient_checkpointing: Annotated[bool, FREE] = False
+    """Recompute activations in the backward pass: less memory, more time."""
+
+    seed: int = 0
+    """Everything random derives from it."""
+
+    checkpoint_steps: Annotated[int, Range(1), FREE] = 1000
+    """Steps between checkpoints."""
+
+    keep_checkpoints: Annotated[int, Range(2), FREE] = 2
+    """Checkpoints that are kept."""
+
+    log_steps: Annotated[int, Range(1), FREE] = 50
+    """Steps between log lines."""
+
+    report_to: Annotated[Literal["tensorboard", "wandb", "trackio", "none"], FREE] = "tensorboard"
+    """Tracker."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """What is measured and drawn beside the training."""
+
+    split: str | None = None
+    """Split that is not trained on, and measured; none if not given."""
+
+    steps: Annotated[int, Range(1)] = 1000
+    """Steps between validations."""
+
+    pictures: Annotated[int, Range(1)] = 256
+    """Pictures of the split that are measured, at most."""
+
+    inference_steps: Annotated[int, Range(1)] = 24
+    """Denoising steps of the pictures that are drawn, and the default of a pipeline that is published."""
+
+    guidance_scale: Annotated[float, Range(0)] = 4.0
+    """Guidance scale of the pictures that are drawn, and the default of a pipeline that is published."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptValidation(Validation):
+    """The same, of a model that is given prompts."""
+
+    prompts: tuple[str, ...] = ()
+    """Prompts of the pictures that are drawn; without any, none is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountValidation(Validation):
+    """The same, of a model that is given classes or nothing."""
+
+    samples: Annotated[int, Range(0)] = 16
+    """Pictures that are drawn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Publish:
+    """What becomes of the result."""
+
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    """Precision of the published weights."""
+
+    title: str | None = None
+    """Title of the model card; the name of output_dir if not given."""
+
+    summary: str = "Trained with hubgen."
+    """First paragraph of the model card."""
+
+    license: str | None = None
+    """Licence in the card's metadata, as the Hub names it; none if not given."""
+
+    push_to_hub: str | None = None
+    """Repository on the Hub, owner/name, that the result is sent to."""
+
+    private: bool = False
+    """Whether that repository is private if it is made."""
+
+
+def need(condition: bool, setting: str, found: Any, expected: str) -> None:
+    """Raises SettingsError unless a condition holds between settings."""
+    if not condition:
+        raise SettingsError(f"setting '{setting}': got {found!r}, expected {expected}.")

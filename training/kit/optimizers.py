@@ -1,0 +1,86 @@
+"""Optimizers by name: torch's, and those of packages that are there."""
+
+import importlib
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from hubgen.errors import one_line
+from hubgen.training.kit.groups import Optim
+from hubgen.training.kit.parse import SettingsError
+
+TORCH = {"adamw": "AdamW", "adafactor": "Adafactor", "sgd": "SGD"}
+EXTRA = {
+    "adamw8bit": ("bitsandbytes.optim", "AdamW8bit"),
+    "prodigy": ("prodigyopt", "Prodigy"),
+    "schedule_free_adamw": ("schedulefree", "AdamWScheduleFree"),
+}
+OTHERS = "pytorch_optimizer"
+LEAST_OF_PRODIGY = 0.05
+"""Below this, a learning rate was meant for another optimizer"""
+
+
+def optimizers_of(module: nn.Module, optim: Optim) -> dict[str, Optimizer]:
+    """The optimizers of what is trained, by name; one but for muon, which leaves what is no matrix to AdamW.
+
+    Raises:
+        SettingsError: No such optimizer, its package is missing, or it does not take an argument.
+    """
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if optim.optimizer == "muon":
+        matrices = [parameter for parameter in parameters if parameter.ndim == 2]
+        others = [parameter for parameter in parameters if parameter.ndim != 2]
+        known = {"lr": optim.learning_rate, "weight_decay": optim.weight_decay}
+        # Scaled so that AdamW's learning rate suits it (2502.16982).
+        muon = {"muon": _made(torch.optim.Muon, matrices, {**known, "adjust_lr_fn": "match_rms_adamw"}, optim)}
+        plain = {**known, "betas": optim.betas, "eps": optim.eps}
+        return muon | ({"adamw": torch.optim.AdamW(others, fused=True, **plain)} if others else {})  # type: ignore[arg-type]
+    cls = _class_of(optim.optimizer)
+    if optim.optimizer == "prodigy" and optim.learning_rate < LEAST_OF_PRODIGY:
+        raise SettingsError(
+            f"setting 'optim.learning_rate': got {optim.learning_rate:g}, expected about 1: prodigy finds the rate, "
+            "and this scales it."
+        )
+    known = {"lr": optim.learning_rate, "betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
+    if optim.optimizer == "adafactor":
+        known.pop("eps")  # of another meaning there
+    if optim.optimizer == "adamw":
+        known["fused"] = True
+    takes = inspect.signature(cls).parameters
+    return {optim.optimizer: _made(cls, parameters, {k: v for k, v in known.items() if k in takes}, optim)}
+
+
+def _class_of(name: str) -> Any:
+    if name in TORCH:
+        return getattr(torch.optim, TORCH[name])
+    package, attribute = EXTRA.get(name, (OTHERS, None))
+    try:
+        module = importlib.import_module(package)
+    except ImportError as error:
+        known = ", ".join([*TORCH, "muon", *EXTRA])
+        reason = f"{name} needs {package.split('.')[0]}: pip install 'hubgen[optimizers]'"
+        if attribute is None:
+            reason = (
+                f"got '{name}', expected one of {known}, or one of pytorch-optimizer: pip install 'hubgen[optimizers]'"
+            )
+        raise SettingsError(f"setting 'optim.optimizer': {reason} ({one_line(error)}).") from error
+    if attribute is not None:
+        return getattr(module, attribute)
+    try:
+        return module.load_optimizer(name)
+    except (NotImplementedError, ValueError) as error:
+        known = ", ".join([*TORCH, "muon", *EXTRA])
+        raise SettingsError(
+            f"setting 'optim.optimizer': got '{name}', expected one of {known}, or one of pytorch-optimizer."
+        ) from error
+
+
+def _made(cls: Any, parameters: Sequence[nn.Parameter], known: dict[str, Any], optim: Optim) -> Optimizer:
+    try:
+        return cls(parameters, **{**known, **optim.arguments})
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"setting 'optim.arguments': {optim.optimizer}: {one_line(error)}") from error

@@ -1,0 +1,128 @@
+"""What a run leaves: a folder that loads, with a card that says how it came about; on request it is sent to the Hub."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from torch import nn
+
+from hubgen.formats.atomic import sweep, written
+from hubgen.hub.card import TrainingRecord, Usage, describe_data, pipeline_card
+from hubgen.training.kit.groups import Publish
+from hubgen.training.kit.parse import settings_to_dict
+from hubgen.training.kit.pictures import Pictures
+from hubgen.training.kit.run import Run
+
+SENT = ["*.json", "*.safetensors", "*.txt", "*.model", "*.png", "README.md", "LICENSE*", "*.py"]
+"""What of a result is sent to the Hub: nothing else that may lie there"""
+
+
+def record_of(run: Run, script: str, settings: Any, pictures: Pictures, source: str, measured: str) -> TrainingRecord:
+    """How the weights of a run came about.
+
+    Args:
+        run: With its metrics.
+        script: Module that was run.
+        settings: All of them; folders of this machine are left out.
+        pictures: That it was trained on.
+        source: Where they were.
+        measured: Name of what the curve shows beside the loss.
+    """
+    return TrainingRecord(
+        script=script,
+        settings=_without_places(settings_to_dict(settings)) | {"mixed_precision": run.accelerator.mixed_precision},
+        data=describe_data(Path(source), len(pictures), pictures.examples.fingerprint),
+        curve=run.metrics.curve(measured, "loss"),
+    )
+
+
+def _without_places(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without folders, which are nobody's business; a model on the Hub keeps its name."""
+    kept: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            kept[name] = _without_places(value)
+        elif name in ("model", "source", "text_encoder") and isinstance(value, str) and Path(value).exists():
+            kept[name] = Path(value).resolve().name
+        elif not name.endswith("_dir") and name != "autoencoder":
+            kept[name] = value
+    return kept
+
+
+def publish_pipeline(
+    run: Run,
+    pipeline: Any,
+    records: Mapping[str, TrainingRecord | None],
+    usage: Usage,
+    publish: Publish,
+    licence_of: Path | None = None,
+) -> None:
+    """Writes `output_dir/pipeline`, whole or not at all, and sends it to the Hub if the settings say so.
+
+    Args:
+        run: That is done; only its main process writes.
+        pipeline: With the weights as they are published; changes its precision.
+        records: Of the parts that were trained, here or before.
+        usage: What the card shows.
+        publish: The settings.
+        licence_of: Folder of the data, whose LICENSE goes along.
+    """
+    folder = run.options.output_dir / "pipeline"
+    if not run.writer:
+        return
+    before = len(run.survived.failures)
+    with run.survived(f"writing the pipeline to {folder}"):
+        sweep(folder.parent)  # the run has its output folder to itself
+        with written(folder) as temporary:
+            write_pipeline(pipeline, temporary, records, usage, publish, run.options.output_dir)
+            if licence_of is not None and (licence_of / "LICENSE").is_file():
+                shutil.copyfile(licence_of / "LICENSE", temporary / "LICENSE-data")
+        run.print(f"pipeline written to {folder}")
+    if len(run.survived.failures) == before:
+        push(run, folder, publish)
+
+
+def write_pipeline(
+    pipeline: Any,
+    temporary: Path,
+    records: Mapping[str, TrainingRecord | None],
+    usage: Usage,
+    publish: Publish,
+    output_dir: Path,
+) -> None:
+    """A pipeline with its records and its card."""
+    for module in pipeline.components.values():
+        if isinstance(module, nn.Module) and module.dtype != getattr(torch, publish.dtype):
+            module.to(dtype=getattr(torch, publish.dtype))
+    pipeline.save_pretrained(temporary, safe_serialization=True)
+    for config in temporary.glob("*/config.json"):  # local paths are not published
+        values = json.loads(config.read_text(encoding="utf-8"))
+        values.pop("_name_or_path", None)
+        config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for part, known in records.items():
+        if known is not None:
+            known.save(temporary / part)
+    parts = {
+        part: (type(module).__name__, sum(parameter.numel() for parameter in module.parameters()))
+        for part, module in pipeline.components.items()
+        if isinstance(module, nn.Module)
+    }
+    title = publish.title or output_dir.resolve().name
+    card = pipeline_card(title, publish.summary, parts, records, usage=usage, licence=publish.license)
+    (temporary / "README.md").write_text(card, encoding="utf-8")
+
+
+def push(run: Run, folder: Path, publish: Publish) -> None:
+    """Sends a folder to the repository that the settings name; a failure names the command that tries again."""
+    repo = publish.push_to_hub
+    if repo is None:
+        return
+    with run.survived(f"sending {folder} to {repo} (`hf upload {repo} {folder}` tries again)"):
+        api = HfApi()
+        api.create_repo(repo, private=publish.private, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=SENT, commit_message="Trained with hubgen")
+        run.print(f"sent to {repo}")

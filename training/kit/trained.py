@@ -1,0 +1,183 @@
+"""What learns: a network, which of its parameters, their optimizers and schedule, their average."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.optim import Optimizer
+
+from hubgen.training.kit.checkpoints import Stateful
+from hubgen.training.kit.ema import ExponentialMovingAverage
+from hubgen.training.kit.finite import finite_or_stop
+from hubgen.training.kit.groups import Optim, RunOptions
+from hubgen.training.kit.optimizers import optimizers_of
+from hubgen.training.kit.schedules import learning_rate_schedule
+
+
+class Trained:
+    """A network that learns; `Run.trains` makes it.
+
+    Args:
+        name: Of its files in a checkpoint.
+        plain: The network; of its parameters those learn that want a gradient now.
+        optim: How.
+        options: Of the run.
+        accelerator: Of the run.
+        forward: A module around `plain` that a training step calls in its place, so that data parallelism sees all that
+            the step uses.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        plain: Any,
+        optim: Optim,
+        options: RunOptions,
+        accelerator: Accelerator,
+        forward: nn.Module | None = None,
+    ):
+        self.name, self.optim, self.accelerator = name, optim, accelerator
+        if options.gradient_checkpointing:
+            plain.enable_gradient_checkpointing()
+        plain.train()
+        self._learning = [key for key, parameter in plain.named_parameters() if parameter.requires_grad]
+        self._frozen = {key for key, parameter in plain.named_parameters() if not parameter.requires_grad}
+        made = optimizers_of(plain, optim)
+        around: nn.Module = plain if forward is None else forward
+        self.module, *prepared = accelerator.prepare(around, *made.values())
+        """As a step calls it, wrapped by Accelerate"""
+        self.plain: Any = plain
+        """The network itself"""
+        self.optimizers: dict[str, Optimizer] = dict(zip(made, prepared, strict=True))
+        self._peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in prepared]
+        self._schedule = learning_rate_schedule(
+            optim.lr_schedule, optim.lr_warmup_steps, options.max_train_steps, optim.lr_schedule_arguments
+        )
+        self.ema = None if optim.ema_decay is None else ExponentialMovingAverage(plain, optim.ema_decay)
+        self.learning_rate = 0.0
+        self._losses: list[torch.Tensor] = []
+        self._names: list[Sequence[str]] = []
+
+    # ---- a step ----
+
+    def begin(self, step: int) -> None:
+        """Sets the learning rate of the optimizer step that follows `step` - 1 others."""
+        factor = self._schedule(step - 1)
+        self.learning_rate = self.optim.learning_rate * factor
+        for optimizer, peaks in zip(self.optimizers.values(), self._peaks, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
+
+    def backward(self, loss: torch.Tensor, names: Sequence[str]) -> None:
+        """Adds a batch's gradient; accumulated batches count alike.
+
+        Args:
+            loss: Scalar, the mean over the batch of this process.
+            names: Of its pictures, for the message if something is not finite.
+        """
+        self.accelerator.backward(loss)
+        self._losses.append(loss.detach())
+        self._names.append(names)
+
+    def update(self, step: int, kept_steps: Sequence[int] = ()) -> None:
+        """Clips the gradient, moves the weights and their average.
+
+        Raises:
+            NonFiniteError: A loss or the gradient is not finite; the weights are as they were.
+        """
+        parameters = [parameter for parameter in self.plain.parameters() if parameter.grad is not None]
+        norm = self.accelerator.clip_grad_norm_(parameters, self.optim.max_grad_norm)
+        overflows = self.accelerator.scaler is not None
+        finite_or_stop(self._losses, self._names, None if overflows else norm, step, kept_steps)
+        self._losses, self._names = [], []
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update(self.plain)
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether there was a batch since the last update."""
+        return bool(self._losses)
+
+    # ---- beside the steps ----
+
+    @contextmanager
+    def averaged(self) -> Iterator[Any]:
+        """The network in evaluation mode with its averaged weights; as it was, bit for bit, at the end."""
+        own = {name: value.detach().clone() for name, value in self.plain.named_parameters() if name in self._learning}
+        modes = [dict(group) for optimizer in self.optimizers.values() for group in _bare(optimizer).param_groups]
+        try:
+            self._average()
+            yield self.plain
+        finally:
+            parameters = dict(self.plain.named_parameters())
+            with torch.no_grad():
+                for name, value in own.items():
+                    parameters[name].copy_(value)
+            groups = [group for optimizer in self.optimizers.values() for group in _bare(optimizer).param_groups]
+            for group, mode in zip(groups, modes, strict=True):
+                group.update(mode)
+            self.plain.train()
+
+    def settle(self) -> Any:
+        """Gives the network its averaged weights and evaluation mode, without wrappers, at the end of a run."""
+        self.accelerator.unwrap_model(self.module, keep_fp32_wrapper=False)
+        self._average()
+        return self.plain.requires_grad_(False)
+
+    def _average(self) -> None:
+        self.plain.eval()
+        for optimizer in self.optimizers.values():
+            if hasattr(_bare(optimizer), "eval"):  # schedule-free ones evaluate elsewhere than they train
+                _bare(optimizer).eval()
+        if self.ema is not None:
+            self.ema.copy_to(self.plain)
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers learn."""
+        return sum(p.numel() for name, p in self.plain.named_parameters() if name in set(self._learning))
+
+    @property
+    def modules(self) -> dict[str, Stateful]:
+        """What a checkpoint holds."""
+        return {self.name: self, **({} if self.ema is None else {f"ema.{self.name}": self.ema})}
+
+    @property
+    def named_optimizers(self) -> dict[str, Optimizer]:
+        """What a checkpoint holds."""
+        return {f"{self.name}.{name}": optimizer for name, optimizer in self.optimizers.items()}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The parameters that learn, and all buffers."""
+        return {key: value for key, value in self.plain.state_dict().items() if key not in self._frozen}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Takes over what `state_dict` gave."""
+        own = self.plain.state_dict()
+        for key, value in state.items():
+            own[key].copy_(value)
+
+
+@contextmanager
+def without_gradient(module: nn.Module) -> Iterator[None]:
+    """Context in which a module's parameters get no gradient; what it is given still does."""
+    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
+def _bare(optimizer: Any) -> Any:
+    """The torch optimizer below Accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
