@@ -98,8 +98,9 @@ class ClassToImagePipeline(DenoisingPipeline):
         self._guidance_scale = default_guidance_scale
 
     def native_class(self) -> str | None:
-        """`DiTPipeline`, for a transformer."""
-        return "DiTPipeline" if self.transformer is not None else None
+        """`DiTPipeline`, for a transformer and a scheduler of the kind that it was made for."""
+        fits = self.transformer is not None and hasattr(self.scheduler, "scale_model_input")
+        return "DiTPipeline" if fits else None
 
     @classmethod
     def with_our_classes(cls, index: Mapping[str, Any]) -> dict[str, Any]:

@@ -222,56 +222,78 @@ def problem(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def settings_of(name: str, problem: Path) -> dict:
+    """Those of a run of the benchmark, made small."""
+    config = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
+    more = {
+        "base.autoencoder": str(problem / "autoencoder"),
+        "base.text_encoder": str(problem / "text"),
+        "base.max_text_tokens": 8,
+        "base.backbone_config": {**config, "patch_size": 2, "pos_embed_max_size": 8},
+    }
+    if name.startswith("dit"):
+        more = {
+            "base.autoencoder": str(problem / "autoencoder"),
+            "base.backbone_config": config,
+            "data.label_column": "text",
+        }
+    if name.startswith("ddpm"):
+        unet = {"block_out_channels": [8, 8], "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 4}
+        more = {"base.backbone_config": {**linear_denoiser.DDPM, **unet}}
+    return {
+        **linear_denoiser.RUNS[name].settings,
+        **more,
+        "data.source": str(problem / "work" / "data"),
+        "data.size": SIZE,
+        "run.output_dir": str(problem / "work" / name),
+        "run.batch_size": 4,
+        "run.max_train_steps": 3,
+    }
+
+
 @pytest.fixture(scope="module")
 def trained(problem: Path) -> Path:
-    """The folder of `linear_denoiser` after two runs of three steps each."""
-    tiny = {"mmdit": {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "pos_embed_max_size": 8}}
-    settings = {
-        **linear_denoiser.COMMON_SETTINGS,
-        "data_dir": str(problem / "work" / "data"),
-        "autoencoder": str(problem / "autoencoder"),
-        "text_encoder": str(problem / "text"),
-        "output_dir": str(problem / "work" / "mmdit"),
-        "size": SIZE,
-        "max_text_tokens": 8,
-        "batch_size": 4,
-        "max_train_steps": 3,
-        "backbone": "mmdit",
-        "backbone_config": {**tiny["mmdit"], "patch_size": 2},
-        "path": "rectified_flow",
-    }
-    linear_denoiser.prepare_data(problem / "data", problem / "work" / "data", count=8)
-    linear_denoiser.train(settings, problem / "work" / "mmdit")
+    """The folder of `linear_denoiser` after a run of three steps."""
+    linear_denoiser.prepare_data(problem / "data", problem / "work" / "data", validation=2)
+    train(problem, "mmdit, rectified flow")
     return problem / "work"
 
 
-def test_a_run_of_the_linear_benchmark_compares_both_at_every_time(trained):
-    result = linear_denoiser.measure(trained / "mmdit", trained / "mmdit" / "recipe.yaml", trained / "data")
-    assert (result["training_pictures"], result["held_out_pictures"]) == (8, 6)
-    assert result["prediction_type"] == "velocity"
+def train(problem: Path, name: str) -> Path:
+    folder = problem / "work" / name
+    linear_denoiser.train(linear_denoiser.RUNS[name].script, settings_of(name, problem), folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["mmdit, rectified flow", "dit, ddpm", "ddpm, pixels"])
+def test_a_run_of_the_linear_benchmark_compares_both_at_every_time(problem: Path, trained: Path, name: str) -> None:
+    result = linear_denoiser.measure(linear_denoiser.RUNS[name].script, train(problem, name))
+    count = len((problem / "data" / "train" / "metadata.jsonl").read_text().splitlines())
+    assert (result["training_pictures"], result["test_pictures"]) == (count - 2, 6)
+    assert result["prediction_type"] == ("velocity" if "flow" in name else "noise")
     for who in ("network", "linear", "diagonal"):
         assert len(result[who]["by_time"]) == len(linear_denoiser.TIMES)
         assert result[who]["mean"] == pytest.approx(sum(result[who]["by_time"]) / len(linear_denoiser.TIMES))
     assert result["linear"]["mean"] < result["network"]["mean"]  # after three steps
-    page = linear_denoiser.to_markdown([result, result])
-    assert page.count("rectified flow") == 4
+    assert linear_denoiser.to_markdown({name: result}).count(name) == 2
 
 
-def test_a_finished_run_is_not_repeated_and_another_recipe_is_refused(trained):
-    recipe = (trained / "mmdit" / "recipe.yaml").read_text()
-    before = (trained / "mmdit" / "pipeline" / "model_index.json").stat().st_mtime_ns
-    import yaml
-
-    linear_denoiser.train(yaml.safe_load(recipe), trained / "mmdit")
-    assert (trained / "mmdit" / "pipeline" / "model_index.json").stat().st_mtime_ns == before
+def test_a_finished_run_is_not_repeated_and_another_recipe_is_refused(problem: Path, trained: Path) -> None:
+    name = "mmdit, rectified flow"
+    index = trained / name / "pipeline" / "model_index.json"
+    before = index.stat().st_mtime_ns
+    train(problem, name)
+    assert index.stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="is not the recipe of this run"):
-        linear_denoiser.train({**yaml.safe_load(recipe), "seed": 1}, trained / "mmdit")
+        linear_denoiser.train(
+            linear_denoiser.RUNS[name].script, {**settings_of(name, problem), "run.seed": 1}, trained / name
+        )
 
 
 def test_the_benchmark_of_a_model_measures_and_stores_everything(problem, trained, tmp_path):
     from hubgen.pipelines.text_to_image import TextToImagePipeline
 
-    pipeline = TextToImagePipeline.from_pretrained(trained / "mmdit" / "pipeline")
+    pipeline = TextToImagePipeline.from_pretrained(trained / "mmdit, rectified flow" / "pipeline")
     train, held_out = (
         bundled_model.RealPictures.from_folder(problem / "data", split, SIZE) for split in ("train", "held_out")
     )
@@ -300,7 +322,7 @@ def test_the_benchmark_of_a_model_measures_and_stores_everything(problem, traine
 def test_pictures_do_not_depend_on_the_batch_size(trained):
     from hubgen.pipelines.text_to_image import TextToImagePipeline
 
-    pipeline = TextToImagePipeline.from_pretrained(trained / "mmdit" / "pipeline")
+    pipeline = TextToImagePipeline.from_pretrained(trained / "mmdit, rectified flow" / "pipeline")
     captions = ["red ball", "blue box", "green ball"]
     one, three = (bundled_model.generate(pipeline, captions, 0, size, "test", num_inference_steps=2) for size in (1, 3))
     assert torch.allclose(one, three, atol=1.01 * 2 / 255)

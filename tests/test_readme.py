@@ -27,8 +27,8 @@ ON_THE_HUB = '"stable-diffusion-v1-5/stable-diffusion-v1-5", variant="fp16"'
 
 # Enough to go through the whole of each script. The README's own commands train for hours.
 SMALL = {
-    "hubgen.training.train_autoencoder": "--max_train_steps 2 --batch_size 4",
-    "hubgen.training.train_text_to_image": "--max_train_steps 2 --batch_size 4",
+    "hubgen.training.train_autoencoder": "--run.max_train_steps 2 --run.batch_size 4",
+    "hubgen.training.train_text_to_image": "--run.max_train_steps 2 --run.batch_size 4",
 }
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from hubgen.conditioning.text import TextCondition, TextEmbeddings
 
 LONGEST_T5 = 512
+T5 = ("t5", "umt5")
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,11 @@ class PromptCondition(ABC):
 
     def not_read(self, prompt: str) -> str | None:
         """See `TextCondition.not_read`, for the encoder that reads most."""
-        texts = [self.text(i, self.t5_tokens if i else None) for i, one in enumerate(self.encoders) if one is not None]
+        texts = []
+        for number, encoder in enumerate(self.encoders):
+            if encoder is not None:
+                config: Any = encoder.config
+                texts.append(self.text(number, self.t5_tokens if config.model_type in T5 else None))
         return max(texts, key=lambda text: text.max_length).not_read(prompt)
 
     def encode(

@@ -37,7 +37,8 @@ class AnglePath(ProbabilityPath):
 class CosinePath(AnglePath):
     """alpha = cos(pi t / 2), sigma = sin(pi t / 2): the cosine schedule in continuous time (SD3, 2403.03206, sec. 2).
 
-    The models' timestep is num_train_timesteps * t, a float.
+    The models' timestep is num_train_timesteps * t - 1, a float: at the times of a schedule of so many betas, their
+    index, so that schedulers of betas sample along it.
     """
 
     def __init__(self, prediction_type: PredictionType = "v", num_train_timesteps: int = 1000) -> None:
@@ -47,10 +48,16 @@ class CosinePath(AnglePath):
         return math.pi / 2 * t, torch.full_like(t, math.pi / 2)
 
     def timestep(self, t: torch.Tensor) -> torch.Tensor:
-        return t * self.num_train_timesteps
+        return t * self.num_train_timesteps - 1
 
     def time(self, timestep: torch.Tensor) -> torch.Tensor:
-        return timestep.float() / self.num_train_timesteps
+        return (timestep.float() + 1) / self.num_train_timesteps
+
+    def betas(self) -> list[float]:
+        """The schedule of betas whose times lie on this path."""
+        grid = torch.arange(self.num_train_timesteps + 1, dtype=torch.float64) / self.num_train_timesteps
+        bars = self.alpha(grid).square()
+        return (1 - bars[1:] / bars[:-1]).tolist()
 
 
 class EdmPath(AnglePath):

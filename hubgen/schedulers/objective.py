@@ -18,7 +18,7 @@ from typing import Any
 import diffusers
 import torch
 
-from hubgen.paths.continuous import EdmPath, VarianceExplodingPath
+from hubgen.paths.continuous import CosinePath, EdmPath, VarianceExplodingPath
 from hubgen.paths.path import PathSample, ProbabilityPath, RectifiedFlowPath, VariancePreservingPath
 from hubgen.paths.prediction import from_diffusers, to_diffusers
 from hubgen.paths.timesteps import LogitNormalDensity, TimestepDensity, UniformDensity
@@ -209,6 +209,14 @@ def scheduler_of(objective: Objective) -> Any:
             clip_sample=False,
             timestep_spacing="trailing",
             variance_type="learned_range" if objective.learns_variance else "fixed_small",
+        )
+    if isinstance(path, CosinePath) and path.prediction_type in ("noise", "data", "v"):
+        return DDPMScheduler(
+            trained_betas=path.betas(),
+            num_train_timesteps=path.num_train_timesteps,
+            prediction_type=to_diffusers(path.prediction_type),
+            clip_sample=False,
+            timestep_spacing="trailing",
         )
     if isinstance(path, VarianceExplodingPath) and path.prediction_type == "score":
         levels = {"sigma_min": path.sigma_min, "sigma_max": path.sigma_max}

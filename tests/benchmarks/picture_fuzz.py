@@ -163,42 +163,16 @@ def trainers(root: Path, frozen: Path, work: Path) -> Iterator[str]:
     """Outcomes of a step of both trainers on the folder, damaged pictures left out."""
     from accelerate.state import AcceleratorState
 
-    common = [
-        "--data_dir",
-        root,
-        "--size",
-        16,
-        "--on_bad_picture",
-        "skip",
-        "--max_train_steps",
-        1,
-        "--report_to",
-        "none",
-    ]
-    tiny = [
-        "--block_out_channels",
-        8,
-        8,
-        "--norm_num_groups",
-        4,
-        "--latent_channels",
-        4,
-        "--perceptual_network",
-        "none",
-    ]
-    parts = [
-        "--autoencoder",
-        frozen / "vae",
-        "--text_encoder",
-        frozen / "text",
-        "--max_text_tokens",
-        8,
-        "--backbone_config",
-    ]
+    common = ["--data.source", root, "--data.size", 16, "--data.on_bad_picture", "skip"]
+    common += ["--run.max_train_steps", 1, "--run.report_to", "none", "--run.batch_size", 4]
+    tiny = ["--model.block_out_channels", 8, 8, "--model.norm_num_groups", 4, "--model.latent_channels", 4]
+    tiny += ["--loss.perceptual_network", "none"]
+    parts = ["--base.autoencoder", frozen / "vae", "--base.text_encoder", frozen / "text", "--base.max_text_tokens", 8]
+    parts += ["--base.backbone_config"]
     parts += ["{num_layers: 1, num_attention_heads: 2, attention_head_dim: 8, patch_size: 2, pos_embed_max_size: 8}"]
     for script, arguments in ((train_autoencoder, tiny), (train_text_to_image, parts)):
         AcceleratorState._reset_state(reset_partial_state=True)
-        output = ["--output_dir", work / script.__name__.rpartition(".")[2], "--batch_size", 4]
+        output = ["--run.output_dir", work / script.__name__.rpartition(".")[2]]
         settings = parse_settings(script.Settings, [str(word) for word in (*common, *arguments, *output)])
         silence = io.StringIO()
         with redirect_stdout(silence), redirect_stderr(silence):

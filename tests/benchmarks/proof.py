@@ -328,14 +328,14 @@ def write_data(folder: Path) -> None:
         (folder / split / "metadata.jsonl").write_text(lines, encoding="utf-8")
 
 
-AUTOENCODER = "--block_out_channels 8 8 --layers_per_block 1 --latent_channels 4 --norm_num_groups 4 --batch_size 4"
-AUTOENCODER += " --perceptual_network none --discriminator_width 8 --discriminator_layers 1 --discriminator_start 4"
-AUTOENCODER += " --discriminator_weight 0.5"
+AUTOENCODER = "--model.block_out_channels 8 8 --model.latent_channels 4 --model.norm_num_groups 4 --run.batch_size 4"
+AUTOENCODER += " --loss.perceptual_network none --adversarial.width 8 --adversarial.layers 1 --adversarial.start 4"
+AUTOENCODER += " --adversarial.weight 0.5"
 MMDIT = {"num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2, "pos_embed_max_size": 16}
 OWN_UNET = {name: value for name, value in UNET.items() if name not in ("sample_size", "cross_attention_dim")}
 TRAININGS: dict[str, list[str]] = {
-    "mmdit": ["--backbone", "mmdit", "--backbone_config", json.dumps(MMDIT)],
-    "unet": ["--backbone", "unet", "--backbone_config", json.dumps(OWN_UNET), "--path", "ddpm"],
+    "mmdit": ["--base.backbone", "mmdit", "--base.backbone_config", json.dumps(MMDIT)],
+    "unet": ["--base.backbone", "unet", "--base.backbone_config", json.dumps(OWN_UNET), "--objective.path", "ddpm"],
 }
 
 
@@ -360,26 +360,33 @@ def losses(folder: Path) -> Iterator[tuple[str, Any]]:
     write_data(data)
     bert().save_pretrained(text)
     tokenizer(8).save_pretrained(text)
-    common = ["--data_dir", data, "--size", "16", "--max_train_steps", str(STEPS), "--log_steps", "1"]
-    common += ["--checkpoint_steps", str(STEPS), "--validation_split", "held_out"]
-    common += ["--validation_steps", str(STEPS)]
+    common = ["--data.source", data, "--data.size", "16", "--run.max_train_steps", str(STEPS), "--run.log_steps", "1"]
+    common += ["--run.checkpoint_steps", str(STEPS), "--validation.split", "held_out"]
+    common += ["--validation.steps", str(STEPS)]
 
     def run(script: str, output: Path, *arguments: Any) -> None:
-        code = [sys.executable, "-m", f"hubgen.training.{script}", "--output_dir", output, *common, *arguments]
+        code = [sys.executable, "-m", f"hubgen.training.{script}", "--run.output_dir", output, *common, *arguments]
         done = subprocess.run([str(part) for part in code], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{script} failed:\n{done.stderr[-3000:]}")
 
-    run("train_autoencoder", folder / "vae", "--report_to", "tensorboard", *AUTOENCODER.split())
+    run("train_autoencoder", folder / "vae", "--run.report_to", "tensorboard", *AUTOENCODER.split())
     for curve, values in logged(folder / "vae"):
         yield f"autoencoder trained: {curve}", values
     weights = load_file(folder / "vae" / "autoencoder" / "diffusion_pytorch_model.safetensors")
     yield "autoencoder trained: weights", torch.cat([value.flatten() for value in weights.values()])
     for name, arguments in TRAININGS.items():
         output = folder / name
-        parts = ["--autoencoder", folder / "vae" / "autoencoder", "--text_encoder", text, "--max_text_tokens", "8"]
-        parts += ["--report_to", "none"]
-        run("train_text_to_image", output, *parts, "--batch_size", "4", "--export_dtype", "float32", *arguments)
+        parts = [
+            "--base.autoencoder",
+            folder / "vae" / "autoencoder",
+            "--base.text_encoder",
+            text,
+            "--base.max_text_tokens",
+            "8",
+        ]
+        parts += ["--run.report_to", "none"]
+        run("train_text_to_image", output, *parts, "--run.batch_size", "4", "--publish.dtype", "float32", *arguments)
         rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
         yield f"{name} trained: losses", torch.tensor([row["loss"] for row in rows if "loss" in row]).double()
         held_out = [row["held_out_loss"] for row in rows if "held_out_loss" in row]

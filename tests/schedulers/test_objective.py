@@ -153,6 +153,16 @@ def test_the_scheduler_of_an_objective_leads_back_to_its_path(objective: Objecti
     assert again.density.shift == objective.density.shift
 
 
+def test_a_schedule_of_betas_samples_along_the_cosine_path() -> None:
+    objective = Objective(CosinePath())
+    scheduler = scheduler_of(objective)
+    index = torch.tensor([0, 10, 500, 998, 999])
+    bars = scheduler.alphas_cumprod[index].double()
+    t = objective.path.time(index).double()
+    torch.testing.assert_close(objective.path.alpha(t).square(), bars, rtol=1e-3, atol=1e-7)
+    assert torch.equal(objective.path.timestep(t).round().long(), index)
+
+
 def test_a_picture_of_a_generator_of_its_own_learns_the_same_in_any_batch() -> None:
     objective, latents = Objective(RectifiedFlowPath(), LogitNormalDensity(), noise_offset=0.1), torch.randn(4, 2, 3, 3)
 
@@ -202,7 +212,7 @@ def test_masks_hubers_and_offsets_do_what_they_say() -> None:
         ),
         (lambda: objective_of(diffusers.EDMEulerScheduler()), "`scheduler`: got EDMEulerScheduler with the prediction"),
         (lambda: objective_of(diffusers.AmusedScheduler(mask_token_id=1)), "which no path here belongs to"),
-        (lambda: scheduler_of(Objective(CosinePath())), "`objective`: got a CosinePath"),
+        (lambda: scheduler_of(Objective(CosinePath("velocity"))), "`objective`: got a CosinePath of 'velocity'"),
         (
             lambda: Objective(RectifiedFlowPath()).loss(
                 torch.zeros(2, 3), PathSample(*[torch.zeros(2, 4)] * 2, torch.zeros(2), torch.zeros(2, 4))
