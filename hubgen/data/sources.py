@@ -12,8 +12,10 @@ from typing import Any
 
 from hubgen.data.errors import DataError
 from hubgen.data.examples import Examples
+from hubgen.data.hub_dataset import stream_to_shards
 from hubgen.data.image_folder import ImageTextFolder
 from hubgen.data.pictures import MAX_PIXELS
+from hubgen.data.webdataset import WebDataset, is_shards
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -26,6 +28,7 @@ def open_examples(
     columns: Sequence[str] = (),
     on_error: str = "fail",
     max_pixels: int = MAX_PIXELS,
+    cache_dir: Path | None = None,
 ) -> Examples:
     """The examples of a source, all of them checked.
 
@@ -36,12 +39,22 @@ def open_examples(
         columns: Further columns to read.
         on_error: "fail" at the first row that cannot be used, or "skip" such rows and say so.
         max_pixels: Pixels of a picture at most.
+        cache_dir: Where data sets of the Hub are copied to; hubgen's folder in the user's cache if not given.
 
     Raises:
         DataError: There is no such source, or a row of it cannot be used.
     """
     options: dict[str, Any] = {"on_error": on_error, "max_pixels": max_pixels, "columns": columns}
     path = Path(source).expanduser()
+    inner = path / split
+    if is_shards(source) or (inner.is_dir() and is_shards(str(inner))):
+        return WebDataset(source, split, caption_column=caption_column, **options)
     if path.is_dir():
         return ImageTextFolder(path, split=split, caption_column=caption_column, **options)
-    raise DataError(f"{source}: no such folder, expected pictures with a metadata.jsonl")
+    if HUB_ID.fullmatch(source) and not path.exists():
+        copies = cache_dir or Path("~/.cache/hubgen/datasets").expanduser()
+        return WebDataset(str(stream_to_shards(source, split, copies)), caption_column=caption_column, **options)
+    raise DataError(
+        f"{source}: no such folder, expected pictures with a metadata.jsonl, shards (.tar), or owner/name of a data "
+        "set on the Hub"
+    )

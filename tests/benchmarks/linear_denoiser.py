@@ -153,7 +153,7 @@ RUNS: dict[str, Planned] = {
     "flux, rectified flow": planned(
         "train_text_to_image", TEXT, FLUX, base__backbone="flux", objective__path="rectified_flow"
     ),
-    "dit, ddpm": planned("train_class_to_image", CLASSES, DIT, objective__path="ddpm"),
+    "dit, ddpm": planned("train_class_to_image", CLASSES, DIT, objective__path="ddpm", run__max_train_steps=3600),
     "ddpm, pixels": planned(
         "train_unconditional", PIXELS, DDPM, objective__path="ddpm", objective__beta_schedule="linear"
     ),

@@ -123,6 +123,7 @@ def open_pictures(
         columns=columns,
         on_error=data.on_bad_picture,
         max_pixels=data.max_pixels,
+        cache_dir=data.cache_dir,
     )
     if data.on_bad_picture == "skip" and not data.upscale:
         small = {
