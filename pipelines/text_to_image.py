@@ -97,6 +97,8 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
             for whether there is one.
         force_zeros_for_empty_prompt: Whether, for SDXL, guidance without a negative prompt leads away from zeros.
         requires_aesthetics_score: Whether the backbone takes a score in place of the target size (SDXL's refiner).
+        default_side: Height and width in pixels of a call that names none, for backbones that do not say what they were
+            trained for (FLUX); `None` for 1024 with these.
 
     Raises:
         ValueError: Both or neither of `transformer` and `unet` were given.
@@ -136,6 +138,7 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
         requires_safety_checker: bool | None = None,
         force_zeros_for_empty_prompt: bool = True,
         requires_aesthetics_score: bool = False,
+        default_side: int | None = None,
     ):
         super().__init__()
         if (transformer is None) == (unet is None):
@@ -168,6 +171,7 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
             requires_safety_checker=requires_safety_checker,
             force_zeros_for_empty_prompt=force_zeros_for_empty_prompt,
             requires_aesthetics_score=requires_aesthetics_score,
+            default_side=default_side,
         )
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._guidance_scale = self.defaults().guidance_scale
@@ -499,7 +503,8 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
     @property
     def latent_space(self) -> LatentSpace:
         """Shapes of latents and sizes of pictures."""
-        return LatentSpace(self.vae, self.backbone.config, self.family.patch)
+        side = self.config.default_side
+        return LatentSpace(self.vae, self.backbone.config, self.family.patch, None if side is None else (side, side))
 
     @property
     def family_defaults(self) -> FamilyDefaults:

@@ -121,9 +121,12 @@ class LatentSpace:
         vae: Between pixels and latents.
         config: Of the backbone, which says what it was trained for.
         patch: Latents of a token's side: sizes in latents are multiples of it.
+        default_size: Height and width in pixels that it was trained for, where the config does not say so.
     """
 
-    def __init__(self, vae: Any, config: Mapping[str, Any], patch: int = 1):
+    def __init__(
+        self, vae: Any, config: Mapping[str, Any], patch: int = 1, default_size: tuple[int, int] | None = None
+    ):
         self.channels: int = vae.config.latent_channels
         """C"""
         self.factor: int = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -135,7 +138,7 @@ class LatentSpace:
         """The largest height and width in pixels"""
         side = config.get("sample_size") or TRAINED_SIDE
         height, width = (side, side) if isinstance(side, int) else side
-        self.default_size: tuple[int, int] = (height * self.factor, width * self.factor)
+        self.default_size: tuple[int, int] = default_size or (height * self.factor, width * self.factor)
         """Height and width in pixels that the backbone was trained for"""
 
     def shape(self, batch: int, size: tuple[int, int]) -> tuple[int, int, int, int]:

@@ -3,8 +3,8 @@
     00000.tar: 000001.jpg, 000001.txt, 000001.json, 000002.jpg, ...
 
 A picture is told by its suffix; its captions are the lines of `.txt` or `.caption`, or a field of `.json`, where
-further columns stand too. The headers of a shard tell where everything lies, so that any example is read at once, without the
-ones before it: order and resumption are those of a folder.
+further columns stand too. The headers of a shard tell where everything lies, so that any example is read at once,
+without the ones before it: order and resumption are those of a folder.
 """
 
 import hashlib

@@ -133,6 +133,7 @@ def text_to_image(base: TextToImageBase, objective: Objective, validation: Valid
         scheduler=None,
         default_num_inference_steps=validation.inference_steps,
         default_guidance_scale=validation.guidance_scale,
+        default_side=(side or 64) if base.backbone == "flux" else None,  # its config has no place for it
         **trained,
     )
     return finished(pipeline, base, objective)
