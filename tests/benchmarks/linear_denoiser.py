@@ -69,6 +69,7 @@ COMMON: dict[str, Any] = {
     "publish.dtype": "float32",
 }
 TEXT = {**COMMON, "data.size": 64, "base.text_encoder": "minilm", "base.max_text_tokens": 16}
+TEXT |= {"run.max_train_steps": 1800}
 CLASSES = {**COMMON, "data.size": 64, "data.label_column": "group", "validation.samples": 0}
 PIXELS = {**COMMON, "data.size": 16, "validation.samples": 0, "validation.inference_steps": 10}
 MMDIT = {

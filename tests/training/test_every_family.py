@@ -190,7 +190,7 @@ def test_pictures_are_not_square_in_buckets_and_sdxl_is_told_so(
         for row in rows:
             assert row[:2] in ([64.0, 32.0], [32.0, 64.0])  # height first
             assert row[4:] == [4.0 * height, 4.0 * width]  # 40 x 24, of 48 x 24 after scaling
-                assert row[2:4] == ([4.0, 0.0] if height > width else [0.0, 4.0])
+            assert row[2:4] == ([4.0, 0.0] if height > width else [0.0, 4.0])
             assert (row[0] > row[1]) == (height > width)
 
 

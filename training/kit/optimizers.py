@@ -51,6 +51,8 @@ def optimizers_of(module: nn.Module, optim: Optim) -> dict[str, Optimizer]:
     if optim.optimizer == "adamw":
         known["fused"] = True
     takes = inspect.signature(cls).parameters
+    if "betas" in takes and len(takes["betas"].default) != len(optim.betas):
+        known.pop("betas")  # of another number there (CAME has three): `optim.arguments` may name them
     return {optim.optimizer: _made(cls, parameters, {k: v for k, v in known.items() if k in takes}, optim)}
 
 

@@ -52,6 +52,9 @@ class Trained:
         self.plain: Any = plain
         """The network itself"""
         self.optimizers: dict[str, Optimizer] = dict(zip(made, prepared, strict=True))
+        for optimizer in prepared:
+            if hasattr(_bare(optimizer), "train"):  # schedule-free ones want to be told
+                _bare(optimizer).train()
         self._peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in prepared]
         self._schedule = learning_rate_schedule(
             optim.lr_schedule, optim.lr_warmup_steps, options.max_train_steps, optim.lr_schedule_arguments
