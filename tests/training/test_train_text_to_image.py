@@ -4,8 +4,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,16 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from hubgen.training.kit.finite import NonFiniteError
 from hubgen.training.kit.parse import SettingsError
 from hubgen.training.kit.script import NON_FINITE_ERROR, USAGE_ERROR
 from tests.training.conftest import MMDIT, UNET, draw_pictures
+from tests.training.processes import Running
 
 Train = Callable[[dict[str, Any]], Path]
-MODULE = "hubgen.training.train_text_to_image"
+SCRIPT = "train_text_to_image"
 
 
 def final_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -45,23 +43,10 @@ def steps_logged(folder: Path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
-def start(recipe: dict[str, Any], folder: Path) -> subprocess.Popen[str]:
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-    command = [sys.executable, "-m", MODULE, "--config", str(path)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process: subprocess.Popen[str]) -> None:
-    _, message = process.communicate(timeout=600)
-    assert process.returncode == 0, message
-
-
-def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> None:
+def wait_for_step(running: Running, folder: Path, step: int) -> None:
     deadline = time.monotonic() + 600
     while not (folder / "metrics.jsonl").exists() or max(steps_logged(folder), default=0) < step:
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
+        assert running.alive() and time.monotonic() < deadline, running.output()
         time.sleep(0.002)
 
 
@@ -75,22 +60,19 @@ def test_a_run_killed_at_a_random_step_and_then_stopped_by_sigterm_equals_an_uni
         "run.batch_size": 3,
     }
     run, whole = Path(recipe["run.output_dir"]), tmp_path / "whole"
-    finish(start(recipe | {"run.output_dir": str(whole), "run.checkpoint_steps": 1000}, tmp_path))
+    Running(SCRIPT, recipe | {"run.output_dir": str(whole), "run.checkpoint_steps": 1000}, tmp_path).finish()
 
-    process = start(recipe, tmp_path)
-    wait_for_step(process, run, random.Random(0).randint(4, 25))
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    running = Running(SCRIPT, recipe, tmp_path)
+    wait_for_step(running, run, random.Random(0).randint(4, 25))
+    running.kill()
 
-    process = start(recipe, tmp_path)
-    wait_for_step(process, run, max(steps_logged(run)) + 2)
-    process.send_signal(signal.SIGTERM)
-    _, message = process.communicate(timeout=600)
-    assert process.returncode == 128 + signal.SIGTERM, message
-    assert "is saved in" in message and "Traceback" not in message
+    running = Running(SCRIPT, recipe, tmp_path)
+    wait_for_step(running, run, max(steps_logged(run)) + 2)
+    running.send(signal.SIGTERM)
+    assert running.wait() == [128 + signal.SIGTERM], running.output()
+    assert "is saved in" in running.output() and "Traceback" not in running.output()
 
-    finish(start(recipe, tmp_path))
+    Running(SCRIPT, recipe, tmp_path).finish()
     assert_identical(run, whole)
     # what the killed run logged beyond its last checkpoint stands there once
     assert steps_logged(run) == steps_logged(whole) == list(range(1, 61))
@@ -206,9 +188,9 @@ def test_the_script_ends_with_one_line_and_exit_code_2_on_bad_input(recipe: dict
     picture = tmp_path / "data" / "train" / "1.png"
     draw_pictures(picture.parent, 3)
     picture.write_bytes(picture.read_bytes()[:60])
-    process = start(recipe | {"data.source": str(tmp_path / "data")}, tmp_path)
-    _, message = process.communicate(timeout=600)
-    assert process.returncode == USAGE_ERROR
+    running = Running(SCRIPT, recipe | {"data.source": str(tmp_path / "data")}, tmp_path)
+    assert running.wait() == [USAGE_ERROR]
+    message = running.output()
     assert message.splitlines()[-1].startswith("error: ") and "1.png" in message and "Traceback" not in message
 
 

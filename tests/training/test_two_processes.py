@@ -1,38 +1,18 @@
 """Any number of processes is the same run, over gloo as on any machine without a GPU."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
+
+from tests.training.processes import Running, stop_at_the_first_checkpoint
 
 pytestmark = pytest.mark.slow
 
 TEXT_TO_IMAGE, AUTOENCODER = "train_text_to_image", "train_autoencoder"
-
-
-def start(script: str, recipe: dict[str, Any], folder: Path, processes: int = 2) -> subprocess.Popen[str]:
-    path = folder / f"{Path(recipe['run.output_dir']).name}.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-    code = [sys.executable]
-    if processes > 1:
-        code += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    code += ["-m", f"hubgen.training.{script}", "--config", str(path)]
-    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(code, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env)
-
-
-def finish(process: subprocess.Popen[str]) -> None:
-    _, message = process.communicate(timeout=600)
-    assert process.returncode == 0, message[-3000:]
 
 
 def newest(run: Path) -> Path:
@@ -83,7 +63,7 @@ def test_logged_losses_do_not_depend_on_the_number_of_processes(
     for name, (processes, batch, accumulation) in SHARES.items():
         output = tmp_path / name.replace(" ", "")
         share = {"run.batch_size": batch, "run.gradient_accumulation_steps": accumulation}
-        finish(start(script, base | changes | share | {"run.output_dir": str(output)}, tmp_path, processes))
+        Running(script, base | changes | share | {"run.output_dir": str(output)}, tmp_path, processes).finish()
         found[name] = output
     measured = "held_out_loss" if script == TEXT_TO_IMAGE else "psnr"
     for name in ("loss", measured):
@@ -96,21 +76,12 @@ def test_logged_losses_do_not_depend_on_the_number_of_processes(
 def test_a_run_begun_on_two_processes_ends_on_one_with_the_same_curve(recipe: dict[str, Any], tmp_path: Path) -> None:
     recipe |= {"run.max_train_steps": 16, "run.checkpoint_steps": 4, "run.batch_size": 4}
     whole = tmp_path / "whole"
-    finish(start(TEXT_TO_IMAGE, recipe | {"run.output_dir": str(whole), "run.batch_size": 8}, tmp_path, 1))
+    Running(TEXT_TO_IMAGE, recipe | {"run.output_dir": str(whole), "run.batch_size": 8}, tmp_path, 1).finish()
     run = Path(recipe["run.output_dir"])
-    process = start(TEXT_TO_IMAGE, recipe, tmp_path, 2)
-    stop_at_the_first_checkpoint(process, run)
+    stop_at_the_first_checkpoint(Running(TEXT_TO_IMAGE, recipe, tmp_path, 2), run)
     assert newest(run).name < newest(whole).name, "it was done before it was stopped"
-    finish(start(TEXT_TO_IMAGE, recipe | {"run.batch_size": 8}, tmp_path, 1))
+    Running(TEXT_TO_IMAGE, recipe | {"run.batch_size": 8}, tmp_path, 1).finish()
     torch.testing.assert_close(torch.tensor(curve(run)), torch.tensor(curve(whole)), rtol=1e-5, atol=1e-5)
-
-
-def stop_at_the_first_checkpoint(process: subprocess.Popen[str], run: Path) -> None:
-    while not list((run / "checkpoints").glob("step-*")):
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=600)
 
 
 @pytest.mark.parametrize("script", [TEXT_TO_IMAGE, AUTOENCODER])
@@ -120,10 +91,10 @@ def test_a_run_of_two_processes_that_was_stopped_goes_on_bit_for_bit(
     base = recipe if script == TEXT_TO_IMAGE else {**autoencoder, "adversarial.start": 5}
     base |= {"run.max_train_steps": 24, "run.batch_size": 2, "run.checkpoint_steps": 3}
     run, whole = Path(base["run.output_dir"]), tmp_path / "whole"
-    finish(start(script, base | {"run.output_dir": str(whole), "run.checkpoint_steps": 1000}, tmp_path))
-    stop_at_the_first_checkpoint(start(script, base, tmp_path), run)
+    Running(script, base | {"run.output_dir": str(whole), "run.checkpoint_steps": 1000}, tmp_path, 2).finish()
+    stop_at_the_first_checkpoint(Running(script, base, tmp_path, 2), run)
     assert newest(run).name < newest(whole).name, "it was done before it was stopped"
-    finish(start(script, base, tmp_path))
+    Running(script, base, tmp_path, 2).finish()
     found, expected = weights(run), weights(whole)
     assert found.keys() == expected.keys()
     assert [key for key, value in expected.items() if not torch.equal(found[key], value)] == []

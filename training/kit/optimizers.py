@@ -34,6 +34,8 @@ def optimizers_of(module: nn.Module, optim: Optim) -> dict[str, Optimizer]:
     if optim.optimizer == "muon":
         matrices = [parameter for parameter in parameters if parameter.ndim == 2]
         others = [parameter for parameter in parameters if parameter.ndim != 2]
+        if not matrices:
+            raise SettingsError("setting 'optim.optimizer': got 'muon', but no matrix is trained; expected another.")
         known = {"lr": optim.learning_rate, "weight_decay": optim.weight_decay}
         # Scaled so that AdamW's learning rate suits it (2502.16982).
         muon = {"muon": _made(torch.optim.Muon, matrices, {**known, "adjust_lr_fn": "match_rms_adamw"}, optim)}
