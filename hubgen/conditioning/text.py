@@ -125,13 +125,19 @@ class TextCondition:
             raise ValueError(f"`prompts`: got {prompts!r}, expected a non-empty list of strings.")
         for prompt in prompts:
             self._warn_of_truncation(prompt)
+        config, options = self.text_encoder.config, {}
+        shows_padding = config.model_type in SHOWS_PADDING
+        # Padding that nothing sees is not computed either.
+        short = not shows_padding and self.tokenizer.padding_side == "right"
         batch = self.tokenizer(
-            list(prompts), padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
+            list(prompts),
+            padding="longest" if short else "max_length",
+            max_length=self.max_length,
+            truncation=True,
+            return_tensors="pt",
         )
         batch = batch.to(self.device if device is None else device)
         mask = batch["attention_mask"].bool()[:, :, None]  # (B, L, 1)
-        config, options = self.text_encoder.config, {}
-        shows_padding = config.model_type in SHOWS_PADDING
         if not shows_padding or getattr(config, "use_attention_mask", False):
             options["attention_mask"] = batch["attention_mask"]
         if skip:
@@ -147,7 +153,7 @@ class TextCondition:
         pooled = self._own_pooled(output)
         if pooled is None:
             pooled = tokens.masked_fill(~mask, 0.0).sum(1) / mask.sum(1)  # (B, D)
-        return TextEmbeddings(tokens, pooled)
+        return TextEmbeddings(nn.functional.pad(tokens, (0, 0, 0, self.max_length - tokens.shape[1])), pooled)
 
     def _own_pooled(self, output: Any) -> torch.Tensor | None:
         projected = getattr(output, "text_embeds", None)

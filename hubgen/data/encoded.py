@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
+from hubgen.acceleration.optimize import accelerated
 from hubgen.autoencoders.latents import normalised, posterior
 from hubgen.conditioning.prompts import PromptCondition
 from hubgen.conditioning.text import TextEmbeddings
@@ -64,9 +65,13 @@ class LatentSource:
             for first in range(0, len(same), self.batch_size):
                 chosen = same[first : first + self.batch_size]
                 pixels = torch.stack([self._pixels(*self._rows[key]) for key in chosen])
-                mean, std = posterior(self.vae, pixels.to(self.vae.device))
+                mean, std = self._posterior(pixels.to(self.vae.device))
                 for key, one_mean, one_std in zip(chosen, mean, std, strict=True):
                     yield key, {"mean": one_mean, "std": one_std}
+
+    def _posterior(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with accelerated(self.vae) as fast, fast.network():
+            return posterior(self.vae, pixels)
 
     def _pixels(self, row: int, number: int) -> torch.Tensor:
         return pixels_of(self.views.view(row, number).of(self.examples.picture(row)))
@@ -83,7 +88,7 @@ class LatentSource:
     def latents(self, read: Tensors, draws: Sequence[Draw], device: torch.device) -> torch.Tensor:
         """The latents of what `read` gave for the same draws, (B, C, h, w) in float32, as the backbone has them."""
         if "pixels" in read:
-            mean, std = posterior(self.vae, read["pixels"].to(device))
+            mean, std = self._posterior(read["pixels"].to(device))
         else:
             mean, std = read["mean"].to(device), read["std"].to(device)
         generators = [generator_of(self.seed, draw.place, "posterior") for draw in draws]
@@ -149,8 +154,9 @@ class TextSource:
             DataError: One was not.
         """
         if self.cache is None:
+            distinct = list(dict.fromkeys(captions))
             with quiet("hubgen.conditioning.text"):
-                return self.condition.encode(captions, device)
+                return self.condition.encode(distinct, device)[[distinct.index(caption) for caption in captions]]
         found = [self.cache[caption] for caption in captions]
         tokens = [pad(one["tokens"], (0, 0, 0, int(one["length"]) - len(one["tokens"]))) for one in found]
         pooled = [one["pooled"] for one in found]

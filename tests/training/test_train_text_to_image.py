@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from hubgen.training.kit.finite import NonFiniteError
@@ -202,3 +203,60 @@ def test_a_second_process_on_the_same_folder_is_refused(recipe: dict[str, Any], 
         train(recipe)
     first.close()
     assert os.listdir(recipe["run.output_dir"] + "/checkpoints") == []
+
+
+def losses(folder: Path) -> torch.Tensor:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return torch.tensor([row["loss"] for row in rows if "loss" in row])
+
+
+def test_cached_and_live_runs_have_the_same_losses_and_the_order_of_rows_moves_no_caption(
+    recipe: dict[str, Any], train: Train, tmp_path: Path
+) -> None:
+    draw_pictures(tmp_path / "data" / "train", 12)
+    for number in range(12):  # half of them wide, half high
+        path = tmp_path / "data" / "train" / f"{number}.png"
+        Image.open(path).resize((24, 16) if number % 2 else (16, 24)).save(path)
+    recipe |= {
+        "data.source": str(tmp_path / "data"),
+        "data.cache_dir": str(tmp_path / "cache"),
+        "data.buckets": True,
+        "data.bucket_step": 4,
+        "data.bucket_sides": [8, 24],
+        "data.random_crops": 3,
+        "data.mirror": True,
+        "data.caption_variants": 0.7,
+        "data.tag_orders": 2,
+        "data.caption_prefix": "sks ",
+        "run.max_train_steps": 12,
+    }
+    found = {}
+    for order in ("as it was", "shuffled"):
+        if order == "shuffled":
+            table = tmp_path / "data" / "train" / "metadata.jsonl"
+            lines = table.read_text().splitlines(keepends=True)
+            table.write_text("".join(random.Random(1).sample(lines, len(lines))))
+        for cache in (True, False):
+            output = {"run.output_dir": str(tmp_path / f"{order} {cache}"), "data.cache": cache}
+            found[order, cache] = losses(train(recipe | output))
+        assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 2  # the second order made nothing anew
+        torch.testing.assert_close(found[order, True], found[order, False], rtol=1e-5, atol=1e-5)
+    assert not torch.equal(found["as it was", True], found["shuffled", True])
+
+
+def test_masks_say_where_the_loss_counts(recipe: dict[str, Any], train: Train, tmp_path: Path) -> None:
+    folder = tmp_path / "data" / "train"
+    draw_pictures(folder, 6)
+    (folder / "masks").mkdir()
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+
+    def with_masks(value: int) -> torch.Tensor:
+        for row in rows:
+            row["mask"] = f"masks/{row['file_name']}"
+            Image.new("L", (16, 16), value).save(folder / row["mask"])
+        (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        changes = {"data.source": str(tmp_path / "data"), "run.output_dir": str(tmp_path / str(value))}
+        changes |= {"data.mask_column": "mask", "optim.learning_rate": 0.0}
+        return losses(train(recipe | changes))
+
+    torch.testing.assert_close(with_masks(51), with_masks(255) / 5, rtol=1e-3, atol=1e-6)

@@ -27,7 +27,7 @@ class Data:
     buckets: bool = False
     """Whether pictures keep about their aspect ratio, in buckets of one size each, or are cropped to a square."""
 
-    bucket_step: Annotated[int, Range(8)] = 64
+    bucket_step: Annotated[int, Range(1)] = 64
     """Height and width of buckets are multiples of it."""
 
     bucket_sides: tuple[int, int] = (256, 2048)

@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -375,6 +375,11 @@ def accelerator_of(options: RunOptions) -> Accelerator:
         project_dir=str(options.output_dir),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise SettingsError(
+            "the launcher: got DeepSpeed, whose shards of optimizer states cannot be saved so that a run goes on "
+            "exactly; expected DDP or FSDP2 (training/accelerate/fsdp2.yaml)."
+        )
     for name in SIZES:
         number = os.environ.get(name, "")
         if number.isdecimal() and int(number) > 1 and accelerator.num_processes == 1:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from hubgen.training.kit.checkpoints import Stateful
@@ -91,8 +92,8 @@ class Trained:
         Raises:
             NonFiniteError: A loss or the gradient is not finite; the weights are as they were.
         """
-        parameters = [parameter for parameter in self.plain.parameters() if parameter.grad is not None]
-        norm = self.accelerator.clip_grad_norm_(parameters, self.optim.max_grad_norm)
+        norm = self.accelerator.clip_grad_norm_(self.plain.parameters(), self.optim.max_grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         overflows = self.accelerator.scaler is not None
         finite_or_stop(self._losses, self._names, None if overflows else norm, step, kept_steps)
         self._losses, self._names = [], []
