@@ -116,7 +116,11 @@ class TextSource:
         self.condition, self.captions, self.batch_size = condition, captions, batch_size
         self.cache: TensorCache | None = None
         if cache_dir is not None:
-            content = {"content": "text", "condition": type(condition).__name__, "t5_tokens": condition.t5_tokens}
+            content: dict[str, Any] = {
+                "content": "text",
+                "condition": type(condition).__name__,
+                "t5_tokens": condition.t5_tokens,
+            }
             present = [number for number, one in enumerate(condition.encoders) if one is not None]
             content["encoders"] = [module_digest(condition.encoders[number]) for number in present]  # type: ignore[arg-type]
             content["tokenizers"] = [tokenizer_digest(condition.tokenizers[number]) for number in present]
@@ -156,7 +160,8 @@ class TextSource:
         if self.cache is None:
             distinct = list(dict.fromkeys(captions))
             with quiet("hubgen.conditioning.text"):
-                return self.condition.encode(distinct, device)[[distinct.index(caption) for caption in captions]]
+                embeddings = self.condition.encode(distinct, device)
+            return embeddings[torch.tensor([distinct.index(caption) for caption in captions], device=device)]
         found = [self.cache[caption] for caption in captions]
         tokens = [pad(one["tokens"], (0, 0, 0, int(one["length"]) - len(one["tokens"]))) for one in found]
         pooled = [one["pooled"] for one in found]

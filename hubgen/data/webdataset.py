@@ -162,7 +162,7 @@ class WebDataset(Examples):
 
 def _examples_of(shard: Path) -> Iterator[tuple[str, dict[str, tuple[Path, int, int]]]]:
     """Name and files of each example: suffix to the tar file, where its bytes begin in it, and how many there are."""
-    last, files = "", {}
+    last, files = "", dict[str, tuple[Path, int, int]]()
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:

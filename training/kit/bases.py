@@ -125,7 +125,7 @@ def text_to_image(base: TextToImageBase, objective: Objective, validation: Valid
         needed.pop("out_channels")
         usual = {}
     backbone = built(TEXT_BACKBONES[base.backbone], config, needed, usual)
-    trained = {"unet" if base.backbone == "unet" else "transformer": backbone}
+    trained: dict[str, Any] = {"unet" if base.backbone == "unet" else "transformer": backbone}
     pipeline = TextToImagePipeline(
         vae=vae,
         text_encoder=encoder,

@@ -120,10 +120,12 @@ class Checkpoints:
         tensors: dict[str, dict[str, torch.Tensor]] = {}
         state: dict[str, Any] = {"step": step, "identity": self.identity, "extra": dict(extra or {}), "optimizers": {}}
         for name, module in modules.items():
-            tensors[f"{name}.safetensors"] = content = {}
+            content: dict[str, torch.Tensor] = {}
+            tensors[f"{name}.safetensors"] = content
             _packed(dict(module.state_dict()), "", content, self.writer)
         for name, optimizer in (optimizers or {}).items():
-            tensors[f"optimizer.{name}.safetensors"] = content = {}
+            content = {}
+            tensors[f"optimizer.{name}.safetensors"] = content
             state["optimizers"][name] = _packed(_bare(optimizer).state_dict(), "", content, self.writer)
         if not self.writer or (target.is_dir() and self._damage(target) is None):
             return target

@@ -83,7 +83,10 @@ def _path(settings: Objective) -> ProbabilityPath:
     if settings.sigma_min is not None and kind not in ("variance_exploding", "ncsn"):
         raise SettingsError(f"setting 'objective.sigma_min': got {settings.sigma_min}, expected none with {kind}.")
     if kind == "ddpm":
-        betas = {"beta_schedule": settings.beta_schedule, "rescale_betas_zero_snr": settings.zero_terminal_snr}
+        betas: dict[str, Any] = {
+            "beta_schedule": settings.beta_schedule,
+            "rescale_betas_zero_snr": settings.zero_terminal_snr,
+        }
         if settings.beta_schedule == "scaled_linear":  # Stable Diffusion's
             betas |= {"beta_start": 0.00085, "beta_end": 0.012}
         return VariancePreservingPath(predicted, **betas)
@@ -91,7 +94,7 @@ def _path(settings: Objective) -> ProbabilityPath:
         return CosinePath(predicted)
     if kind == "edm":
         return EdmPath(predicted)
-    levels = {"sigma_min": settings.sigma_min, "sigma_max": settings.sigma_max}
+    levels: dict[str, Any] = {"sigma_min": settings.sigma_min, "sigma_max": settings.sigma_max}
     given = {name: value for name, value in levels.items() if value is not None}
     if kind == "ncsn":
         return VarianceExplodingPath(predicted, **{"sigma_min": 0.01, "sigma_max": 1.0, **given}, levels=NCSN_LEVELS)

@@ -36,10 +36,10 @@ def optimizers_of(module: nn.Module, optim: Optim) -> dict[str, Optimizer]:
         others = [parameter for parameter in parameters if parameter.ndim != 2]
         if not matrices:
             raise SettingsError("setting 'optim.optimizer': got 'muon', but no matrix is trained; expected another.")
-        known = {"lr": optim.learning_rate, "weight_decay": optim.weight_decay}
+        known: dict[str, Any] = {"lr": optim.learning_rate, "weight_decay": optim.weight_decay}
         # Scaled so that AdamW's learning rate suits it (2502.16982).
         muon = {"muon": _made(torch.optim.Muon, matrices, {**known, "adjust_lr_fn": "match_rms_adamw"}, optim)}
-        plain = {**known, "betas": optim.betas, "eps": optim.eps}
+        plain: dict[str, Any] = {**known, "betas": optim.betas, "eps": optim.eps}
         return muon | ({"adamw": torch.optim.AdamW(others, fused=True, **plain)} if others else {})  # type: ignore[arg-type]
     cls = _class_of(optim.optimizer)
     if optim.optimizer == "prodigy" and optim.learning_rate < LEAST_OF_PRODIGY:
