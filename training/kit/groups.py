@@ -182,6 +182,9 @@ class Optim:
     ema_decay: Annotated[float, Range(0, 0.999999)] | None = 0.999
     """Decay of the averaged weights that are validated and published; none averages nothing."""
 
+    ema_lengths: tuple[float, ...] = ()
+    """Relative lengths of averages that are stored too, such as 0.05 0.1: the length is then chosen after the run."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:

@@ -40,6 +40,7 @@ from hubgen.training.kit.finite import NonFiniteError
 from hubgen.training.kit.groups import Optim, RunOptions
 from hubgen.training.kit.metrics import Metrics
 from hubgen.training.kit.parse import SettingsError
+from hubgen.training.kit.post_hoc import store
 from hubgen.training.kit.schedules import ENDLESS
 from hubgen.training.kit.script import UnfinishedError
 from hubgen.training.kit.signals import Interrupted, Interruption, requested_anywhere
@@ -295,6 +296,9 @@ class Run:
         scaler = self.accelerator.scaler
         extra = {"window": self.window.sums(), **({} if scaler is None else {"scaler": scaler.state_dict()})}
         self.checkpoints.save(step, self._modules, self._optimizers, extra)
+        for trained in self._trained:
+            if trained.stored:
+                store(self.options.output_dir / "averages", step, trained.stored, self.writer)
         self.accelerator.wait_for_everyone()
 
     def _validate(self, validate: Callable[[int], None], step: int) -> None:

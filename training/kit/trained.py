@@ -15,6 +15,7 @@ from hubgen.training.kit.ema import ExponentialMovingAverage
 from hubgen.training.kit.finite import finite_or_stop
 from hubgen.training.kit.groups import Optim, RunOptions
 from hubgen.training.kit.optimizers import optimizers_of
+from hubgen.training.kit.post_hoc import PowerFunctionAverage
 from hubgen.training.kit.schedules import learning_rate_schedule
 
 
@@ -61,6 +62,8 @@ class Trained:
             optim.lr_schedule, optim.lr_warmup_steps, options.max_train_steps, optim.lr_schedule_arguments
         )
         self.ema = None if optim.ema_decay is None else ExponentialMovingAverage(plain, optim.ema_decay)
+        self.stored = [PowerFunctionAverage(plain, length) for length in optim.ema_lengths]
+        """Averages of which the length is chosen after the run"""
         self.learning_rate = 0.0
         self._losses: list[torch.Tensor] = []
         self._names: list[Sequence[str]] = []
@@ -100,8 +103,8 @@ class Trained:
         for optimizer in self.optimizers.values():
             optimizer.step()
             optimizer.zero_grad()
-        if self.ema is not None:
-            self.ema.update(self.plain)
+        for average in [*([] if self.ema is None else [self.ema]), *self.stored]:
+            average.update(self.plain)
 
     @property
     def has_gradient(self) -> bool:
@@ -150,7 +153,8 @@ class Trained:
     @property
     def modules(self) -> dict[str, Stateful]:
         """What a checkpoint holds."""
-        return {self.name: self, **({} if self.ema is None else {f"ema.{self.name}": self.ema})}
+        stored = {f"average-{average.length}.{self.name}": average for average in self.stored}
+        return {self.name: self, **({} if self.ema is None else {f"ema.{self.name}": self.ema}), **stored}
 
     @property
     def named_optimizers(self) -> dict[str, Optimizer]:
