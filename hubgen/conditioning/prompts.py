@@ -52,14 +52,14 @@ class PromptCondition(ABC):
         assert encoder is not None
         return TextCondition(encoder, self.tokenizers[number], max_length)
 
-    def not_read(self, prompt: str) -> str | None:
-        """See `TextCondition.not_read`, for the encoder that reads most."""
+    def longest(self) -> TextCondition:
+        """The encoder that reads most of a prompt."""
         texts = []
         for number, encoder in enumerate(self.encoders):
             if encoder is not None:
                 config: Any = encoder.config
                 texts.append(self.text(number, self.t5_tokens if config.model_type in T5 else None))
-        return max(texts, key=lambda text: text.max_length).not_read(prompt)
+        return max(texts, key=lambda text: text.max_length)
 
     def encode(
         self,

@@ -135,7 +135,8 @@ class TextSource:
 
     def too_long(self) -> list[str]:
         """A line for each caption that is longer than what the text encoders read."""
-        return [line for caption in self.captions if (line := self.condition.not_read(caption)) is not None]
+        longest = self.condition.longest()
+        return [line for caption in self.captions if (line := longest.not_read(caption)) is not None]
 
     @torch.no_grad()
     def _encode(self, keys: Sequence[str]) -> Iterator[tuple[str, Tensors]]:
@@ -158,10 +159,10 @@ class TextSource:
             DataError: One was not.
         """
         if self.cache is None:
-            distinct = list(dict.fromkeys(captions))
+            number = {caption: place for place, caption in enumerate(dict.fromkeys(captions))}
             with quiet("hubgen.conditioning.text"):
-                embeddings = self.condition.encode(distinct, device)
-            return embeddings[torch.tensor([distinct.index(caption) for caption in captions], device=device)]
+                embeddings = self.condition.encode(list(number), device)
+            return embeddings[torch.tensor([number[caption] for caption in captions], device=device)]
         found = [self.cache[caption] for caption in captions]
         tokens = [pad(one["tokens"], (0, 0, 0, int(one["length"]) - len(one["tokens"]))) for one in found]
         pooled = [one["pooled"] for one in found]

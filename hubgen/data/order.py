@@ -89,12 +89,14 @@ class EndlessRow:
         """Pictures of an epoch, repeated ones counted as often."""
         return sum(self._counts)
 
-    def draws(self, step: int) -> list[Draw]:
-        """The pictures of `step`, counted from 0."""
+    def draws(self, step: int, first: int = 0, count: int | None = None) -> list[Draw]:
+        """The pictures of `step`, counted from 0: all, or `count` of them from the `first` on."""
         bucket, number = self._bucket(step)
-        first = number * self.batch_size
-        rows = [self._row(bucket, position) for position in range(first, first + self.batch_size)]
-        return [Draw(step * self.batch_size + index, row) for index, row in enumerate(rows)]
+        inside = range(first, self.batch_size if count is None else first + count)
+        return [
+            Draw(step * self.batch_size + index, self._row(bucket, number * self.batch_size + index))
+            for index in inside
+        ]
 
     def _steps(self, epochs: int) -> int:
         """Steps of the first epochs."""

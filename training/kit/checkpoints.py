@@ -13,7 +13,6 @@ later fail the hash, and the checkpoint before is taken. Tensors are safetensors
 unpickled. Tensors that are sharded over processes are gathered, so that a file is the same on any number of them.
 """
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -27,11 +26,11 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from hubgen.errors import FULL
 from hubgen.formats.atomic import sweep, written
 
 FORMAT = 2
@@ -126,7 +125,7 @@ class Checkpoints:
         for name, optimizer in (optimizers or {}).items():
             content = {}
             tensors[f"optimizer.{name}.safetensors"] = content
-            state["optimizers"][name] = _packed(_bare(optimizer).state_dict(), "", content, self.writer)
+            state["optimizers"][name] = _packed(bare(optimizer).state_dict(), "", content, self.writer)
         if not self.writer or (target.is_dir() and self._damage(target) is None):
             return target
         try:
@@ -136,12 +135,12 @@ class Checkpoints:
                     save_file(content, temporary / file_name)
                 _write_json(temporary / "state.json", state)
                 files = {
-                    name: {"size": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name)}
+                    name: {"size": (temporary / name).stat().st_size, "sha256": file_digest(temporary / name)}
                     for name in [*tensors, "state.json"]
                 }
                 _write_json(temporary / "manifest.json", {"format": FORMAT, "step": step, "files": files})
-        except (OSError, SafetensorError) as error:
-            if not _is_disk_full(error):
+        except OSError as error:
+            if error.errno not in FULL:
                 raise
             size = sum(t.numel() * t.element_size() for content in tensors.values() for t in content.values())
             kept = self.steps()
@@ -262,7 +261,7 @@ class Checkpoints:
                     return f"{name} is missing"
                 if path.stat().st_size != expected["size"]:
                     return f"{name} has {path.stat().st_size} bytes, in manifest.json {expected['size']}"
-                if _sha256(path) != expected["sha256"]:
+                if file_digest(path) != expected["sha256"]:
                     return f"{name} has another sha256 than in manifest.json"
         except FileNotFoundError:
             return "manifest.json is missing"
@@ -296,10 +295,7 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-_sha256 = file_digest
-
-
-def _bare(optimizer: Optimizer) -> Optimizer:
+def bare(optimizer: Optimizer) -> Optimizer:
     """The torch optimizer below Accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)
 
@@ -359,7 +355,7 @@ def _shared_out(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def _restore_optimizer(
     optimizer: Optimizer, tensors: Mapping[str, torch.Tensor], stored: Mapping[str, Any], path: Path
 ) -> None:
-    optimizer = _bare(optimizer)
+    optimizer = bare(optimizer)
     state, now = _unpacked(stored, tensors), optimizer.state_dict()["param_groups"]
     if [group["params"] for group in now] != [group["params"] for group in state["param_groups"]]:
         raise CheckpointError(
@@ -402,11 +398,3 @@ def _differences(stored: Any, now: Any, name: str = "") -> list[str]:
 
 def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=1), encoding="utf-8")
-
-
-def _is_disk_full(error: Exception) -> bool:
-    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if isinstance(error, OSError):
-        return error.errno in numbers
-    # safetensors reports the number in its text, of which there are two forms
-    return any(f"code: {number}," in str(error) or f"(os error {number})" in str(error) for number in numbers)

@@ -1,6 +1,6 @@
 """Exponential moving average of the weights that are trained."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -66,15 +66,9 @@ class ExponentialMovingAverage:
     @contextmanager
     def applied(self, module: nn.Module) -> Iterator[nn.Module]:
         """Context in which `module` has the averaged weights; its own ones return, bit for bit, at the end."""
-        parameters = dict(module.named_parameters())
-        own = {name: parameters[name].detach().clone() for name in self.averages}
-        try:
+        with restored(module, self.averages):
             self.copy_to(module)
             yield module
-        finally:
-            with torch.no_grad():
-                for name, value in own.items():
-                    parameters[name].copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
         """The averages and the number of updates."""
@@ -87,3 +81,16 @@ class ExponentialMovingAverage:
         for name, average in self.averages.items():
             average.copy_(state[PREFIX + name])
         self.num_updates = int(state["num_updates"])
+
+
+@contextmanager
+def restored(module: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Context after which the parameters of these names are as they were before it, bit for bit."""
+    parameters = dict(module.named_parameters())
+    own = {name: parameters[name].detach().clone() for name in names}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in own.items():
+                parameters[name].copy_(value)

@@ -245,7 +245,7 @@ class Run:
         """Moves the weights of everything that learnt in this step."""
         for trained in self._trained:
             if trained.has_gradient:
-                trained.update(step, self.checkpoints.steps())
+                trained.update(step, self.checkpoints.steps)
 
     def report(self, step: int, values: Mapping[str, float]) -> None:
         """Notes what was measured at a step, in metrics.jsonl and with the tracker."""
@@ -253,10 +253,6 @@ class Run:
         self.accelerator.log(dict(values), step=step)
 
     # ---- after the loop ----
-
-    def publishes(self, what: str) -> Any:
-        """Context for the work of the main process at the end, which may fail without undoing the training."""
-        return self.survived(what)
 
     def finish(self) -> None:
         """Ends the trackers; raises UnfinishedError if anything beside the training failed."""
@@ -323,8 +319,7 @@ class _Reader(Dataset):
 
     def __getitem__(self, number: int) -> Batch[Any]:
         step, inside = divmod(number, self.accumulation)
-        first = (inside * self.world_size + self.rank) * self.batch_size
-        draws = self.row.draws(step)[first : first + self.batch_size]
+        draws = self.row.draws(step, (inside * self.world_size + self.rank) * self.batch_size, self.batch_size)
         return draws, self.read(draws)
 
 

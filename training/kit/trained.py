@@ -1,6 +1,6 @@
 """What learns: a network, which of its parameters, their optimizers and schedule, their average."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,8 +10,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from hubgen.training.kit.checkpoints import Stateful
-from hubgen.training.kit.ema import ExponentialMovingAverage
+from hubgen.training.kit.checkpoints import Stateful, bare
+from hubgen.training.kit.ema import ExponentialMovingAverage, restored
 from hubgen.training.kit.finite import finite_or_stop
 from hubgen.training.kit.groups import Optim, RunOptions
 from hubgen.training.kit.optimizers import optimizers_of
@@ -45,8 +45,9 @@ class Trained:
         if options.gradient_checkpointing:
             plain.enable_gradient_checkpointing()
         plain.train()
-        self._learning = [key for key, parameter in plain.named_parameters() if parameter.requires_grad]
-        self._frozen = {key for key, parameter in plain.named_parameters() if not parameter.requires_grad}
+        named = list(plain.named_parameters())
+        self._learning = {key: parameter.numel() for key, parameter in named if parameter.requires_grad}
+        self._frozen = {key for key, _ in named} - self._learning.keys()
         made = optimizers_of(plain, optim)
         around: nn.Module = plain if forward is None else forward
         self.module, *prepared = accelerator.prepare(around, *made.values())
@@ -55,8 +56,8 @@ class Trained:
         """The network itself"""
         self.optimizers: dict[str, Optimizer] = dict(zip(made, prepared, strict=True))
         for optimizer in prepared:
-            if hasattr(_bare(optimizer), "train"):  # schedule-free ones want to be told
-                _bare(optimizer).train()
+            if hasattr(bare(optimizer), "train"):  # schedule-free ones want to be told
+                bare(optimizer).train()
         self._peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in prepared]
         self._schedule = learning_rate_schedule(
             optim.lr_schedule, optim.lr_warmup_steps, options.max_train_steps, optim.lr_schedule_arguments
@@ -89,8 +90,12 @@ class Trained:
         self._losses.append(loss.detach())
         self._names.append(names)
 
-    def update(self, step: int, kept_steps: Sequence[int] = ()) -> None:
+    def update(self, step: int, kept_steps: Callable[[], Sequence[int]]) -> None:
         """Clips the gradient, moves the weights and their average.
+
+        Args:
+            step: Number of the step.
+            kept_steps: Of the checkpoints that there are, for the message.
 
         Raises:
             NonFiniteError: A loss or the gradient is not finite; the weights are as they were.
@@ -116,17 +121,13 @@ class Trained:
     @contextmanager
     def averaged(self) -> Iterator[Any]:
         """The network in evaluation mode with its averaged weights; as it was, bit for bit, at the end."""
-        own = {name: value.detach().clone() for name, value in self.plain.named_parameters() if name in self._learning}
-        modes = [dict(group) for optimizer in self.optimizers.values() for group in _bare(optimizer).param_groups]
+        groups = [group for optimizer in self.optimizers.values() for group in bare(optimizer).param_groups]
+        modes = [dict(group) for group in groups]
         try:
-            self._average()
-            yield self.plain
+            with restored(self.plain, self._learning):
+                self._average()
+                yield self.plain
         finally:
-            parameters = dict(self.plain.named_parameters())
-            with torch.no_grad():
-                for name, value in own.items():
-                    parameters[name].copy_(value)
-            groups = [group for optimizer in self.optimizers.values() for group in _bare(optimizer).param_groups]
             for group, mode in zip(groups, modes, strict=True):
                 group.update(mode)
             self.plain.train()
@@ -140,15 +141,15 @@ class Trained:
     def _average(self) -> None:
         self.plain.eval()
         for optimizer in self.optimizers.values():
-            if hasattr(_bare(optimizer), "eval"):  # schedule-free ones evaluate elsewhere than they train
-                _bare(optimizer).eval()
+            if hasattr(bare(optimizer), "eval"):  # schedule-free ones evaluate elsewhere than they train
+                bare(optimizer).eval()
         if self.ema is not None:
             self.ema.copy_to(self.plain)
 
     @property
     def parameters(self) -> int:
         """How many numbers learn."""
-        return sum(p.numel() for name, p in self.plain.named_parameters() if name in set(self._learning))
+        return sum(self._learning.values())
 
     @property
     def modules(self) -> dict[str, Stateful]:
@@ -184,8 +185,3 @@ def without_gradient(module: nn.Module) -> Iterator[None]:
     finally:
         for parameter in learning:
             parameter.requires_grad_(True)
-
-
-def _bare(optimizer: Any) -> Any:
-    """The torch optimizer below Accelerate's wrapper."""
-    return getattr(optimizer, "optimizer", optimizer)
