@@ -55,16 +55,18 @@ def main(settings: Settings) -> None:
     s, run = settings, Run(settings.run)
 
     # What training starts from, and what it is given
-    multiple, side = bases.sides_of_classes(s.base, s.data.size)
+    start = bases.ClassToImageStart(s.base, s.data.size)
     columns = [] if s.data.label_column is None else [s.data.label_column]
 
     def opened(split: str, train: bool) -> Pictures:
-        return open_pictures(s.data, split, s.run.seed, side=side, multiple=multiple, columns=columns, train=train)
+        return open_pictures(
+            s.data, split, s.run.seed, side=start.side, multiple=start.multiple, columns=columns, train=train
+        )
 
     pictures = opened(s.data.split, train=True)
     others = None if s.validation.split is None else opened(s.validation.split, train=False)
     names = label_names(pictures, s.data.label_column)
-    pipe = bases.class_to_image(s.base, s.objective, s.validation, pictures.side, names)
+    pipe = start.pipeline(s.objective, s.validation, pictures.side, names)
     space = pipe.latent_space
     labels = Labels(pictures, s.data, pipe)
     objective = objective_from(

@@ -55,7 +55,7 @@ def main(settings: Settings) -> None:
     s, run = settings, Run(settings.run)
 
     # What training starts from, and what it is given
-    pipe = bases.text_to_image(s.base, s.objective, s.validation, s.data.size)
+    pipe = bases.text_to_image(s.base, s.validation, s.data.size)
     if pipe.config.requires_aesthetics_score:
         raise SettingsError(
             "setting 'base.model': got a refiner, which is told a score of each picture; expected another."

@@ -51,7 +51,7 @@ class Settings:
 def main(settings: Settings) -> None:
     """Trains from the settings, going on where an earlier run of them stopped."""
     s, run = settings, Run(settings.run)
-    pipe = bases.unconditional(s.base, s.objective, s.validation, s.data.size)
+    pipe = bases.unconditional(s.base, s.validation, s.data.size)
     side = pipe.size[0]
 
     def opened(split: str, train: bool) -> Pictures:

@@ -84,6 +84,23 @@ def test_an_official_pipeline_trains_and_is_published_as_the_same_one(
     assert (folder / "validation" / "step-00000002.png").is_file()
 
 
+def test_an_official_dit_trains_on_its_numbered_classes_and_is_published_as_the_same_one(
+    run: Callable[..., Path], official: Official, tmp_path: Path
+) -> None:
+    for split, count in (("train", 6), ("held_out", 2)):
+        draw_pictures(tmp_path / "data" / split, count)
+        table = tmp_path / "data" / split / "metadata.jsonl"
+        rows = [json.loads(line) for line in table.read_text().splitlines()]
+        lines = [json.dumps({**row, "class": 7 + n}) + "\n" for n, row in enumerate(rows)]
+        table.write_text("".join(lines))
+    data = {"data.source": str(tmp_path / "data"), "data.label_column": "class"}
+    folder = run("class", {"base.model": str(official("dit")), **data})
+    assert json.loads((folder / "pipeline" / "model_index.json").read_text())["_class_name"] == "DiTPipeline"
+    start = hubgen.ClassToImagePipeline.from_pretrained(official("dit")).transformer.state_dict()
+    trained = hubgen.ClassToImagePipeline.from_pretrained(folder / "pipeline").transformer.state_dict()
+    assert any(not torch.equal(value, start[key]) for key, value in trained.items())
+
+
 SCRATCH: dict[str, tuple[str, dict[str, Any]]] = {
     "mmdit": ("text", {"base.backbone_config": MMDIT, "objective.shift": "auto"}),
     "unet, edm": (

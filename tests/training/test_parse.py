@@ -1,6 +1,7 @@
 """Settings are strictly typed: what is unknown, missing or of another type is named."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,10 +40,10 @@ class Example:
     """Arguments."""
 
 
-def from_recipe(tmp_path: Path, text: str, *argv: str) -> Example:
+def from_recipe(tmp_path: Path, text: str, *argv: str, cls: Any = Example) -> Any:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(text)
-    return parse_settings(Example, ["--config", str(recipe), *argv])
+    return parse_settings(cls, ["--config", str(recipe), *argv])
 
 
 def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_defaults(tmp_path: Path) -> None:
@@ -175,10 +176,7 @@ class Grouped:
     validation: Annotated[Validation, FREE] = Validation()
 
 
-def grouped(tmp_path: Path, text: str, *argv: str) -> Grouped:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(text)
-    return parse_settings(Grouped, ["--config", str(recipe), *argv])
+grouped = partial(from_recipe, cls=Grouped)
 
 
 def test_groups_are_mappings_in_a_recipe_and_dotted_on_the_command_line(tmp_path: Path) -> None:

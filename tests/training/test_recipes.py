@@ -37,6 +37,7 @@ FROM_SCRATCH = [recipe for recipe in RECIPES if "backbone_config" in yaml.safe_l
 def test_the_network_of_a_recipe_can_be_built(recipe: Path, tmp_path: Path) -> None:
     """From scratch, on a tiny autoencoder and text encoder: what a config gets wrong shows here."""
     from hubgen.training.kit import bases
+    from hubgen.training.kit.objectives import objective_from, sampler_of
     from tests import models
 
     (script,) = (script for prefix, script in SCRIPTS.items() if recipe.name.startswith(prefix))
@@ -51,11 +52,12 @@ def test_the_network_of_a_recipe_can_be_built(recipe: Path, tmp_path: Path) -> N
         arguments += ["--base.text_encoder", str(tmp_path / "text")]
     s = parse_settings(module.Settings, arguments)
     if script == "train_text_to_image":
-        pipe = bases.text_to_image(s.base, s.objective, s.validation, s.data.size)
+        pipe = bases.text_to_image(s.base, s.validation, s.data.size)
     elif script == "train_class_to_image":
-        pipe = bases.class_to_image(s.base, s.objective, s.validation, s.data.size, ["a", "b"])
+        start = bases.ClassToImageStart(s.base, s.data.size)
+        pipe = start.pipeline(s.objective, s.validation, s.data.size, ["a", "b"])
     else:
-        pipe = bases.unconditional(s.base, s.objective, s.validation, s.data.size)
-        pipe.scheduler.set_timesteps(s.validation.inference_steps)
+        pipe = bases.unconditional(s.base, s.validation, s.data.size)
+        sampler_of(s.objective, objective_from(s.objective)).set_timesteps(s.validation.inference_steps)
     backbone = pipe.unet if pipe.unet is not None else pipe.transformer
     assert sum(parameter.numel() for parameter in backbone.parameters()) > 1e6

@@ -31,7 +31,6 @@ from hubgen.pipelines.class_to_image import ClassToImagePipeline
 from hubgen.pipelines.text_to_image import TextToImagePipeline
 from hubgen.pipelines.unconditional import UnconditionalPipeline
 from hubgen.training.kit.groups import Objective, Validation
-from hubgen.training.kit.objectives import objective_from, sampler_of
 from hubgen.training.kit.parse import FREE, Range, SettingsError
 
 TEXT_BACKBONES: dict[str, Any] = {
@@ -39,6 +38,8 @@ TEXT_BACKBONES: dict[str, Any] = {
     "unet": UNet2DConditionModel,
     "flux": FluxTransformer2DModel,
 }
+DEFAULT_SIDE = 64
+"""Height and width in pixels of a model from scratch, where the settings name none"""
 CLASS_BACKBONES: dict[str, Any] = {"dit": DiTTransformer2DModel, "unet": UNet2DModel}
 
 
@@ -88,12 +89,13 @@ class ClassToImageBase(Base):
     """Architecture that is trained from scratch."""
 
 
-def text_to_image(base: TextToImageBase, objective: Objective, validation: Validation, side: int | None) -> Any:
+def text_to_image(base: TextToImageBase, validation: Validation, side: int | None) -> Any:
     """The pipeline of prompts that is trained, in float32, in evaluation mode and frozen.
+
+    From scratch it has no scheduler yet: what it will learn says which.
 
     Args:
         base: The settings.
-        objective: What it will learn: how it is sampled from.
         validation: Its defaults once it is published, from scratch.
         side: Height and width of the pictures, where the settings name it.
 
@@ -133,28 +135,55 @@ def text_to_image(base: TextToImageBase, objective: Objective, validation: Valid
         scheduler=None,
         default_num_inference_steps=validation.inference_steps,
         default_guidance_scale=validation.guidance_scale,
-        default_side=(side or 64) if base.backbone == "flux" else None,  # its config has no place for it
+        default_side=(side or DEFAULT_SIDE) if base.backbone == "flux" else None,  # its config has no place for it
         **trained,
     )
-    return finished(pipeline, base, objective)
+    return frozen(pipeline, base)
 
 
-def class_to_image(
-    base: ClassToImageBase, objective: Objective, validation: Validation, side: int | None, names: list[str]
-) -> Any:
-    """The pipeline of classes that is trained; arguments are those of `text_to_image`.
+class ClassToImageStart:
+    """What a pipeline of classes is made of before the classes are known, which its sizes decide about.
 
     Args:
         base: The settings.
-        objective: See `text_to_image`.
-        validation: See `text_to_image`.
-        side: See `text_to_image`.
-        names: Of the classes; the base's, if there is one, must have them.
+        side: Height and width of the pictures, where the settings name it.
+
+    Raises:
+        SettingsError: Parts are missing or cannot be read.
     """
-    if base.model is not None:
-        refuse_parts(base, "autoencoder")
-        return loaded(ClassToImagePipeline, base)
-    vae = load_autoencoder(base.autoencoder)
+
+    def __init__(self, base: ClassToImageBase, side: int | None) -> None:
+        self.base = base
+        self.model: Any = None
+        if base.model is not None:
+            refuse_parts(base, "autoencoder")
+            self.model = loaded(ClassToImagePipeline, base)
+            space = self.model.latent_space
+        else:
+            self.vae = load_autoencoder(base.autoencoder)
+            patch = base.backbone_config.get("patch_size", 2) if base.backbone == "dit" else 1
+            space = LatentSpace(self.vae, {}, patch, (side or DEFAULT_SIDE,) * 2)
+        self.multiple: int = space.multiple
+        """What the sides of pictures are multiples of"""
+        self.side: int = space.default_size[0]
+        """The side where the settings name none"""
+
+    def pipeline(self, objective: Objective, validation: Validation, side: int, names: list[str]) -> Any:
+        """The pipeline that is trained; see `text_to_image`.
+
+        Args:
+            objective: What it will learn: whether the variance too.
+            validation: See `text_to_image`.
+            side: Height and width of the pictures.
+            names: Of the classes; the base's, if there is one, must have them.
+        """
+        return self.model or class_to_image(self.base, self.vae, objective, validation, side, names)
+
+
+def class_to_image(
+    base: ClassToImageBase, vae: Any, objective: Objective, validation: Validation, side: int, names: list[str]
+) -> Any:
+    """A pipeline of classes from scratch; arguments are those of `ClassToImageStart`."""
     channels, config, variance = vae.config.latent_channels, base.backbone_config, False
     needed: dict[str, Any] = {"in_channels": channels}
     if base.backbone == "dit":
@@ -173,30 +202,17 @@ def class_to_image(
         default_guidance_scale=validation.guidance_scale,
         **{"unet" if base.backbone == "unet" else "transformer": backbone},
     )
-    return finished(pipeline, base, objective)
+    return frozen(pipeline, base)
 
 
-def unconditional(base: Base, objective: Objective, validation: Validation, side: int | None) -> Any:
-    """The pipeline without a condition that is trained; arguments are those of `text_to_image`."""
+def unconditional(base: Base, validation: Validation, side: int | None) -> Any:
+    """The pipeline without a condition that is trained; see `text_to_image`."""
     if base.model is not None:
         refuse_parts(base)
         return loaded(UnconditionalPipeline, base)
-    unet = built(UNet2DModel, base.backbone_config, {}, {"sample_size": side or 32})
-    scheduler = sampler_of(objective, objective_from(objective, learns_variance=learns_variance(unet)))
-    return frozen(UnconditionalPipeline(unet, scheduler, validation.inference_steps), base)
-
-
-def sides_of_classes(base: ClassToImageBase, side: int | None) -> tuple[int, int]:
-    """What the sides of pictures are multiples of, and the side where the settings name none.
-
-    It is asked before the classes are known, which a backbone of fresh weights is made for.
-    """
-    if base.model is not None:
-        space = loaded(ClassToImagePipeline, base).latent_space
-        return space.multiple, space.default_size[0]
-    factor = LatentSpace(load_autoencoder(base.autoencoder), {}).factor
-    patch = base.backbone_config.get("patch_size", 2) if base.backbone == "dit" else 1
-    return factor * patch, side or 64
+    unet: Any = built(UNet2DModel, base.backbone_config, {}, {"sample_size": side or 32})
+    pipeline = UnconditionalPipeline(unet, None, validation.inference_steps)  # type: ignore[arg-type]
+    return frozen(pipeline, base)
 
 
 def learns_variance(backbone: Any) -> bool:
@@ -211,7 +227,7 @@ def halved(unet: Any) -> int:
 
 def latent_side(vae: Any, side: int | None) -> int:
     """Latents of the side of a picture."""
-    return (side or 64) // LatentSpace(vae, {}).factor
+    return (side or DEFAULT_SIDE) // LatentSpace(vae, {}).factor
 
 
 def digests(pipeline: Any) -> dict[str, str]:
@@ -228,15 +244,6 @@ def loaded(cls: Any, base: Base) -> Any:
         return frozen(cls.from_pretrained(base.model, torch_dtype=torch.float32), base)
     except Exception as error:
         raise SettingsError(f"setting 'base.model': {base.model}: {one_line(error)}") from error
-
-
-def finished(pipeline: Any, base: Base, objective: Objective) -> Any:
-    """A pipeline from scratch with the scheduler that samples what it will learn."""
-    family = family_of(pipeline.backbone)
-    tokens = pipeline.latent_space.tokens(pipeline.latent_space.default_size) if family.patch > 1 else None
-    learned = objective_from(objective, None, tokens, learns_variance=learns_variance(pipeline.backbone))
-    pipeline.register_modules(scheduler=sampler_of(objective, learned))
-    return frozen(pipeline, base)
 
 
 def frozen(pipeline: Any, base: Base) -> Any:

@@ -295,7 +295,7 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def bare(optimizer: Optimizer) -> Optimizer:
+def bare(optimizer: Any) -> Any:
     """The torch optimizer below Accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)
 

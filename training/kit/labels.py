@@ -57,7 +57,7 @@ class Labels:
     def _number(self, name: str, pipe: Any, pictures: Pictures) -> int:
         if name in pipe.labels:
             return pipe.labels[name]
-        if name.isdecimal() and not pipe.labels and int(name) < pipe.embedded_labels:
+        if name.isdecimal() and int(name) < pipe.embedded_labels and int(name) != pipe.null_label:
             return int(name)
         raise DataError(f"{pictures.examples.place}: got the class {name!r}; {pipe.nearest_labels(name)}")
 
