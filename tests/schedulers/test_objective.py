@@ -83,15 +83,59 @@ def test_loss_and_gradients_are_those_of_diffusers_recipe(name: str, official: O
     found = objective.loss(predict(ours.backbone, sample.x_t, objective.timestep(sample), condition), sample)
     expected = recipe(name, theirs, backbone, latents, noise, t, condition)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert_same_gradients(found, expected, ours.backbone, backbone)
+
+
+def assert_same_gradients(found: torch.Tensor, expected: torch.Tensor, ours: Any, theirs: Any) -> None:
+    """Of the mean losses, for every parameter of two networks of the same weights."""
     found.mean().backward()
     expected.mean().backward()
-    gradients = {key: value.grad for key, value in backbone.named_parameters() if value.grad is not None}
+    gradients = {key: value.grad for key, value in theirs.named_parameters() if value.grad is not None}
     assert len(gradients) > 20
-    for key, value in ours.backbone.named_parameters():
+    for key, value in ours.named_parameters():
         if value.grad is not None:
             torch.testing.assert_close(
                 value.grad, gradients[key], rtol=1e-3, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}"
             )
+
+
+def learned_variance_loss(
+    out: torch.Tensor, x_0: torch.Tensor, x_t: torch.Tensor, noise: torch.Tensor, t: int, scheduler: Any
+) -> torch.Tensor:
+    """Improved DDPM's loss of one picture (2102.09672, eq. 15 and 16), written out in float64."""
+    betas, bars = scheduler.betas.double(), scheduler.alphas_cumprod.double()
+    x_0, x_t, noise = x_0.double(), x_t.double(), noise.double()
+    eps, v = out.double().chunk(2)
+    beta, bar, before = betas[t], bars[t], bars[t - 1] if t else torch.ones(()).double()
+    first, second = before.sqrt() * beta / (1 - bar), (1 - beta).sqrt() * (1 - before) / (1 - bar)
+    true_mean = first * x_0 + second * x_t
+    mean = first * (x_t - (1 - bar).sqrt() * eps.detach()) / bar.sqrt() + second * x_t
+    tilde = betas[max(t, 1)] * (1 - bars[max(t, 1) - 1]) / (1 - bars[max(t, 1)])
+    log_variance = (v + 1) / 2 * beta.log() + (1 - v) / 2 * tilde.log()
+    normal = torch.distributions.Normal(mean, (0.5 * log_variance).exp())
+    if t:
+        bound = torch.distributions.kl_divergence(torch.distributions.Normal(true_mean, tilde.sqrt()), normal)
+    else:
+        upper = torch.where(x_0 > 0.999, torch.ones_like(x_0), normal.cdf(x_0 + 1 / 255))
+        lower = torch.where(x_0 < -0.999, torch.zeros_like(x_0), normal.cdf(x_0 - 1 / 255))
+        bound = -(upper - lower).clamp(min=1e-12).log()
+    return (eps - noise).square().mean() + bound.mean() / np.log(2) * len(betas) / 1000
+
+
+def test_dit_learns_noise_and_variance_as_its_paper_says() -> None:
+    ours, theirs = models.NETWORKS["DiT"].pair()
+    scheduler = diffusers.DDPMScheduler()
+    objective = Objective(objective_of(scheduler).path, learns_variance=True)
+    data, noise, labels = torch.randn(4, 4, 8, 8), torch.randn(4, 4, 8, 8), torch.tensor([3, 1, 10, 0])
+    timesteps = torch.tensor([1, 10, 500, 999])
+    sample = objective.path.sample(data, noise, objective.path.time(timesteps))
+    noisy = scheduler.add_noise(data, noise, timesteps)
+    out = theirs(noisy, timesteps, class_labels=labels).sample
+    rows = zip(out, data, noisy, noise, timesteps.tolist(), strict=True)
+    expected = torch.stack([learned_variance_loss(*row, scheduler) for row in rows]).float()
+    found = objective.loss(predict(ours, sample.x_t, timesteps, Condition(labels=labels)), sample)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert_same_gradients(found, expected, ours, theirs)
 
 
 def test_ddpm_learns_the_noise_at_uniform_timesteps() -> None:
@@ -102,13 +146,27 @@ def test_ddpm_learns_the_noise_at_uniform_timesteps() -> None:
     timesteps = torch.tensor([0, 10, 500, 999])
     sample = objective.path.sample(images, noise, objective.path.time(timesteps))
     assert torch.equal(objective.timestep(sample), timesteps)
-    expected = (
-        (theirs(scheduler.add_noise(images, noise, timesteps), timesteps).sample - noise).square().mean((1, 2, 3))
-    )
+    noisy = scheduler.add_noise(images, noise, timesteps)
+    expected = (theirs(noisy, timesteps).sample - noise).square().mean((1, 2, 3))
     found = objective.loss(predict(ours, sample.x_t, objective.timestep(sample), Condition()), sample)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert_same_gradients(found, expected, ours, theirs)
     drawn = objective.path.timestep(objective.draw(torch.zeros(100_000, 1), torch.Generator().manual_seed(0)).t)
     assert drawn.bincount(minlength=1000).float().std() < 12  # uniform: 100 each, give or take 10
+
+
+def test_ncsnpp_learns_the_score_by_the_noise() -> None:
+    """2011.13456, eq. 7 with the weight sigma^2, on the network that divides by sigma itself."""
+    ours, theirs = models.NETWORKS["NCSN++"].pair()
+    objective = objective_of(diffusers.ScoreSdeVeScheduler(sigma_max=50.0))
+    images, noise = torch.rand(4, 3, 16, 16), torch.randn(4, 3, 16, 16)
+    sample = objective.path.sample(images, noise, torch.tensor([0.2, 0.4, 0.7, 1.0]))
+    sigma = 0.01 * (50 / 0.01) ** sample.t
+    score = theirs(images + sigma.view(-1, 1, 1, 1) * noise, sigma).sample
+    expected = (sigma.view(-1, 1, 1, 1) * score + noise).square().mean((1, 2, 3))
+    found = objective.loss(predict(ours, sample.x_t, objective.timestep(sample), Condition()), sample)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert_same_gradients(found, expected, ours, theirs)
 
 
 def test_scores_learn_the_noise_that_they_stand_for() -> None:
@@ -234,34 +292,18 @@ def test_what_cannot_be_learned_is_refused_by_argument(make: Callable[[], Any], 
         make()
 
 
-def test_a_learned_variance_costs_the_variational_bound_of_diffusers_paper() -> None:
-    """Improved DDPM's loss (2102.09672, eq. 15 and 16), written out for each timestep in float64."""
+def test_a_learned_variance_costs_the_variational_bound() -> None:
     path = VariancePreservingPath("noise", num_train_timesteps=50)
     scheduler = diffusers.DDPMScheduler(num_train_timesteps=50)
-    betas, bars = scheduler.betas.double(), scheduler.alphas_cumprod.double()
     generator = torch.Generator().manual_seed(0)
     data = torch.rand(4, 2, 3, 3, generator=generator).mul(255).round() / 127.5 - 1
-    noise, predicted, v = (torch.randn(4, 2, 3, 3, generator=generator) for _ in range(3))
+    noise = torch.randn(4, 2, 3, 3, generator=generator)
+    out = torch.randn(4, 4, 3, 3, generator=generator)
     index = torch.tensor([0, 1, 20, 49])
     sample = path.sample(data, noise, path.time(index))
-    objective = Objective(path, learns_variance=True)
-    losses = objective.loss(torch.cat([predicted, v], 1), sample)
+    losses = Objective(path, learns_variance=True).loss(out, sample)
     for row, t in enumerate(index.tolist()):
-        x_0, x_t, eps = data[row].double(), sample.x_t[row].double(), predicted[row].double()
-        beta, bar, before = betas[t], bars[t], bars[t - 1] if t else torch.ones(()).double()
-        first, second = before.sqrt() * beta / (1 - bar), (1 - beta).sqrt() * (1 - before) / (1 - bar)
-        true_mean = first * x_0 + second * x_t
-        mean = first * (x_t - (1 - bar).sqrt() * eps) / bar.sqrt() + second * x_t
-        tilde = betas[max(t, 1)] * (1 - bars[max(t, 1) - 1]) / (1 - bars[max(t, 1)])
-        log_variance = (v[row].double() + 1) / 2 * beta.log() + (1 - v[row].double()) / 2 * tilde.log()
-        normal = torch.distributions.Normal(mean, (0.5 * log_variance).exp())
-        if t:
-            bound = torch.distributions.kl_divergence(torch.distributions.Normal(true_mean, tilde.sqrt()), normal)
-        else:
-            upper = torch.where(x_0 > 0.999, torch.ones_like(x_0), normal.cdf(x_0 + 1 / 255))
-            lower = torch.where(x_0 < -0.999, torch.zeros_like(x_0), normal.cdf(x_0 - 1 / 255))
-            bound = -(upper - lower).clamp(min=1e-12).log()
-        expected = (eps - noise[row].double()).square().mean() + bound.mean() / np.log(2) * 50 / 1000
+        expected = learned_variance_loss(out[row], data[row], sample.x_t[row], noise[row], t, scheduler)
         assert losses[row].item() == pytest.approx(expected.item(), rel=2e-4)
 
 
