@@ -17,6 +17,8 @@ __all__ = [
     "has_step_hooks",
     "is_compiled",
     "no_init_weights",
+    "offload_groups_again",
+    "prepare_hotswap",
     "register_cached_blocks",
     "reset_step_hooks",
 ]
@@ -28,6 +30,9 @@ ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
     "transformers.PreTrainedModel": ("_keep_in_fp32_modules",),
     "diffusers.ConfigMixin": ("_get_init_keys",),
     "diffusers.SchedulerMixin": ("_get_compatibles",),
+    "diffusers.loaders.lora_base.LoraBaseMixin": ("_optionally_disable_offloading", "_save_lora_weights"),
+    "diffusers.UNet2DConditionModel": ("_prepare_lora_hotswap_kwargs",),
+    "diffusers.hooks.group_offloading": ("_maybe_remove_and_reapply_group_offloading",),
     "diffusers.CacheMixin": ("_reset_stateful_cache",),
     "diffusers.pipelines.pipeline_loading_utils": ("LOADABLE_CLASSES",),
     "diffusers.hooks._helpers": ("TransformerBlockMetadata", "TransformerBlockRegistry"),
@@ -59,3 +64,23 @@ def register_cached_blocks(blocks: Mapping[type[nn.Module], tuple[int, int | Non
     for block, (image, text) in blocks.items():
         metadata = TransformerBlockMetadata(return_hidden_states_index=image, return_encoder_hidden_states_index=text)
         TransformerBlockRegistry.register(block, metadata)
+
+
+def offload_groups_again(pipeline: Any) -> None:
+    """Has group offloading see the layers that were added to the models of a pipeline."""
+    from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
+
+    for component in pipeline.components.values():
+        if isinstance(component, nn.Module):
+            _maybe_remove_and_reapply_group_offloading(component)
+
+
+def prepare_hotswap(model: Any) -> None:
+    """Pads the adapters of a model to the rank that `enable_lora_hotswap` was told, if it was, so that others fit."""
+    wanted = getattr(model, "_prepare_lora_hotswap_kwargs", None)
+    if wanted is None:
+        return
+    from peft.utils.hotswap import prepare_model_for_compiled_hotswap
+
+    prepare_model_for_compiled_hotswap(model, **wanted)
+    model._prepare_lora_hotswap_kwargs = None

@@ -40,6 +40,7 @@ from hubgen.controls.inpaint import is_shown_masks
 from hubgen.data.images import Images
 from hubgen.hub.registration import loadable
 from hubgen.hub.single_file import SingleFilePipelineMixin
+from hubgen.pipelines.adapters import AdapterMixin
 from hubgen.pipelines.callbacks import Callback, LiveGuidance
 from hubgen.pipelines.checks import (
     arguments_of,
@@ -68,7 +69,7 @@ class TextToImageOutput(ImagePipelineOutput):
 
 
 @loadable
-class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin):
+class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin, AdapterMixin):
     """Pictures of prompts, by latent diffusion or flow matching.
 
     Reads the folders of diffusers' pipelines for Stable Diffusion 1, 2, XL and 3 and FLUX.1 (text to image, image to
