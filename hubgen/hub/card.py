@@ -145,6 +145,69 @@ def pipeline_card(
     return "\n".join(lines).rstrip() + "\n"
 
 
+def adapter_card(
+    name: str,
+    summary: str,
+    record: TrainingRecord,
+    *,
+    base_model: str | None,
+    pipeline: str,
+    parameters: int,
+    prompts: Sequence[str] = (),
+    samples: Sequence[str] = (),
+    repo: str | None = None,
+    licence: str | None = None,
+) -> str:
+    """The README.md of an adapter.
+
+    Args:
+        name: Title.
+        summary: First paragraph.
+        record: How it was trained.
+        base_model: Repository of the base, or its name.
+        pipeline: Class of hubgen.
+        parameters: How many numbers it has.
+        prompts: Of the pictures.
+        samples: Files of pictures beside it, before and after.
+        repo: Where it will be; its title if not given.
+        licence: Identifier as the Hub knows it; left out of the metadata if not given.
+    """
+    metadata = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        license=licence,
+        base_model=base_model if base_model is not None and "/" in base_model else None,
+        tags=["hubgen", "lora", "text-to-image", "diffusers"],
+    )
+    loaded = "bundled_model()" if base_model is None else f'"{base_model}"'
+    imported = [f"from hubgen import {pipeline}"]
+    imported += ["from hubgen.hub.bundled import bundled_model"] if base_model is None else []
+    lines = [
+        "---",
+        metadata.to_yaml(),
+        "---",
+        f"# {name}",
+        "",
+        summary.strip(),
+        "",
+        "```python",
+        *imported,
+        "",
+        f"pipe = {pipeline}.from_pretrained({loaded})",
+        f'pipe.load_lora_weights("{repo or name}")',
+        f'pipe({json.dumps(prompts[0] if prompts else "a red apple")}).images[0].save("picture.png")',
+        "```",
+        "",
+        "It loads in diffusers by the same call, and in every program that reads diffusers' adapters: "
+        f"{parameters:,} numbers, each product scaled by 1.",
+        "",
+    ]
+    for sample in samples:
+        lines += [f"{sample.removesuffix('.png').capitalize()}:", "", f"![{', '.join(prompts)}]({sample})", ""]
+    lines += ["## Training", "", *describe_record(record)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
 def describe_record(record: TrainingRecord) -> list[str]:
     """Lines of Markdown: data, settings and curve."""
     sources = ", ".join(

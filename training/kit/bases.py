@@ -27,6 +27,7 @@ from hubgen.conditioning.families.flux import PACKED
 from hubgen.conditioning.prompts import OneEncoder
 from hubgen.data.cache import module_digest
 from hubgen.errors import one_line
+from hubgen.hub.bundled import bundled_model
 from hubgen.pipelines.class_to_image import ClassToImagePipeline
 from hubgen.pipelines.text_to_image import TextToImagePipeline
 from hubgen.pipelines.unconditional import UnconditionalPipeline
@@ -139,6 +140,37 @@ def text_to_image(base: TextToImageBase, validation: Validation, side: int | Non
         **trained,
     )
     return frozen(pipeline, base)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptedBase:
+    """What adapters are put on."""
+
+    model: Annotated[str | None, FREE] = None
+    """Folder or Hub id of a pipeline; the model that comes with the package if not given."""
+
+    frozen_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of all that does not learn."""
+
+    guidance_scale: Annotated[float, Range(0)] = 1.0
+    """Guidance that a model is told which takes it as an input (FLUX dev), while it is trained."""
+
+
+def adapted_base(base: AdaptedBase) -> Any:
+    """The pipeline of prompts that adapters are put on, frozen, in evaluation mode and in the precision of the settings.
+
+    Raises:
+        SettingsError: It cannot be read.
+    """
+    model = bundled_model() if base.model is None else base.model
+    try:
+        pipeline = TextToImagePipeline.from_pretrained(model, torch_dtype=getattr(torch, base.frozen_dtype))
+    except Exception as error:
+        raise SettingsError(f"setting 'base.model': {model}: {one_line(error)}") from error
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            part.eval().requires_grad_(False)
+    return pipeline
 
 
 class ClassToImageStart:

@@ -11,6 +11,7 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 
 from hubgen.errors import one_line
+from hubgen.training.kit.groups import PromptValidation
 from hubgen.training.kit.run import Run
 
 Draw = Callable[[Sequence[int]], list[Image.Image]]
@@ -44,6 +45,24 @@ def draw_grid(run: Run, draw: Draw, count: int, step: int) -> None:
     if run.writer:
         pictures = dict(gathered)
         save_grid(run, [pictures[number] for number in range(count)], step)
+
+
+def draw_prompts(run: Run, pipeline: Any, validation: PromptValidation, side: int, step: int) -> None:
+    """A grid of the validation prompts, if there are any, each on the seed of its number; see `draw_grid`."""
+
+    def draw(numbers: Sequence[int]) -> list[Image.Image]:
+        return sample_seeds(
+            pipeline,
+            numbers,
+            prompt=[validation.prompts[number] for number in numbers],
+            height=side,
+            width=side,
+            num_inference_steps=validation.inference_steps,
+            guidance_scale=validation.guidance_scale,
+        )
+
+    if validation.prompts:
+        draw_grid(run, draw, len(validation.prompts), step)
 
 
 def save_grid(run: Run, pictures: Sequence[Image.Image], step: int, columns: int | None = None) -> None:

@@ -80,6 +80,9 @@ class CaptionedData(Data):
     caption_prefix: str = ""
     """Put before every caption as it is, such as a trigger word."""
 
+    cache_texts: Annotated[bool, FREE] = True
+    """Keep what text encoders make of captions, where data.cache is on."""
+
     tag_orders: Annotated[int, Range(0)] = 0
     """Orders in which the tags of a caption (parts between commas) are shown; 0 leaves them as they stand."""
 
@@ -258,6 +261,67 @@ class CountValidation(Validation):
 
     samples: Annotated[int, Range(0)] = 16
     """Pictures that are drawn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """What is added to the base, and learns in its place."""
+
+    kind: Literal["lora", "loha", "lokr", "oft"] = "lora"
+    """LoRA, or one of its kin; files of all kinds load as LoRA."""
+
+    targets: str = "attention"
+    """attention, attention_and_feed_forward, all (the blocks' layers), or a pattern of the layers' names."""
+
+    rank: Annotated[int, Range(1)] = 16
+    """Terms of the product that is added; of oft the size of its blocks."""
+
+    alpha: Annotated[float, Range(0, open_minimum=True)] | None = None
+    """The product counts alpha / rank; the rank if not given."""
+
+    ranks: dict[str, int] = field(default_factory=dict)
+    """Pattern of names and rank of layers that are to have another."""
+
+    alphas: dict[str, float] = field(default_factory=dict)
+    """Pattern of names and alpha of layers that are to have another."""
+
+    dropout: Annotated[float, Range(0, 0.999)] = 0.0
+    """Of what enters the product."""
+
+    rank_stabilised: bool = False
+    """Scale by alpha / sqrt(rank) (rsLoRA, 2312.03732)."""
+
+    decomposed: bool = False
+    """Learn the magnitude of each row of a weight beside its direction (DoRA, 2402.09353)."""
+
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora"] = "default"
+    """How the factors begin; pissa and olora begin with a part of the weight."""
+
+    text_encoder: bool = False
+    """Whether the text encoders learn too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prior:
+    """Pictures of the class of a subject, made by the base itself, so that it does not forget the class."""
+
+    prompt: str | None = None
+    """Words of the class: a photo of a dog. None for no such pictures."""
+
+    weight: Annotated[float, Range(0)] = 1.0
+    """How much their loss counts beside that of the subject; 0 for none."""
+
+    pictures: Annotated[int, Range(1)] = 64
+    """How many are made."""
+
+    inference_steps: Annotated[int, Range(1)] | None = None
+    """Denoising steps of each; the model's own if not given."""
+
+    guidance_scale: Annotated[float, Range(0)] | None = None
+    """Of each; the model's own if not given."""
+
+    folder: Annotated[Path | None, FREE] = None
+    """Where they are, or are put; output_dir/class_pictures if not given."""
 
 
 @dataclass(frozen=True, kw_only=True)

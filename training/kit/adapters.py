@@ -1,0 +1,229 @@
+"""Adapters of a run: put on a pipeline, called with it, published as a file of their own."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from hubgen.adaptation.adapters import RESIDUAL, AdapterShape, add_adapter, targets
+from hubgen.adaptation.attach import layers_of
+from hubgen.adaptation.lora_files import Layers, as_diffusers
+from hubgen.adaptation.low_rank import LowRank
+from hubgen.conditioning.condition import Condition
+from hubgen.conditioning.predict import predict
+from hubgen.formats.atomic import sweep, written
+from hubgen.hub.card import TrainingRecord, adapter_card
+from hubgen.training.kit.groups import Adapter, Publish
+from hubgen.training.kit.parse import SettingsError
+from hubgen.training.kit.publishing import push
+from hubgen.training.kit.run import Run
+
+NAME = "default"
+"""Of the adapter that is trained"""
+FILE = "pytorch_lora_weights.safetensors"
+"""Where diffusers looks for an adapter in a folder or repository"""
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a step asks the network about B pictures."""
+
+    x_t: torch.Tensor
+    timestep: torch.Tensor
+    condition: Condition
+    captions: Sequence[str]
+    """Read by text encoders that learn; else the condition has them"""
+
+
+class Learner(nn.Module):
+    """The models of a pipeline that learn, as one network, so that data parallelism sees all that a step uses.
+
+    Args:
+        pipe: The pipeline.
+        parts: Names of its components that learn, the backbone first.
+    """
+
+    def __init__(self, pipe: Any, parts: Sequence[str]) -> None:
+        super().__init__()
+        self.models = nn.ModuleDict({name: getattr(pipe, name) for name in parts})
+        self._pipe = (pipe,)  # in a tuple, which keeps it from becoming a part
+        self.reads = any(name in ENCODERS for name in parts)
+        """Whether text encoders learn, and so read the captions of each step"""
+
+    @property
+    def backbone(self) -> Any:
+        """The network that predicts."""
+        return self._pipe[0].backbone
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recomputes activations in the backward pass."""
+        for model in self.models.values():
+            start: Any = getattr(model, "enable_gradient_checkpointing", None)
+            (start or model.gradient_checkpointing_enable)()  # transformers call it so
+
+    def forward(self, asked: Sequence[Asked]) -> list[torch.Tensor]:
+        """The predictions of each batch, (B, C, h, w)."""
+        return [predict(self.backbone, one.x_t, one.timestep, self.condition(one)) for one in asked]
+
+    def condition(self, asked: Asked) -> Condition:
+        """The condition with its text."""
+        if not self.reads:
+            return asked.condition
+        text = Condition.of_text(self._pipe[0].condition.encode(asked.captions, asked.x_t.device))
+        return replace(text, micro=asked.condition.micro, guidance_scale=asked.condition.guidance_scale)
+
+
+def backbone_name(pipe: Any) -> str:
+    """The name of a pipeline's backbone among its components."""
+    return "unet" if getattr(pipe, "unet", None) is not None else "transformer"
+
+
+def with_adapters(pipe: Any, adapter: Adapter, cache_texts: bool) -> "Adapted":
+    """Puts fresh adapters on a pipeline; all else of it is frozen.
+
+    Args:
+        pipe: In evaluation mode.
+        adapter: The settings.
+        cache_texts: Whether the texts' embeddings are kept, which a text encoder that learns would outdate.
+
+    Raises:
+        SettingsError: Settings that do not go together, or do not suit the model.
+    """
+    parts = [backbone_name(pipe)]
+    if adapter.text_encoder:
+        if cache_texts:
+            raise SettingsError(
+                "setting 'adapter.text_encoder': got true with data.cache_texts, which keeps what the text encoder said "
+                "before it learnt; expected data.cache_texts false."
+            )
+        parts += [name for name in ENCODERS if getattr(pipe, name, None) is not None]
+    try:
+        shape = AdapterShape(
+            kind=adapter.kind,
+            rank=adapter.rank,
+            alpha=adapter.alpha,
+            ranks=adapter.ranks,
+            alphas=adapter.alphas,
+            dropout=adapter.dropout,
+            rank_stabilised=adapter.rank_stabilised,
+            decomposed=adapter.decomposed,
+            init=adapter.init,
+        )
+        chosen = {name: targets(getattr(pipe, name), adapter.targets) for name in parts}
+        for name, layers in chosen.items():
+            add_adapter(getattr(pipe, name), NAME, shape, layers)
+    except ValueError as error:
+        raise SettingsError(f"settings of 'adapter': {error}") from error
+    return Adapted(pipe, Learner(pipe, parts), adapter.init in RESIDUAL)
+
+
+class Adapted:
+    """A pipeline with the adapters that learn.
+
+    Args:
+        pipe: The pipeline.
+        learner: What of it learns.
+        residual: Whether the adapters took a part of the weights when they were made; then what they add is what they
+            are more than at that time.
+    """
+
+    def __init__(self, pipe: Any, learner: Learner, residual: bool) -> None:
+        self.pipe, self.learner = pipe, learner
+        self._first: Layers = self._now() if residual else {}
+
+    def _now(self) -> Layers:
+        found = {name: layers_of(model, NAME) for name, model in self.learner.models.items()}
+        return {name: {layer: _copied(value) for layer, value in layers.items()} for name, layers in found.items()}
+
+    def layers(self) -> Layers:
+        """What is added to the base, by component and layer."""
+        now = self._now()
+        if not self._first:
+            return now
+        return {
+            name: {layer: _less(value, self._first[name][layer]) for layer, value in layers.items()}
+            for name, layers in now.items()
+        }
+
+
+def _copied(layer: LowRank) -> LowRank:
+    return replace(layer, down=layer.down.detach().clone(), up=layer.up.detach().clone())
+
+
+def _less(now: LowRank, first: LowRank) -> LowRank:
+    """The difference of two products, as one of twice as many terms."""
+    down, up = torch.cat([now.down, first.down]), torch.cat([now.up, -first.up], 1)
+    return LowRank(down, up, now.alpha / now.rank * len(down), now.magnitude, now.bias)
+
+
+def publish_adapter(
+    run: Run,
+    adapted: Adapted,
+    record: TrainingRecord,
+    publish: Publish,
+    base_model: str | None,
+    prompts: Sequence[str],
+    header: Mapping[str, str],
+) -> None:
+    """Writes `output_dir/lora`, whole or not at all, and sends it to the Hub if the settings say so.
+
+    Args:
+        run: That is done; only its main process writes.
+        adapted: With the weights as they are published.
+        record: How they came about.
+        publish: The settings.
+        base_model: Repository or name of the base.
+        prompts: Of the pictures in the grids.
+        header: More for the file's header.
+    """
+    folder = run.options.output_dir / "lora"
+    if not run.writer:
+        return
+    before = len(run.survived.failures)
+    with run.survived(f"writing the adapter to {folder}"):
+        sweep(folder.parent)
+        with written(folder) as temporary:
+            temporary.mkdir()
+            tensors, metadata = as_diffusers(adapted.layers(), header)
+            dtype = getattr(torch, publish.dtype)
+            save_file({key: value.to(dtype) for key, value in tensors.items()}, temporary / FILE, metadata)
+            grids = sorted((run.options.output_dir / "validation").glob("step-*.png"))
+            samples = {"before.png": grids[0], "after.png": grids[-1]} if len(grids) > 1 else {}
+            for name, grid in samples.items():
+                shutil.copyfile(grid, temporary / name)
+            record.save(temporary)
+            count = sum(tensor.numel() for tensor in tensors.values())
+            title = publish.title or run.options.output_dir.resolve().name
+            card = adapter_card(
+                title,
+                publish.summary,
+                record,
+                base_model=base_model,
+                pipeline=type(adapted.pipe).__name__,
+                parameters=count,
+                prompts=prompts,
+                samples=list(samples),
+                repo=publish.push_to_hub,
+                licence=publish.license,
+            )
+            (temporary / "README.md").write_text(card, encoding="utf-8")
+        run.print(f"adapter written to {folder}")
+        if prompts:
+            model = "" if base_model is None else f" --model {base_model}"
+            run.print(f"to use it: hubgen generate {json.dumps(prompts[0])}{model} --lora {folder / FILE}")
+    if len(run.survived.failures) == before:
+        push(run, folder, publish)
+
+
+def in_place_of_base(model: str | None) -> str | None:
+    """What a card names as the base: a repository of the Hub as it is, a folder by its name."""
+    if model is None:
+        return None
+    return Path(model).resolve().name if Path(model).exists() else model
