@@ -5,16 +5,16 @@
 
     latents, caption, t, noise -> x_t and target -> (base + adapter)(x_t, t, caption) -> weighted squared error
 
-The base stays as it is; what it learned, and how it was told the time, decides what the adapter learns. The same command
-goes on where it was stopped, bit for bit. At the end `output_dir/lora` holds a file that hubgen, diffusers, ComfyUI
-and other programs load, with a card and pictures before and after.
+The base stays as it is; what it learned, and how it was told the time, decides what the adapter learns. The same
+command goes on where it was stopped, bit for bit. At the end `output_dir/lora` holds a file that hubgen, diffusers,
+ComfyUI and other programs load, with a card and pictures before and after.
 """
 
 from dataclasses import dataclass
 from typing import Annotated
 
 from hubgen.training.kit import bases
-from hubgen.training.kit.adapters import Asked, in_place_of_base, publish_adapter, with_adapters
+from hubgen.training.kit.adapters import Asked, check_texts, in_place_of_base, publish_adapter, with_adapters
 from hubgen.training.kit.bases import AdaptedBase
 from hubgen.training.kit.grids import draw_prompts
 from hubgen.training.kit.groups import Adapter, CaptionedData, Objective, Optim, PromptValidation, Publish, RunOptions
@@ -46,6 +46,7 @@ def main(settings: Settings) -> None:
     s, run = settings, Run(settings.run)
 
     # What the adapter is put on, and what it is given
+    check_texts(s.adapter.text_encoder, s.data)
     pipe = bases.adapted_base(s.base)
     pictures = PromptedPictures(pipe, s.data, s.data.split, run, s.base.guidance_scale)
     others = None
@@ -62,7 +63,7 @@ def main(settings: Settings) -> None:
             one.encode(cache_dir, s.data.cache_texts)
 
     # What is trained, and where it stands
-    adapted = with_adapters(pipe, s.adapter, s.data.cache and s.data.cache_texts)
+    adapted = with_adapters(pipe, s.adapter)
     trained = run.trains("adapter", adapted.learner, s.optim)
     row = pictures.row()
     run.describe(len(row), *pictures.notes())

@@ -19,7 +19,7 @@ from hubgen.conditioning.condition import Condition
 from hubgen.conditioning.predict import predict
 from hubgen.formats.atomic import sweep, written
 from hubgen.hub.card import TrainingRecord, adapter_card
-from hubgen.training.kit.groups import Adapter, Publish
+from hubgen.training.kit.groups import Adapter, Data, Publish
 from hubgen.training.kit.parse import SettingsError
 from hubgen.training.kit.publishing import push
 from hubgen.training.kit.run import Run
@@ -85,24 +85,27 @@ def backbone_name(pipe: Any) -> str:
     return "unet" if getattr(pipe, "unet", None) is not None else "transformer"
 
 
-def with_adapters(pipe: Any, adapter: Adapter, cache_texts: bool) -> "Adapted":
+def check_texts(text_encoder: bool, data: Data) -> None:
+    """Raises SettingsError where a text encoder learns while what it said before is kept."""
+    if text_encoder and data.cache and data.cache_texts:
+        raise SettingsError(
+            "setting 'adapter.text_encoder': got true with data.cache_texts, which keeps what the text encoder said "
+            "before it learnt; expected data.cache_texts false."
+        )
+
+
+def with_adapters(pipe: Any, adapter: Adapter) -> "Adapted":
     """Puts fresh adapters on a pipeline; all else of it is frozen.
 
     Args:
         pipe: In evaluation mode.
         adapter: The settings.
-        cache_texts: Whether the texts' embeddings are kept, which a text encoder that learns would outdate.
 
     Raises:
         SettingsError: Settings that do not go together, or do not suit the model.
     """
     parts = [backbone_name(pipe)]
     if adapter.text_encoder:
-        if cache_texts:
-            raise SettingsError(
-                "setting 'adapter.text_encoder': got true with data.cache_texts, which keeps what the text encoder said "
-                "before it learnt; expected data.cache_texts false."
-            )
         parts += [name for name in ENCODERS if getattr(pipe, name, None) is not None]
     try:
         shape = AdapterShape(
@@ -122,6 +125,16 @@ def with_adapters(pipe: Any, adapter: Adapter, cache_texts: bool) -> "Adapted":
     except ValueError as error:
         raise SettingsError(f"settings of 'adapter': {error}") from error
     return Adapted(pipe, Learner(pipe, parts), adapter.init in RESIDUAL)
+
+
+def whole(pipe: Any, text_encoder: bool) -> Learner:
+    """What learns of a pipeline without adapters: its backbone, and its text encoders if they are to, in float32."""
+    parts = [backbone_name(pipe)]
+    if text_encoder:
+        parts += [name for name in ENCODERS if getattr(pipe, name, None) is not None]
+    for name in parts:
+        getattr(pipe, name).to(torch.float32).requires_grad_(True)
+    return Learner(pipe, parts)
 
 
 class Adapted:

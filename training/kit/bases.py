@@ -157,7 +157,7 @@ class AdaptedBase:
 
 
 def adapted_base(base: AdaptedBase) -> Any:
-    """The pipeline of prompts that adapters are put on, frozen, in evaluation mode and in the precision of the settings.
+    """The pipeline of prompts that adapters are put on, frozen, in evaluation mode, in the precision of the settings.
 
     Raises:
         SettingsError: It cannot be read.

@@ -57,6 +57,9 @@ class Data:
     cache: Annotated[bool, FREE] = True
     """Keep what the frozen encoders make of pictures and captions, instead of asking them at each step."""
 
+    cache_texts: Annotated[bool, FREE] = True
+    """Keep what text encoders make of captions, where cache is on."""
+
     cache_dir: Annotated[Path | None, FREE] = None
     """Folder of that; output_dir/cache if not given."""
 
@@ -79,9 +82,6 @@ class CaptionedData(Data):
 
     caption_prefix: str = ""
     """Put before every caption as it is, such as a trigger word."""
-
-    cache_texts: Annotated[bool, FREE] = True
-    """Keep what text encoders make of captions, where data.cache is on."""
 
     tag_orders: Annotated[int, Range(0)] = 0
     """Orders in which the tags of a caption (parts between commas) are shown; 0 leaves them as they stand."""

@@ -21,7 +21,7 @@ from hubgen.conditioning.condition import Condition
 from hubgen.data.captions import Captions
 from hubgen.data.encoded import LatentSource, TextSource
 from hubgen.data.order import Draw, EndlessRow, generator_of
-from hubgen.training.kit.groups import CaptionedData
+from hubgen.training.kit.groups import CaptionedData, Data
 from hubgen.training.kit.pictures import captions_of, open_pictures
 from hubgen.training.kit.run import Run
 
@@ -51,7 +51,7 @@ class PromptedPictures:
         guidance_scale: That a model is told which takes it as an input.
         train: Whether views and captions are drawn; else each picture has its middle and its first caption.
         prompt: Of all pictures, in the place of captions.
-        stream: Name of what is drawn for them, where a run has several.
+        seed: Of all that is drawn for them; the run's if not given.
 
     Raises:
         SettingsError: The model cannot make such sizes.
@@ -61,31 +61,32 @@ class PromptedPictures:
     def __init__(
         self,
         pipe: Any,
-        data: CaptionedData,
+        data: Data,
         split: str,
         run: Run,
         guidance_scale: float = 1.0,
         train: bool = True,
         prompt: str | None = None,
-        stream: str = "",
+        seed: int | None = None,
     ) -> None:
-        self.pipe, self.data, self.run, self.train, self.stream = pipe, data, run, train, stream
+        self.pipe, self.data, self.run, self.train = pipe, data, run, train
         space, family = pipe.latent_space, pipe.family
         self.takes_micro, self.factor = "micro" in family.takes, space.factor
         self.guidance_scale = guidance_scale if family.distilled else None
-        self.seed = run.options.seed if train else 0
+        self.seed = (run.options.seed if seed is None else seed) if train else 0
         self.pictures = open_pictures(
             data,
             split,
             self.seed,
             side=space.default_size[0],
             multiple=space.multiple,
-            caption_column=data.caption_column if prompt is None else None,
+            caption_column=data.caption_column if isinstance(data, CaptionedData) and prompt is None else None,
             train=train,
         )
-        self.captions = captions_of(self.pictures, data)
-        if prompt is not None:
-            self.captions = Captions([[prompt]] * len(self.pictures))
+        if isinstance(data, CaptionedData) and prompt is None:
+            self.captions = captions_of(self.pictures, data)
+        else:
+            self.captions = Captions([[prompt or ""]] * len(self.pictures))
         self.texts: TextSource | None = None
 
     @property
@@ -161,7 +162,7 @@ class PromptedPictures:
             condition = replace(condition, micro=batch["micro"].to(device))
         condition = replace(condition, guidance_scale=self.guidance_scale)
         mask = None if batch["masks"] is None else batch["masks"].to(device)
-        generators = [generator_of(self.seed, draw.place, f"{self.stream}noise") for draw in draws]
+        generators = [generator_of(self.seed, draw.place) for draw in draws]
         return Shown(x_0, batch["captions"], condition, mask, generators)
 
     def measured(self, draws: Sequence[Draw]) -> tuple[torch.Tensor, Condition]:
