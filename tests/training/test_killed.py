@@ -40,14 +40,29 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "adversarial.width": 4,
         "adversarial.layers": 1,
     },
+    "train_lora": {**FEW, "adapter.rank": 2, "validation.prompts": ["red ball"]},
+    "train_dreambooth": {
+        "validation.steps": 7,
+        "validation.inference_steps": 2,
+        "adapter.rank": 2,
+        "adapter.text_encoder": True,
+        "data.cache_texts": False,
+        "instance.prompt": "big ball",
+        "prior.prompt": "ball",
+        "prior.pictures": 5,
+        "prior.inference_steps": 2,
+        "validation.prompts": ["red ball"],
+    },
 }
 OPTIMIZERS = {"train_text_to_image": "adamw", "train_class_to_image": "adamw8bit", "train_autoencoder": "adafactor"}
-OPTIMIZERS |= {"train_unconditional": "prodigy"}
+OPTIMIZERS |= {"train_unconditional": "prodigy", "train_lora": "schedule_free_adamw", "train_dreambooth": "muon"}
+ADAPTERS = ("train_lora", "train_dreambooth")
 
 
 def final(run: Path) -> dict[str, torch.Tensor]:
     newest = max((run / "checkpoints").glob("step-*"))
-    results = [*run.glob("pipeline/*/*.safetensors"), *run.glob("autoencoder/*.safetensors")]
+    folders = ("pipeline/*", "autoencoder", "lora")
+    results = [file for folder in folders for file in run.glob(f"{folder}/*.safetensors")]
     assert results
     files = [*sorted(newest.glob("*.safetensors")), *results]
     return {f"{file.relative_to(run)}/{key}": value for file in files for key, value in load_file(file).items()}
@@ -60,6 +75,8 @@ def settings_of(script: str, recipe: dict[str, Any], problem: dict[str, str]) ->
         "train_class_to_image": ("base.autoencoder",),
     }
     own = {name: problem[name] for name in parts.get(script, ())}
+    if script in ADAPTERS:
+        own["base.model"] = str(models.saved_pipeline(Path(common["run.output_dir"]).parent / "base"))
     optimizer = OPTIMIZERS[script]
     return {
         **common,
@@ -82,6 +99,8 @@ def settings_of(script: str, recipe: dict[str, Any], problem: dict[str, str]) ->
         ("train_class_to_image", 1, 20),
         ("train_unconditional", 1, 20),
         ("train_autoencoder", 1, 20),
+        ("train_lora", 1, 20),
+        ("train_dreambooth", 1, 20),
         ("train_text_to_image", 2, 8),
     ],
 )

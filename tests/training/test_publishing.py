@@ -7,20 +7,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
+import hubgen
+from hubgen.hub.bundled import bundled_model
 from tests.hub.loopback import Hub, loopback_hub
 
 pytestmark = pytest.mark.slow
 REPO = "tester/trained"
 
 
-def train(recipe: dict[str, Any], folder: Path, hub: Hub) -> subprocess.CompletedProcess[str]:
-    """The client reads the Hub's address when it is imported, so each run is a process of its own."""
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-    environment = {
+def environment_of(folder: Path, hub: Hub) -> dict[str, str]:
+    """Of a process that knows this Hub, and no other."""
+    return {
         **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(folder / "home"),
@@ -29,8 +31,16 @@ def train(recipe: dict[str, Any], folder: Path, hub: Hub) -> subprocess.Complete
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "NO_PROXY": "127.0.0.1",
     }
-    command = [sys.executable, "-m", "hubgen.training.train_text_to_image", "--config", str(path)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def train(
+    recipe: dict[str, Any], folder: Path, hub: Hub, script: str = "train_text_to_image"
+) -> subprocess.CompletedProcess[str]:
+    """The client reads the Hub's address when it is imported, so each run is a process of its own."""
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, "-m", f"hubgen.training.{script}", "--config", str(path)]
+    return subprocess.run(command, env=environment_of(folder, hub), capture_output=True, text=True, timeout=300)
 
 
 def test_a_trained_pipeline_is_sent_and_a_failure_names_the_command_that_tries_again(
@@ -64,3 +74,76 @@ def test_a_run_begins_from_a_model_on_the_hub(recipe: dict[str, Any], tiny_model
         assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads((tmp_path / "run" / "pipeline" / "transformer" / "training.json").read_text())
     assert record["settings"]["base"]["model"] == "tester/base"
+
+
+IN_HUBGEN = """
+import sys
+import hubgen, numpy as np, torch
+pipe = hubgen.TextToImagePipeline.from_pretrained(sys.argv[1], torch_dtype=torch.float32)
+pipe.load_lora_weights(sys.argv[2])
+with torch.no_grad():
+    words, nothing = (pipe.condition.encode([text]) for text in ("red apple", ""))
+embeddings = {
+    "prompt_embeds": words.tokens,
+    "pooled_prompt_embeds": words.pooled,
+    "negative_prompt_embeds": nothing.tokens,
+    "negative_pooled_prompt_embeds": nothing.pooled,
+}
+options = dict(num_inference_steps=4, guidance_scale=4.0, height=64, width=64, output_type="np")
+images = pipe("red apple", generator=torch.Generator().manual_seed(0), **options).images
+np.savez(sys.argv[3], images=images, **embeddings)
+"""
+# The model's text encoder is no CLIP, so diffusers' pipeline is given what it said.
+IN_DIFFUSERS = """
+import sys
+import diffusers, numpy as np, torch
+folder, repo, embeddings, out = sys.argv[1:]
+parts = {
+    "transformer": diffusers.SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer"),
+    "vae": diffusers.AutoencoderKL.from_pretrained(folder, subfolder="vae"),
+}
+parts = {name: part.float() for name, part in parts.items()}
+scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
+absent = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+pipe = diffusers.StableDiffusion3Pipeline(**parts, scheduler=scheduler, **dict.fromkeys(absent))
+pipe.load_lora_weights(repo)
+given = {name: torch.from_numpy(value) for name, value in np.load(embeddings).items() if name != "images"}
+options = dict(num_inference_steps=4, guidance_scale=4.0, height=64, width=64, output_type="np")
+np.save(out, pipe(**given, generator=torch.Generator().manual_seed(0), **options).images)
+assert "hubgen" not in sys.modules
+"""
+
+
+def test_an_adapter_of_the_bundled_model_goes_round_the_world(problem: dict[str, str], tmp_path: Path) -> None:
+    """Trained, sent with its card and pictures, and loaded by its name in hubgen and in diffusers: the same picture."""
+    settings = {
+        "data.source": problem["data.source"],
+        "data.size": 64,
+        "data.upscale": True,
+        "run.output_dir": str(tmp_path / "red"),
+        "run.max_train_steps": 3,
+        "run.batch_size": 2,
+        "run.report_to": "none",
+        "adapter.alpha": 40,
+        "optim.learning_rate": 0.003,
+        "validation.prompts": ["red apple"],
+        "validation.inference_steps": 2,
+        "publish.push_to_hub": "tester/red",
+        "publish.dtype": "float32",
+    }
+    ours, theirs = tmp_path / "ours.npz", tmp_path / "theirs.npy"
+    with loopback_hub() as hub:
+        done = train(settings, tmp_path, hub, "train_lora")
+        assert done.returncode == 0, done.stderr[-3000:]
+        sent = {name for name in hub.repos["tester/red"] if name != ".gitattributes"}
+        assert sent == {"README.md", "pytorch_lora_weights.safetensors", "training.json", "before.png", "after.png"}
+        assert b'pipe.load_lora_weights("tester/red")' in hub.repos["tester/red"]["README.md"]
+        for code, files in ((IN_HUBGEN, [ours]), (IN_DIFFUSERS, [ours, theirs])):
+            command = [sys.executable, "-c", code, str(bundled_model()), "tester/red", *map(str, files)]
+            drawn = subprocess.run(command, env=environment_of(tmp_path, hub), capture_output=True, text=True)
+            assert drawn.returncode == 0, drawn.stderr[-3000:]
+    np.testing.assert_allclose(np.load(theirs), np.load(ours)["images"], atol=1e-4)
+    plain = hubgen.TextToImagePipeline.from_pretrained(bundled_model()).to(dtype=torch.float32)
+    options: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 4.0, "height": 64, "width": 64}
+    base = plain("red apple", generator=torch.Generator().manual_seed(0), output_type="np", **options).images
+    assert np.abs(base - np.load(theirs)).max() > 1e-2

@@ -15,6 +15,8 @@ SCRIPTS = {
     "text-to-image": "train_text_to_image",
     "class-to-image": "train_class_to_image",
     "unconditional": "train_unconditional",
+    "lora": "train_lora",
+    "dreambooth": "train_dreambooth",
 }
 
 
@@ -22,12 +24,14 @@ SCRIPTS = {
 def test_a_recipe_is_settings_of_the_script_that_its_name_begins_with(recipe: Path) -> None:
     (script,) = (script for prefix, script in SCRIPTS.items() if recipe.name.startswith(prefix))
     module = importlib.import_module(f"hubgen.training.{script}")
-    parse_settings(module.Settings, ["--config", str(recipe), "--data.source", "data", "--run.output_dir", "run"])
+    more = ["--instance.prompt", "a sks cat"] if script == "train_dreambooth" else []
+    required = ["--data.source", "data", "--run.output_dir", "run", *more]
+    parse_settings(module.Settings, ["--config", str(recipe), *required])
     assert f"hubgen.training.{script}" in recipe.read_text() and f"training/recipes/{recipe.name}" in recipe.read_text()
 
 
 def test_there_are_recipes() -> None:
-    assert len(RECIPES) >= 12
+    assert len(RECIPES) >= 16
 
 
 FROM_SCRATCH = [recipe for recipe in RECIPES if "backbone_config" in yaml.safe_load(recipe.read_text()).get("base", {})]

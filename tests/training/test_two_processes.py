@@ -8,11 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests import models
 from tests.training.processes import Running, stop_at_the_first_checkpoint
 
 pytestmark = pytest.mark.slow
 
 TEXT_TO_IMAGE, AUTOENCODER = "train_text_to_image", "train_autoencoder"
+DREAMBOOTH = "train_dreambooth"
 
 
 def newest(run: Path) -> Path:
@@ -52,23 +54,47 @@ def autoencoder(recipe: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("script", [TEXT_TO_IMAGE, AUTOENCODER])
+@pytest.fixture
+def dreambooth(recipe: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """Settings of a run with pictures of a class, in which the text encoder learns too."""
+    names = [name for name in recipe if name.startswith(("data.", "run.", "optim."))]
+    return {
+        **{name: recipe[name] for name in names},
+        "base.model": str(models.saved_pipeline(tmp_path / "base")),
+        "adapter.rank": 2,
+        "adapter.text_encoder": True,
+        "data.cache_texts": False,
+        "instance.prompt": "big ball",
+        "prior.prompt": "ball",
+        "prior.pictures": 9,
+        "prior.inference_steps": 2,
+        "validation.inference_steps": 2,
+    }
+
+
+@pytest.mark.parametrize("script", [TEXT_TO_IMAGE, AUTOENCODER, DREAMBOOTH])
 def test_logged_losses_do_not_depend_on_the_number_of_processes(
-    recipe: dict[str, Any], autoencoder: dict[str, Any], tmp_path: Path, script: str
+    recipe: dict[str, Any], autoencoder: dict[str, Any], dreambooth: dict[str, Any], tmp_path: Path, script: str
 ) -> None:
     changes = {"run.max_train_steps": 20, "run.checkpoint_steps": 20, "data.random_crops": 2, "data.mirror": True}
-    changes |= {"validation.split": "held_out", "validation.steps": 10}
-    base = recipe if script == TEXT_TO_IMAGE else {**autoencoder, "adversarial.start": 1000, "loss.revive_steps": 0}
+    bases = {
+        TEXT_TO_IMAGE: recipe,
+        AUTOENCODER: {**autoencoder, "adversarial.start": 1000, "loss.revive_steps": 0},
+        DREAMBOOTH: dreambooth,
+    }
+    base = bases[script]
+    if script != DREAMBOOTH:
+        changes |= {"validation.split": "held_out", "validation.steps": 10}
     found = {}
     for name, (processes, batch, accumulation) in SHARES.items():
         output = tmp_path / name.replace(" ", "")
         share = {"run.batch_size": batch, "run.gradient_accumulation_steps": accumulation}
         Running(script, base | changes | share | {"run.output_dir": str(output)}, tmp_path, processes).finish()
         found[name] = output
-    measured = "held_out_loss" if script == TEXT_TO_IMAGE else "psnr"
+    measured = {TEXT_TO_IMAGE: "held_out_loss", AUTOENCODER: "psnr", DREAMBOOTH: "prior_loss"}[script]
     for name in ("loss", measured):
         alone = torch.tensor(curve(found["1 x 8"], name))
-        assert len(alone) == (20 if name == "loss" else 2)
+        assert len(alone) == (20 if name in ("loss", "prior_loss") else 2)
         for run in found.values():
             torch.testing.assert_close(torch.tensor(curve(run, name)), alone, rtol=1e-5, atol=1e-5)
 
