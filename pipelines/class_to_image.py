@@ -25,6 +25,7 @@ from hubgen.conditioning.families import BackboneFamily, family_of
 from hubgen.conditioning.guidance import NEGATIVE, POSITIVE, ClassifierFreeGuidance, GuidedNoise
 from hubgen.conditioning.predict import Predictor
 from hubgen.hub.registration import loadable
+from hubgen.pipelines.adapters import AdapterMixin
 from hubgen.pipelines.callbacks import Callback, LiveGuidance
 from hubgen.pipelines.checks import check_generator, check_latents, check_output
 from hubgen.pipelines.denoising import Generator
@@ -36,7 +37,7 @@ LABELS = {"class_labels": ((POSITIVE,), "labels")}
 
 
 @loadable
-class ClassToImagePipeline(DenoisingPipeline):
+class ClassToImagePipeline(DenoisingPipeline, AdapterMixin):
     """Pictures of classes, by latent diffusion (DiT, 2212.09748).
 
     Reads the folders of diffusers' `DiTPipeline` (`facebook/DiT-XL-2-256`), and is saved as one. Components may be

@@ -10,7 +10,7 @@ once, before anything learns. The same command goes on where it was stopped, bit
 holds an adapter, or `output_dir/pipeline` the whole pipeline.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from hubgen.data.order import seed_of
@@ -26,12 +26,12 @@ from hubgen.training.kit.adapters import (
     with_adapters,
 )
 from hubgen.training.kit.bases import AdaptedBase
+from hubgen.training.kit.conditioned import PromptedPictures
 from hubgen.training.kit.grids import draw_prompts
 from hubgen.training.kit.groups import Adapter, Data, Objective, Optim, Prior, PromptValidation, Publish, RunOptions
 from hubgen.training.kit.objectives import objective_from
 from hubgen.training.kit.parse import FREE, identity_of
 from hubgen.training.kit.prior import Unchanged, check_folder, check_prior, class_pictures
-from hubgen.training.kit.prompted import PromptedPictures
 from hubgen.training.kit.publishing import publish_pipeline, record_of
 from hubgen.training.kit.run import Run
 from hubgen.training.kit.script import run_script
@@ -83,14 +83,14 @@ def main(settings: Settings) -> None:
     pipe.to(run.device)
     shown_to_it = [subject]
     if has_prior:
-        folder = class_pictures(run, pipe, s.prior, class_folder, subject.pictures.side)
-        plain = Data(source=str(folder), size=subject.pictures.side, cache=s.data.cache, num_workers=s.data.num_workers)
+        folder = class_pictures(run, pipe, s.prior, class_folder, subject.side)
+        plain = replace(s.data, source=str(folder), size=subject.side, repeats=1, mask_column=None)
         seed = seed_of(s.run.seed, 0, "prior") % 2**31
         shown_to_it.append(PromptedPictures(pipe, plain, "train", prompt=s.prior.prompt, seed=seed, **options))
         run.keeps("class_pictures", Unchanged(shown_to_it[1].fingerprint, folder))
     cache_dir = (s.data.cache_dir or s.run.output_dir / "cache") if s.data.cache else None
     for one in shown_to_it:
-        one.encode(cache_dir, s.data.cache_texts)
+        one.encode(cache_dir)
 
     # What is trained, and where it stands
     adapted = with_adapters(pipe, s.adapter) if s.learns == "adapter" else None
@@ -101,7 +101,7 @@ def main(settings: Settings) -> None:
 
     def validate(step: int) -> None:
         with trained.averaged():
-            draw_prompts(run, pipe, s.validation, subject.pictures.side, step)
+            draw_prompts(run, pipe, s.validation, subject.side, step)
 
     if run.first_step == 0:
         validate(0)
@@ -123,7 +123,7 @@ def main(settings: Settings) -> None:
                 for prediction, sample, one in zip(predictions, samples, shown, strict=True)
             ]
             loss = sum(weight * loss.mean() for weight, loss in zip(weights, losses, strict=False))
-            trained.backward(loss, subject.pictures.names(draws))
+            trained.backward(loss, subject.names(draws))
             run.window.note_losses(losses[0], samples[0].t)
             if has_prior:
                 run.window.note("prior_loss", losses[1].detach().sum(), len(losses[1]))

@@ -1,4 +1,4 @@
-"""Train an adapter (LoRA or its kin) on pictures with captions, for any text-to-image pipeline that hubgen loads.
+"""Train an adapter (LoRA or its kin) on pictures with captions, or with classes for models of classes.
 
     accelerate launch -m hubgen.training.train_lora --config training/recipes/lora-emoji-noto.yaml \
         --data.source emoji/noto --run.output_dir runs/noto
@@ -16,12 +16,20 @@ from typing import Annotated
 from hubgen.training.kit import bases
 from hubgen.training.kit.adapters import Asked, check_texts, in_place_of_base, publish_adapter, with_adapters
 from hubgen.training.kit.bases import AdaptedBase
+from hubgen.training.kit.conditioned import told_pictures
 from hubgen.training.kit.grids import draw_prompts
-from hubgen.training.kit.groups import Adapter, CaptionedData, Objective, Optim, PromptValidation, Publish, RunOptions
+from hubgen.training.kit.groups import (
+    Adapter,
+    CaptionedOrLabelledData,
+    Objective,
+    Optim,
+    PromptValidation,
+    Publish,
+    RunOptions,
+)
 from hubgen.training.kit.held_out import HeldOut
 from hubgen.training.kit.objectives import objective_from
 from hubgen.training.kit.parse import FREE, identity_of
-from hubgen.training.kit.prompted import PromptedPictures
 from hubgen.training.kit.publishing import record_of
 from hubgen.training.kit.run import Run
 from hubgen.training.kit.script import run_script
@@ -32,7 +40,7 @@ class Settings:
     """Settings of a run: groups of a YAML recipe, and options of the command line."""
 
     base: AdaptedBase = AdaptedBase()
-    data: CaptionedData
+    data: CaptionedOrLabelledData
     adapter: Adapter = Adapter()
     objective: Objective = Objective()
     optim: Optim = Optim(learning_rate=1e-4, lr_schedule="constant", lr_warmup_steps=0, ema_decay=None)
@@ -48,11 +56,12 @@ def main(settings: Settings) -> None:
     # What the adapter is put on, and what it is given
     check_texts(s.adapter.text_encoder, s.data)
     pipe = bases.adapted_base(s.base)
-    pictures = PromptedPictures(pipe, s.data, s.data.split, run, s.base.guidance_scale)
+    pictures = told_pictures(pipe, s.data, s.data.split, run, s.base.guidance_scale, train=True)
     others = None
     if s.validation.split is not None:
-        others = PromptedPictures(pipe, s.data, s.validation.split, run, s.base.guidance_scale, train=False)
-    objective = objective_from(s.objective, pipe.scheduler, pictures.tokens)
+        others = told_pictures(pipe, s.data, s.validation.split, run, s.base.guidance_scale, train=False)
+    variance = bases.learns_variance(pipe.backbone)
+    objective = objective_from(s.objective, pipe.scheduler, pictures.tokens, variance)
     run.open({"settings": identity_of(s), "base": bases.digests(pipe), "data": pictures.fingerprint}, s.optim)
 
     # What the frozen parts say about it
@@ -60,7 +69,7 @@ def main(settings: Settings) -> None:
     cache_dir = (s.data.cache_dir or s.run.output_dir / "cache") if s.data.cache else None
     for one in (pictures, others):
         if one is not None:
-            one.encode(cache_dir, s.data.cache_texts)
+            one.encode(cache_dir)
 
     # What is trained, and where it stands
     adapted = with_adapters(pipe, s.adapter)
@@ -76,7 +85,7 @@ def main(settings: Settings) -> None:
         with trained.averaged() as learner:
             if held_out is not None and step > 0:
                 run.report(step, held_out(learner.backbone))
-            draw_prompts(run, pipe, s.validation, pictures.pictures.side, step)
+            draw_prompts(run, pipe, s.validation, pictures.side, step)
 
     if run.first_step == 0:
         validate(0)
@@ -88,7 +97,7 @@ def main(settings: Settings) -> None:
             asked = Asked(sample.x_t, objective.timestep(sample), shown.condition, shown.captions)
             (prediction,) = trained.module([asked])
             losses = objective.loss(prediction, sample, shown.mask)  # (B,)
-            trained.backward(losses.mean(), pictures.pictures.names(draws))
+            trained.backward(losses.mean(), pictures.names(draws))
             run.window.note_losses(losses, sample.t)
         run.update(step)
 

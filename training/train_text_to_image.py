@@ -15,16 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from hubgen.conditioning.predict import predict
 from hubgen.hub.card import TEXT_TO_IMAGE, TrainingRecord
 from hubgen.training.kit import bases
 from hubgen.training.kit.bases import TextToImageBase
+from hubgen.training.kit.conditioned import PromptedPictures, losses_of
 from hubgen.training.kit.grids import draw_prompts
 from hubgen.training.kit.groups import CaptionedData, Objective, Optim, PromptValidation, Publish, RunOptions
 from hubgen.training.kit.held_out import HeldOut
 from hubgen.training.kit.objectives import objective_from, sampler_of
 from hubgen.training.kit.parse import FREE, SettingsError, identity_of
-from hubgen.training.kit.prompted import PromptedPictures
 from hubgen.training.kit.publishing import publish_pipeline, record_of
 from hubgen.training.kit.run import Run
 from hubgen.training.kit.script import run_script
@@ -82,17 +81,14 @@ def main(settings: Settings) -> None:
         with trained.averaged() as backbone:
             if held_out is not None:
                 run.report(step, held_out(backbone))
-            draw_prompts(run, pipe, s.validation, pictures.pictures.side, step)
+            draw_prompts(run, pipe, s.validation, pictures.side, step)
 
     batches = run.batches(row, pictures.read, s.data.num_workers)
     for step in run.steps(validate, s.validation.steps, "held_out_loss" if held_out else ""):
         for draws, batch in run.micro_batches(batches):
-            shown = pictures.shown(draws, batch)
-            sample = objective.draw(shown.x_0, shown.generators)
-            prediction = predict(trained.module, sample.x_t, objective.timestep(sample), shown.condition)
-            losses = objective.loss(prediction, sample, shown.mask)  # (B,)
-            trained.backward(losses.mean(), pictures.pictures.names(draws))
-            run.window.note_losses(losses, sample.t)
+            losses, t = losses_of(trained.module, objective, pictures.shown(draws, batch))
+            trained.backward(losses.mean(), pictures.names(draws))
+            run.window.note_losses(losses, t)
         run.update(step)
 
     trained.settle()

@@ -157,19 +157,24 @@ class AdaptedBase:
 
 
 def adapted_base(base: AdaptedBase) -> Any:
-    """The pipeline of prompts that adapters are put on, frozen, in evaluation mode, in the precision of the settings.
+    """The pipeline of prompts or classes that adapters are put on, frozen, in the precision of the settings.
 
     Raises:
         SettingsError: It cannot be read.
     """
     model = bundled_model() if base.model is None else base.model
     try:
-        pipeline = TextToImagePipeline.from_pretrained(model, torch_dtype=getattr(torch, base.frozen_dtype))
+        name = TextToImagePipeline.load_config(model)["_class_name"]
+        of_classes = name in (ClassToImagePipeline.__name__, *ClassToImagePipeline.reads)
+        cls = ClassToImagePipeline if of_classes else TextToImagePipeline
+        pipeline = cls.from_pretrained(model, torch_dtype=getattr(torch, base.frozen_dtype))
     except Exception as error:
         raise SettingsError(f"setting 'base.model': {model}: {one_line(error)}") from error
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
             part.eval().requires_grad_(False)
+    if of_classes:
+        pipeline.backbone.class_dropout = 0.0  # labels are dropped as they are drawn
     return pipeline
 
 

@@ -11,6 +11,7 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 
 from hubgen.errors import one_line
+from hubgen.pipelines.class_to_image import ClassToImagePipeline
 from hubgen.training.kit.groups import PromptValidation
 from hubgen.training.kit.run import Run
 
@@ -48,13 +49,19 @@ def draw_grid(run: Run, draw: Draw, count: int, step: int) -> None:
 
 
 def draw_prompts(run: Run, pipeline: Any, validation: PromptValidation, side: int, step: int) -> None:
-    """A grid of the validation prompts, if there are any, each on the seed of its number; see `draw_grid`."""
+    """A grid of the validation prompts, if there are any, each on the seed of its number; see `draw_grid`.
+
+    To a model of classes a prompt is the name or number of one.
+    """
 
     def draw(numbers: Sequence[int]) -> list[Image.Image]:
+        words = [validation.prompts[number] for number in numbers]
+        of_classes = isinstance(pipeline, ClassToImagePipeline)
+        labels = [int(word) if word.isdecimal() else word for word in words]
         return sample_seeds(
             pipeline,
             numbers,
-            prompt=[validation.prompts[number] for number in numbers],
+            **({"class_labels": labels} if of_classes else {"prompt": words}),
             height=side,
             width=side,
             num_inference_steps=validation.inference_steps,

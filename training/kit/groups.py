@@ -102,6 +102,11 @@ class LabelledData(Data):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CaptionedOrLabelledData(CaptionedData, LabelledData):
+    """Pictures with captions, for models of prompts, or with classes, for models of classes."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Objective:
     """What the network learns. Whatever is not given is as the base's scheduler says, or usual for the path."""
 
