@@ -14,6 +14,7 @@ from PIL import Image
 
 import hubgen
 from hubgen.training import train_class_to_image, train_text_to_image, train_unconditional
+from hubgen.training.kit import conditioned
 from hubgen.training.kit.parse import SettingsError, parse_settings
 from tests import models
 from tests.training.conftest import MMDIT, UNET, draw_pictures
@@ -192,13 +193,13 @@ def test_pictures_are_not_square_in_buckets_and_sdxl_is_told_so(
         size = (64, 32) if number % 2 else (32, 64)
         Image.open(tmp_path / "data" / f"{number}.png").resize(size).save(tmp_path / "data" / f"{number}.png")
     told = []
-    predict = train_text_to_image.predict
+    predict = conditioned.predict
 
     def watched(backbone: Any, x_t: torch.Tensor, timestep: torch.Tensor, condition: Any) -> torch.Tensor:
         told.append((tuple(x_t.shape[-2:]), condition.micro.tolist()))
         return predict(backbone, x_t, timestep, condition)
 
-    monkeypatch.setattr(train_text_to_image, "predict", watched)
+    monkeypatch.setattr(conditioned, "predict", watched)
     sizes = {"data.size": 32, "data.buckets": True, "data.bucket_step": 8, "data.bucket_sides": [16, 64]}
     changes = {**sizes, "data.source": str(tmp_path / "data"), "validation.split": None, "validation.prompts": []}
     run("text", {"base.model": str(official("sdxl")), **changes, "data.random_crops": 0, "run.max_train_steps": 4})
