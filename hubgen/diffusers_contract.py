@@ -4,7 +4,13 @@ A release may move any of these. tests/test_diffusers_contract.py asks the insta
 that no other file imports a private name.
 """
 
-from collections.abc import Mapping
+import importlib.abc
+import importlib.util
+import json
+import sys
+import types
+from collections.abc import Callable, Collection, Mapping, Sequence
+from importlib.machinery import ModuleSpec
 from typing import Any
 
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -13,7 +19,10 @@ from torch import nn
 
 __all__ = [
     "ATTRIBUTES",
+    "accept_instead",
+    "after_import",
     "dispatch_attention_fn",
+    "forget_tokens",
     "has_step_hooks",
     "is_compiled",
     "no_init_weights",
@@ -25,9 +34,10 @@ __all__ = [
 
 # Private attributes by the class of diffusers that has them: methods that hubgen calls or overrides.
 ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
-    "diffusers.DiffusionPipeline": ("_get_signature_keys", "_execution_device"),
+    "diffusers.DiffusionPipeline": ("_get_signature_keys", "_execution_device", "_get_signature_types"),
     "diffusers.ModelMixin": ("_fix_state_dict_keys_on_load", "_keys_to_ignore_on_load_unexpected"),
     "transformers.PreTrainedModel": ("_keep_in_fp32_modules",),
+    "transformers.PreTrainedTokenizer": ("_update_trie", "_update_total_vocab_size"),
     "diffusers.ConfigMixin": ("_get_init_keys",),
     "diffusers.SchedulerMixin": ("_get_compatibles",),
     "diffusers.loaders.lora_base.LoraBaseMixin": ("_optionally_disable_offloading", "_save_lora_weights"),
@@ -84,3 +94,80 @@ def prepare_hotswap(model: Any) -> None:
 
     prepare_model_for_compiled_hotswap(model, **wanted)
     model._prepare_lora_hotswap_kwargs = None
+
+
+def accept_instead(stand_in: Callable[[type], type | None]) -> None:
+    """Has `DiffusionPipeline.from_pipe` hand over models of other classes than those that a signature names.
+
+    Args:
+        stand_in: The class that is as good as one of diffusers', if there is one.
+    """
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    plain = getattr(DiffusionPipeline._get_signature_types, "__func__", None)
+    if plain is None:
+        return
+
+    def _get_signature_types(cls: type) -> dict[str, tuple[Any, ...]]:
+        expected = plain(cls)
+        return {
+            name: (*found, *(other for one in found if (other := stand_in(one)) is not None))
+            for name, found in expected.items()
+        }
+
+    DiffusionPipeline._get_signature_types = classmethod(_get_signature_types)
+
+
+def after_import(module: str, act: Callable[[Any], None]) -> None:
+    """Acts on a module when it will have been imported, or now if it has been."""
+    if module in sys.modules:
+        act(sys.modules[module])
+    elif not any(isinstance(finder, _AfterImport) and finder.module == module for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport(module, act))
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Finds nothing; acts on one module when it has been executed."""
+
+    def __init__(self, module: str, act: Callable[[Any], None]):
+        self.module, self.act = module, act
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != self.module:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: types.ModuleType) -> None:
+                execute(module)
+                self.act(module)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def forget_tokens(tokenizer: Any, tokens: Collection[str]) -> None:
+    """Takes added tokens from a tokenizer of transformers, which itself can only add some; later ones move up."""
+    gone = [index for index, token in tokenizer.added_tokens_decoder.items() if token.content in tokens]
+
+    def moved(index: int) -> int:
+        return index - sum(other < index for other in gone)
+
+    if hasattr(tokenizer, "backend_tokenizer"):
+        from tokenizers import Tokenizer
+
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        kept = [token for token in state["added_tokens"] if token["content"] not in tokens]
+        state["added_tokens"] = [{**token, "id": moved(token["id"])} for token in kept]
+        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+        return
+    left = {moved(index): token for index, token in tokenizer.added_tokens_decoder.items() if index not in gone}
+    tokenizer._added_tokens_decoder = left
+    tokenizer._added_tokens_encoder = {token.content: index for index, token in left.items()}
+    tokenizer.tokens_trie = type(tokenizer.tokens_trie)()
+    tokenizer._update_trie()
+    tokenizer._update_total_vocab_size()

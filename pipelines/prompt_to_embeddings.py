@@ -1,7 +1,9 @@
 """The prompts of a call, or embeddings in their place: checked, and made into the conditions of its branches."""
 
+import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +13,7 @@ from hubgen.checks import whole
 from hubgen.conditioning.condition import Condition
 from hubgen.conditioning.families import BackboneFamily
 from hubgen.conditioning.guidance import NEGATIVE, POSITIVE
-from hubgen.conditioning.prompts import PromptCondition
+from hubgen.conditioning.prompts import ClipAndT5, PromptCondition, TwoClips, TwoClipsAndT5
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,24 @@ SHOWN = {
 }
 PROMPTS = ("prompt", "prompt_2", "prompt_3")
 NEGATIVES = ("negative_prompt", "negative_prompt_2", "negative_prompt_3")
+
+# The arguments of `encode_prompt` of diffusers' pipelines, in their orders: Stable Diffusion 1 and 2 (and whatever has
+# one text encoder), and by the way in which several are joined.
+EMBEDS = ("prompt_embeds", "negative_prompt_embeds")
+POOLED_EMBEDS = ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+CALL = ("device", "num_images_per_prompt", "do_classifier_free_guidance")
+ONE_PROMPT = ("prompt", *CALL, "negative_prompt", *EMBEDS, "lora_scale", "clip_skip")
+SEVERAL_PROMPTS: dict[type[PromptCondition], tuple[str, ...]] = {
+    TwoClips: (*PROMPTS[:2], *CALL, *NEGATIVES[:2], *EMBEDS, *POOLED_EMBEDS, "lora_scale", "clip_skip"),
+    TwoClipsAndT5: (
+        *(*PROMPTS, *CALL, *NEGATIVES, *EMBEDS, *POOLED_EMBEDS),
+        *("clip_skip", "max_sequence_length", "lora_scale"),
+    ),
+    ClipAndT5: (
+        *(*PROMPTS[:2], *CALL[:2]),
+        *("prompt_embeds", "pooled_prompt_embeds", "max_sequence_length", "lora_scale"),
+    ),
+}
 
 Prompt = str | list[str] | None
 
@@ -215,3 +235,45 @@ def embed(
         branch: one.map(lambda value: value.to(device, dtype).repeat_interleave(count, 0))
         for branch, one in branches.items()
     }
+
+
+def encoding_arguments(condition: PromptCondition, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of an `encode_prompt` that are not `None`, as diffusers' pipeline with such text encoders has them.
+
+    Args:
+        condition: The text encoders.
+        args: Given by position.
+        kwargs: Given by name.
+
+    Raises:
+        TypeError: Too many, unknown ones, or one twice.
+    """
+    # The pooled text behind it is for hubgen's own models, with one text encoder and a backbone that takes both.
+    names = SEVERAL_PROMPTS.get(type(condition), (*ONE_PROMPT, *POOLED_EMBEDS))
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    signature = inspect.Signature([inspect.Parameter(name, kind, default=None) for name in names])
+    try:
+        arguments = signature.bind(*args, **kwargs).arguments
+    except TypeError as error:
+        raise TypeError(f"encode_prompt: {error}; expected ({', '.join(names)}).") from error
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+@contextmanager
+def scaled_adapters(models: Sequence[Any], scale: float | None) -> Iterator[None]:
+    """Has the adapters of text encoders count `scale` as much inside; `None` leaves them."""
+    if scale is None or scale == 1.0:
+        yield
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [layer for model in models if model is not None for layer in model.modules()]
+    scalings = [layer.scaling for layer in layers if isinstance(layer, BaseTunerLayer) and hasattr(layer, "scaling")]
+    before = [dict(scaling) for scaling in scalings]
+    try:
+        for scaling in scalings:
+            scaling.update({adapter: value * scale for adapter, value in scaling.items()})
+        yield
+    finally:
+        for scaling, values in zip(scalings, before, strict=True):
+            scaling.update(values)

@@ -8,8 +8,9 @@ Shapes: B pictures (prompts times pictures of each), H and W pixels, (B, C, h, w
 P features of pooled text.
 """
 
+import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -31,10 +32,10 @@ from hubgen.backbones.unet_condition import UNet2DConditionModel
 from hubgen.checks import whole
 from hubgen.conditioning.condition import Condition
 from hubgen.conditioning.families import BackboneFamily, family_of
-from hubgen.conditioning.guidance import NEGATIVE, ClassifierFreeGuidance, Guidance
+from hubgen.conditioning.guidance import NEGATIVE, POSITIVE, ClassifierFreeGuidance, Guidance
 from hubgen.conditioning.micro import MicroArguments
 from hubgen.conditioning.predict import Predictor
-from hubgen.conditioning.prompts import PromptCondition
+from hubgen.conditioning.prompts import ClipAndT5, PromptCondition
 from hubgen.controls.control import Target, open_doors, opened
 from hubgen.controls.inpaint import is_shown_masks
 from hubgen.data.images import Images
@@ -52,9 +53,17 @@ from hubgen.pipelines.checks import (
 from hubgen.pipelines.defaults import READS, Defaults, FamilyDefaults, defaults_of
 from hubgen.pipelines.denoising import AfterStep, Generator
 from hubgen.pipelines.denoising_pipeline import DenoisingPipeline
-from hubgen.pipelines.prompt_to_embeddings import SHOWN, Prompt, PromptArguments, embed
+from hubgen.pipelines.prompt_to_embeddings import (
+    SHOWN,
+    Prompt,
+    PromptArguments,
+    embed,
+    encoding_arguments,
+    scaled_adapters,
+)
 from hubgen.pipelines.safety import blacken
 from hubgen.pipelines.starts import ImageArguments, start_of, until
+from hubgen.pipelines.textual_inversion import TextualInversionMixin
 from hubgen.schedulers.times import dynamic_shift
 
 logger = logging.getLogger(__name__)
@@ -69,7 +78,7 @@ class TextToImageOutput(ImagePipelineOutput):
 
 
 @loadable
-class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin, AdapterMixin):
+class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin, AdapterMixin, TextualInversionMixin):
     """Pictures of prompts, by latent diffusion or flow matching.
 
     Reads the folders of diffusers' pipelines for Stable Diffusion 1, 2, XL and 3 and FLUX.1 (text to image, image to
@@ -185,6 +194,11 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin, AdapterMix
         if type(self.backbone).__name__ != family.backbone or not fits:
             return None
         return family.inpainting if is_shown_masks(self.family, self.vae.config.latent_channels) else family.pipeline
+
+    def native_arguments(self) -> Collection[str] | None:
+        """The arguments of diffusers' pipeline for such components; `None` where there is none."""
+        name = self.family_defaults.pipeline
+        return None if name is None else inspect.signature(getattr(diffusers, name)).parameters
 
     @torch.no_grad()
     def __call__(
@@ -345,7 +359,8 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin, AdapterMix
             control.check(target)
         self.begin_call(target.timesteps)
 
-        conditions = self.encode_prompt(prompts, condition, micro, guided, target)
+        with scaled_adapters(condition.encoders, (attention or {}).get("scale")):
+            conditions = self.prepare_conditions(prompts, condition, micro, guided, target)
         begin = start.begin(target, latents)
         prepared = [control.prepare(target, begin) for control in controls]
         predict = Predictor(self.backbone, conditions, family, open_doors(prepared, attention))
@@ -438,7 +453,48 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin, AdapterMix
         """mu of the timesteps' shift for pictures of this size."""
         return dynamic_shift(self.scheduler.config, self.latent_space.tokens(size), self.family.max_shift)
 
-    def encode_prompt(
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor | None, ...]:
+        """Embeddings of prompts, for calls without text encoders; arguments and result as diffusers' pipeline has them.
+
+        By position, of Stable Diffusion 1 and 2 and of hubgen's own models with one text encoder: `prompt`, `device`,
+        `num_images_per_prompt`, `do_classifier_free_guidance`, `negative_prompt`, `prompt_embeds`,
+        `negative_prompt_embeds`, `lora_scale`, `clip_skip`. Of SDXL, SD3 and FLUX `prompt_2` (and `prompt_3`) follow
+        the prompt, and so on: `hubgen.pipelines.prompt_to_embeddings.SEVERAL_PROMPTS`. All may be named.
+
+        Args:
+            *args: As above.
+            **kwargs: As above; see the call. `device` is the pipeline's, there is one picture of each prompt, and a
+                negative branch, unless told otherwise; `lora_scale` is how much adapters of the text encoders count.
+
+        Returns:
+            `prompt_embeds` and `negative_prompt_embeds`, (B, L, D), `None` for the latter without guidance; where the
+            backbone takes pooled text, `pooled_prompt_embeds` and `negative_pooled_prompt_embeds`, (B, P), behind them.
+            Of FLUX `prompt_embeds`, `pooled_prompt_embeds` and the text's positions, (L, 3).
+
+        Raises:
+            TypeError: An argument that the family does not have.
+            ValueError: Prompts, embeddings and options that do not fit the model or each other.
+        """
+        condition, family = self.condition, self.family
+        given = {
+            name: value for name, value in encoding_arguments(condition, args, kwargs).items() if value is not None
+        }
+        device = torch.device(given.pop("device", self._execution_device))
+        joint = isinstance(condition, ClipAndT5)
+        guided = bool(given.pop("do_classifier_free_guidance", not joint))
+        scale = given.pop("lora_scale", None)
+        prompts = PromptArguments(**given)
+        prompts.check(condition, family, guided)
+        with scaled_adapters(condition.encoders, scale):
+            branches = embed(prompts, condition, family.takes, guided, device, self.backbone.dtype)
+        positive, negative = branches[POSITIVE], branches.get(NEGATIVE, Condition())
+        if joint:
+            assert positive.tokens is not None
+            return positive.tokens, positive.pooled, positive.tokens.new_zeros(positive.tokens.shape[1], 3)
+        tokens = (positive.tokens, negative.tokens)
+        return (*tokens, positive.pooled, negative.pooled) if "pooled" in family.takes else tokens
+
+    def prepare_conditions(
         self,
         prompts: PromptArguments,
         condition: PromptCondition,
@@ -481,6 +537,23 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin, AdapterMix
         return self.image_processor.postprocess(pixels, output_type=output_type), flagged
 
     # ---- the parts ----
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The models and their helpers by name: those that there are, and those that diffusers' pipeline wants.
+
+        So that diffusers' pipelines for the family, one for each task, can be made of them.
+        """
+        found: dict[str, Any] = super().components
+        wanted = self.native_arguments() or found
+        return {name: part for name, part in found.items() if part is not None or name in wanted}
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The arguments of the pipeline that are no components, as far as diffusers' pipeline has them."""
+        found: dict[str, Any] = super().parameters
+        wanted = self.native_arguments() or found
+        return {name: value for name, value in found.items() if name in wanted}
 
     @property
     def backbone(self) -> Any:

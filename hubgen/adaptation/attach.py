@@ -8,6 +8,7 @@ Models are hubgen's, diffusers' and transformers'. After `attach` their own meth
 `fuse_lora`, `delete_adapters`. Names of layers are those of the model without adapters.
 """
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -18,9 +19,10 @@ from peft.tuners.loha.layer import LoHaLayer
 from peft.tuners.lokr.layer import LoKrLayer
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
-from hubgen.adaptation.low_rank import LowRank, of_difference, of_hadamard, of_kronecker
+from hubgen.adaptation.low_rank import LowRank, nothing, of_difference, of_hadamard, of_kronecker, with_magnitude
 from hubgen.diffusers_contract import prepare_hotswap
 
 BASE = "base_layer"
@@ -30,12 +32,24 @@ BASE = "base_layer"
 def adaptable(model: nn.Module) -> dict[str, nn.Module]:
     """The layers of a model that adapters may be put on, by name: linear ones and convolutions."""
     adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-    found = {}
+    found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if isinstance(layer, nn.Linear | nn.Conv2d) and not name.startswith(adapted):
             found[plain(name)] = layer
     return found
+
+
+def shape_of(layer: Any) -> torch.Size:
+    """Of a layer's weight, whose tensor may be packed: (out, in), or of a convolution (out, in, kh, kw)."""
+    if isinstance(layer, nn.Linear):
+        return torch.Size([layer.out_features, layer.in_features])
+    return torch.Size([layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size])
+
+
+def weight_of(layer: nn.Module) -> torch.Tensor:
+    """A layer's weight; what it stands for, where it is quantised."""
+    return dequantize_module_weight(layer)
 
 
 def plain(name: str) -> str:
@@ -96,10 +110,16 @@ def attach(model: Any, adapter: str, layers: Mapping[str, LowRank]) -> None:
         adapter: Its name, which the model has no adapter of.
         layers: By the names of `adaptable`, in the shapes of their weights.
     """
-    layers = {name: with_magnitude(model, name, layer, layers) for name, layer in layers.items()}
+    if any(layer.magnitude is not None for layer in layers.values()):  # in PEFT, all have one or none
+        known = adaptable(model)
+        layers = {name: with_magnitude(layer, weight_of(known[name])) for name, layer in layers.items()}
     keys = {f"{name}.lora_A.weight": layer.down for name, layer in layers.items()}
+    config = config_of(layers)
+    config.lora_bias = False  # PEFT's would be on all layers, also those without a bias; `fill` adds it where it is
     try:
-        inject_adapter_in_model(config_of(layers), model, adapter_name=adapter, state_dict=keys)
+        with warnings.catch_warnings():  # that there are other adapters, and other layers whose names end alike
+            warnings.simplefilter("ignore")
+            inject_adapter_in_model(config, model, adapter_name=adapter, state_dict=keys)
         model._hf_peft_config_loaded = True
         for name, module in holders(model, adapter):
             fill(module, adapter, layers[name])
@@ -109,39 +129,39 @@ def attach(model: Any, adapter: str, layers: Mapping[str, LowRank]) -> None:
         raise
 
 
-def with_magnitude(model: nn.Module, name: str, layer: LowRank, layers: Mapping[str, LowRank]) -> LowRank:
-    """A layer of an adapter of which another layer has a magnitude: it gets the one that changes nothing."""
-    if layer.magnitude is not None or all(other.magnitude is None for other in layers.values()):
-        return layer
-    new = adaptable(model)[name].weight.float().cpu() + layer.product().cpu()
-    return LowRank(layer.down, layer.up, layer.alpha, new.flatten(1).norm(dim=1), layer.bias)
-
-
 @torch.no_grad()
 def fill(module: Any, adapter: str, layer: LowRank) -> None:
-    """Gives a layer's adapter its tensors, in the precision of the layer that they are added to."""
-    weight = module.get_base_layer().weight
-    for part in (module.lora_A, module.lora_B):
-        part[adapter].to(dtype=weight.dtype if weight.is_floating_point() else torch.float32)
+    """Gives a layer's adapter its tensors, in the precision of the layer; float32 where that is only for storing."""
+    weight, last = module.get_base_layer().weight, module.lora_B[adapter]
+    if layer.bias is not None and last.bias is None:
+        last.bias = nn.Parameter(torch.empty(len(layer.bias), device=last.weight.device), requires_grad=False)
+        module.lora_bias[adapter] = True
+    for part in (module.lora_A[adapter], last):
+        part.to(dtype=weight.dtype if weight.is_floating_point() and weight.itemsize > 1 else torch.float32)
     module.lora_A[adapter].weight.copy_(layer.down)
-    module.lora_B[adapter].weight.copy_(layer.up)
-    if module.lora_bias[adapter]:
-        bias = module.lora_B[adapter].bias
-        bias.zero_() if layer.bias is None else bias.copy_(layer.bias / layer.scale)
+    last.weight.copy_(layer.up)
+    if last.bias is not None:  # it is scaled with the product
+        last.bias.zero_() if layer.bias is None else last.bias.copy_(layer.bias / layer.scale)
     if layer.magnitude is not None:
         magnitude = module.lora_magnitude_vector[adapter].weight
         magnitude.copy_(layer.magnitude.reshape(magnitude.shape))
 
 
 def detach(model: Any, adapter: str) -> None:
-    """Takes an adapter off a model, wherever it is on it."""
-    for _, module in list(holders(model, adapter)):
+    """Takes an adapter off a model, wherever it is on it; where it was alone, the model is what it was before."""
+    for name, module in list(holders(model, adapter)):
         module.delete_adapter(adapter)
-    getattr(model, "peft_config", {}).pop(adapter, None)
+        if not names_on(module):
+            model.set_submodule(name, module.get_base_layer())
+    configs = getattr(model, "peft_config", {})
+    configs.pop(adapter, None)
+    if not configs and hasattr(model, "peft_config"):
+        del model.peft_config
+        model._hf_peft_config_loaded = False
 
 
 def layers_of(model: nn.Module, adapter: str) -> dict[str, LowRank]:
-    """What an adapter adds, by layer; whatever kind it is of.
+    """What an adapter adds, by layer, on the CPU; whatever kind it is of.
 
     The weight that `set_adapters` gave it is left out.
 
@@ -158,32 +178,33 @@ def layers_of(model: nn.Module, adapter: str) -> dict[str, LowRank]:
 @torch.no_grad()
 def low_rank_of(module: Any, adapter: str) -> LowRank:
     """What an adapter adds to one layer."""
-    shape = module.get_base_layer().weight.shape
+    shape = shape_of(module.get_base_layer())
+
+    def tensor(name: str) -> torch.Tensor:
+        return getattr(module, name)[adapter].detach().cpu()
+
     if isinstance(module, LoraLayer):
-        down, up = (part[adapter].weight.detach() for part in (module.lora_A, module.lora_B))
+        down, up = (part[adapter].weight.detach().cpu() for part in (module.lora_A, module.lora_B))
         rank, alpha = module.r[adapter], module.lora_alpha[adapter]
         scale = alpha / (rank**0.5 if module.use_rslora[adapter] else rank)
-        magnitude = None
+        magnitude = bias = None
         if adapter in module.lora_magnitude_vector:
-            magnitude = module.lora_magnitude_vector[adapter].weight.detach().flatten()
-        bias = module.lora_B[adapter].bias
-        bias = None if bias is None else bias.detach() * scale
+            magnitude = module.lora_magnitude_vector[adapter].weight.detach().cpu().flatten()
+        if module.lora_B[adapter].bias is not None:
+            bias = module.lora_B[adapter].bias.detach().cpu() * scale
         return LowRank(down, up, scale * down.shape[0], magnitude, bias)
     if isinstance(module, LoHaLayer) and adapter not in module.hada_t1:
-        first, second = (
-            (getattr(module, f"hada_w{n}_a")[adapter].detach(), getattr(module, f"hada_w{n}_b")[adapter].detach())
-            for n in (1, 2)
-        )
-        return of_hadamard(first, second, module.alpha[adapter]).of_shape(shape)
+        first, second = ([tensor(f"hada_w{n}_a"), tensor(f"hada_w{n}_b")] for n in (1, 2))
+        return of_hadamard(first, second, module.alpha[adapter] / module.r[adapter], shape)
     if isinstance(module, LoKrLayer) and adapter not in module.lokr_t2:
-        factors = [
-            [whole[adapter].detach()]
-            if adapter in (whole := getattr(module, f"lokr_w{n}"))
-            else [getattr(module, f"lokr_w{n}_{side}")[adapter].detach() for side in "ab"]
-            for n in (1, 2)
-        ]
-        return of_kronecker(factors[0], factors[1], module.alpha[adapter] / module.r[adapter]).of_shape(shape)
-    return of_difference(difference_of(module, adapter)).of_shape(shape)
+        whole = {name: adapter in getattr(module, name) for name in ("lokr_w1", "lokr_w2")}
+        first, second = (
+            [tensor(name).flatten(1)] if whole[name] else [tensor(f"{name}_a"), tensor(f"{name}_b")] for name in whole
+        )
+        return of_kronecker(first, second, module.alpha[adapter] / module.r[adapter], shape)
+    if isinstance(module, LoHaLayer | LoKrLayer):  # with a kernel between the factors
+        return of_difference(module.get_delta_weight(adapter).cpu(), shape)
+    return of_difference(difference_of(module, adapter).cpu(), shape)
 
 
 def difference_of(module: Any, adapter: str) -> torch.Tensor:
@@ -201,33 +222,28 @@ def difference_of(module: Any, adapter: str) -> torch.Tensor:
 def swap(model: nn.Module, adapter: str, layers: Mapping[str, LowRank]) -> None:
     """Puts other tensors in the place of an adapter's, whose layers and weight stay; `check_swap` comes first."""
     for name, module in holders(model, adapter):
-        now: Any = module
-        down, up = now.lora_A[adapter].weight, now.lora_B[adapter].weight
-        down.zero_()
-        up.zero_()
-        if name not in layers:
-            continue
-        layer, own = layers[name], low_rank_of(now, adapter)
-        down[: layer.rank].copy_(layer.down)
-        up[:, : layer.rank].copy_(layer.up.float() * (layer.scale / own.scale))
-        if layer.magnitude is not None:
-            magnitude = now.lora_magnitude_vector[adapter].weight
-            magnitude.copy_(layer.magnitude.reshape(magnitude.shape))
+        base = module.get_base_layer()
+        own, new = low_rank_of(module, adapter), layers.get(name, nothing(shape_of(base)))
+        if own.magnitude is not None:
+            new = with_magnitude(new, weight_of(base))
+        fill(module, adapter, new.padded(own.rank).scaled(own.scale))
 
 
 def check_swap(model: nn.Module, adapter: str, layers: Mapping[str, LowRank], component: str) -> None:
     """Raises ValueError where an adapter has no room for these tensors."""
-    now = {name: module for name, module in holders(model, adapter)}
+    now = dict(holders(model, adapter))
     for name, layer in layers.items():
         module: Any = now.get(name)
         where = f"`hotswap`: {component}.{name}"
-        if module is None or not isinstance(module, LoraLayer):
+        if not isinstance(module, LoraLayer):
             raise ValueError(f"{where}: adapter {adapter!r} is not on this layer; expected the same layers.")
-        room = module.lora_A[adapter].weight.shape[0]
-        if layer.rank > room:
+        own = low_rank_of(module, adapter)
+        if layer.rank > own.rank:
             raise ValueError(
-                f"{where}: got rank {layer.rank}, expected at most {room}, that of adapter {adapter!r}; call "
+                f"{where}: got rank {layer.rank}, expected at most {own.rank}, that of adapter {adapter!r}; call "
                 f"enable_lora_hotswap(target_rank={layer.rank}) before the first adapter is loaded."
             )
-        if (layer.magnitude is not None) != (adapter in module.lora_magnitude_vector):
+        if (layer.magnitude is None) != (own.magnitude is None):
             raise ValueError(f"{where}: got an adapter with DoRA's magnitudes and one without, expected two alike.")
+        if layer.bias is not None and own.bias is None:
+            raise ValueError(f"{where}: got an adapter with a bias, expected none, as adapter {adapter!r} has none.")

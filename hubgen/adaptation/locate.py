@@ -1,6 +1,5 @@
 """Where a file of adapters is: a path, a folder, a repository on the Hub."""
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,8 @@ from hubgen.formats.headers import PICKLED, read_header
 from hubgen.formats.loading import fetch
 from hubgen.formats.single_file import find_file
 
-USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+PEFT_FILE = "adapter_model.safetensors"
+USUAL = ("pytorch_lora_weights.safetensors", PEFT_FILE)
 """Names of diffusers' and of PEFT's files"""
 PEFT_CONFIG = "adapter_config.json"
 
@@ -71,8 +71,6 @@ def load_adapter(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         header = dict(file.metadata() or {})
         tensors = {key: file.get_tensor(key) for key in file.keys()}
     config = path.with_name(PEFT_CONFIG)
-    if METADATA not in header and path.name == "adapter_model.safetensors" and config.is_file():
-        values = json.loads(config.read_text(encoding="utf-8"))
-        known = ("lora_alpha", "alpha_pattern", "use_rslora")
-        header[METADATA] = json.dumps({key: values[key] for key in known if values.get(key) is not None})
+    if METADATA not in header and path.name == PEFT_FILE and config.is_file():
+        header[METADATA] = config.read_text(encoding="utf-8", errors="replace")
     return tensors, header

@@ -19,10 +19,12 @@ import torch
 from torch import nn
 
 from hubgen.adaptation import low_rank
-from hubgen.adaptation.attach import adaptable, config_of
+from hubgen.adaptation.attach import adaptable, config_of, shape_of, weight_of
+from hubgen.adaptation.kinds import ROLES, Said, decomposed, low_rank_from
 from hubgen.adaptation.low_rank import LowRank
 from hubgen.adaptation.spellings import (
     BACKBONES,
+    CLIP_STACK,
     COMFYUI,
     KOHYA_BACKBONE,
     Names,
@@ -35,7 +37,7 @@ from hubgen.adaptation.spellings import (
     underscored,
 )
 from hubgen.formats.headers import listing
-from hubgen.formats.key_maps import SWAPPED
+from hubgen.formats.key_maps import SWAPPED, leading
 
 Layers = dict[str, dict[str, LowRank]]
 """Component -> layer -> what is added to it"""
@@ -43,36 +45,6 @@ Tensors = Mapping[str, torch.Tensor]
 
 METADATA = "lora_adapter_metadata"
 """Under which diffusers' files have PEFT's config, as JSON, in their header"""
-
-ROLES: dict[str, str] = {
-    **{f".lora_A{name}.weight": "down" for name in ("", ".default", ".default_0")},
-    **{f".lora_B{name}.weight": "up" for name in ("", ".default", ".default_0")},
-    **{f"{between}.down.weight": "down" for between in (".lora", "_lora", ".lora_linear_layer", "")},
-    **{f"{between}.up.weight": "up" for between in (".lora", "_lora", ".lora_linear_layer", "")},
-    ".lora_down.weight": "down",
-    ".lora_up.weight": "up",
-    ".lora_mid.weight": "middle",
-    ".lora_B.bias": "bias",
-    ".alpha": "alpha",
-    ".lora_magnitude_vector": "magnitude",
-    ".lora_magnitude_vector.weight": "magnitude",
-    ".lora_magnitude_vector.default.weight": "magnitude",
-    ".dora_scale": "magnitude",
-    ".diff": "difference",
-    ".diff_b": "bias_difference",
-    **{f".hada_{part}": part for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
-    **{f".lokr_{part}": f"kron_{part}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
-}
-"""What a key ends with, and what such a tensor is"""
-KINDS: tuple[tuple[str, set[str], set[str]], ...] = (
-    ("LoRA", {"down", "up"}, {"middle", "alpha", "magnitude", "bias", "bias_difference"}),
-    ("LoHa", {"w1_a", "w1_b", "w2_a", "w2_b"}, {"t1", "t2", "alpha", "magnitude", "bias_difference"}),
-    ("difference", {"difference"}, {"bias_difference", "alpha"}),
-    ("difference of a bias", {"bias_difference"}, {"alpha"}),
-)
-"""Kinds of adapters: what each must have, and may have"""
-LARGEST_SCALE = 1e4
-"""Of alpha / r; more is no training but damage"""
 
 
 class AdapterError(ValueError):
@@ -115,108 +87,63 @@ def read_adapter(
         raise AdapterError("holds no tensors, expected those of an adapter.")
     names = names_of(models)
     layers = {component: adaptable(model) for component, model in models.items()}
-    grouped, left = group(tensors, names)
+    config = Config(header)
+    grouped, left, damaged = group(tensors, names)
     if not grouped:
         known = ", ".join(f"{name} ({type(model).__name__})" for name, model in models.items())
-        raise AdapterError(
-            f"is for other models: none of its {len(tensors)} tensors is for a layer of {known}:{listing(sorted(tensors))}"
-        )
+        raise AdapterError(f"is for other models: nothing in it is for a layer of {known}:{listing(left)}")
     found = AdapterFile({}, {}, left)
-    alphas = Alphas(header)
     for name, roles in grouped.items():
         place = names[name]
+        given = found.layers.setdefault(place.component, {})
         try:
-            check(roles)
-            made = assembled(roles, place, layers[place.component], alphas)
+            made = assembled(roles, place, layers[place.component], config)
+            if twice := sorted(given.keys() & made.keys()):
+                raise ValueError(f"is for {twice[0]}, which another name in the file is for as well")
         except ValueError as error:
-            found.left.append(f"{name}: {error}")
+            damaged.append(f"{name}: {error}")
             continue
-        found.layers.setdefault(place.component, {}).update(made)
+        given.update(made)
         found.taken[place.component] = found.taken.get(place.component, 0) + len(roles)
-    damaged = [line for line in found.left if not line.endswith(UNKNOWN)]
-    if damaged or (strict and found.left):
-        lines = damaged or found.left
-        raise AdapterError(f"{len(lines)} of {len(tensors)} tensors or layers cannot be used:{listing(lines)}")
+    wrong = damaged or (left if strict else [])
+    if wrong:
+        raise AdapterError(f"{len(wrong)} of its {len(tensors)} tensors or layers cannot be used:{listing(wrong)}")
     return found
 
 
-UNKNOWN = "for no layer of these models"
-
-
-def group(tensors: Tensors, names: Names) -> tuple[dict[str, dict[str, torch.Tensor]], list[str]]:
-    """Tensors by the name of their layer and what they are; and a line for each that belongs nowhere."""
+def group(tensors: Tensors, names: Names) -> tuple[dict[str, dict[str, torch.Tensor]], list[str], list[str]]:
+    """Tensors by the name of their layer and by what they are; lines for those that belong nowhere, or come twice."""
     endings = sorted(ROLES, key=len, reverse=True)
     grouped: dict[str, dict[str, torch.Tensor]] = {}
-    left = []
-    for key, tensor in tensors.items():
-        for ending in endings:
-            if key.endswith(ending) and key.removesuffix(ending) in names:
-                grouped.setdefault(key.removesuffix(ending), {})[ROLES[ending]] = tensor
-                break
-        else:
-            left.append(f"{key}: {UNKNOWN}")
-    return grouped, left
+    left, damaged = [], []
+    for key, tensor in sorted(tensors.items()):
+        ending = next((one for one in endings if key.endswith(one) and key.removesuffix(one) in names), None)
+        if ending is None:
+            known = any(name in names for name, _ in leading(key))
+            left.append(f"{key}: {'of no kind that is known' if known else 'for no layer of these models'}")
+            continue
+        roles = grouped.setdefault(key.removesuffix(ending), {})
+        if ROLES[ending] in roles:
+            damaged.append(f"{key}: there is another tensor of its kind for the layer")
+        # float8 is only for storing: nothing is computed with it
+        roles[ROLES[ending]] = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+    return grouped, left, damaged
 
 
-def check(roles: Tensors) -> None:
-    """Raises ValueError for what no adapter has, whatever its layer."""
-    kind(roles)
-    for role, tensor in roles.items():
-        if not tensor.is_floating_point():
-            raise ValueError(f"{role} has {tensor.dtype}, expected floating-point numbers")
-        if not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{role} has numbers that are not finite")
-        if tensor.numel() == 0:
-            raise ValueError(f"{role} has shape {list(tensor.shape)}, expected some numbers in it")
+def assembled(roles: Tensors, place: Place, layers: Mapping[str, nn.Module], config: "Config") -> dict[str, LowRank]:
+    """What the tensors of one name add to the layers that it stands for.
 
-
-def kind(roles: Tensors) -> str:
-    """What kind of adapter has these tensors."""
-    given = set(roles)
-    if any(role.startswith("kron_") for role in given):
-        for number in "12":
-            whole, parts = {f"kron_w{number}"}, {f"kron_w{number}_a", f"kron_w{number}_b"}
-            if not (whole <= given or parts <= given):
-                raise ValueError(f"has {', '.join(sorted(given))}, expected w{number} or both its factors")
-        return "LoKr"
-    for name, needed, allowed in KINDS:
-        if needed <= given and given <= needed | allowed:
-            return name
-    for name, needed, _ in KINDS:
-        if given & needed:
-            raise ValueError(f"has {', '.join(sorted(given))} without {', '.join(sorted(needed - given))} ({name})")
-    raise ValueError(f"has {', '.join(sorted(given))} alone, expected factors beside it")
-
-
-def assembled(roles: Tensors, place: Place, layers: Mapping[str, nn.Module], alphas: "Alphas") -> dict[str, LowRank]:
-    """What the tensors of one name add to the layers that it stands for."""
-    sizes = sizes_of(place, layers)
-    weights = [layers[name].weight for name in place.layers]
-    whole = torch.Size([sum(sizes), *weights[0].shape[1:]])  # type: ignore[misc]
-    if kind(roles) == "difference of a bias":
-        width = whole[1:].numel()
-        zeros = torch.zeros(1, width)
-        layer = LowRank(zeros, torch.zeros(whole[0], 1), 1.0)
-    else:
-        layer = product_of(roles, place, alphas)
-        if layer.rank > 2 * max(whole[0], whole[1:].numel()):
-            raise ValueError(f"has rank {layer.rank}, expected at most the width of the layer, {list(whole)}")
-    layer = layer.of_shape(whole)
-    magnitude = roles.get("magnitude")
-    if magnitude is not None and magnitude.ndim > 1 and magnitude.shape[0] == 1 and magnitude.numel() != whole[0]:
-        if magnitude.numel() != whole[1]:
-            raise ValueError(f"has magnitudes {list(magnitude.shape)}, expected {whole[0]} or (1, {whole[1]})")
-        together = torch.cat([weight.detach().float().cpu() for weight in weights])  # type: ignore[misc]
-        layer = low_rank.by_columns(layer, magnitude, together)
-    elif magnitude is not None:
-        if magnitude.numel() != whole[0]:
-            raise ValueError(f"has magnitudes {list(magnitude.shape)}, expected {whole[0]} numbers")
-        layer = replace(layer, magnitude=magnitude.flatten())
-    for role, scale in (("bias", layer.scale), ("bias_difference", 1.0)):
-        if role in roles:
-            if roles[role].numel() != whole[0]:
-                raise ValueError(f"has a {role} {list(roles[role].shape)}, expected {whole[0]} numbers")
-            layer = replace(layer, bias=roles[role].flatten().float() * scale)
+    Raises:
+        ValueError: They make no sense there.
+    """
+    sizes, shapes = sizes_of(place, layers), [shape_of(layers[name]) for name in place.layers]
+    layer = low_rank_from(roles, torch.Size([sum(sizes), *shapes[0][1:]]), config.of(place))
+    weights = [weight_of(layers[name]) for name in place.layers]
+    if place.how is SWAPPED:
+        weights = list(weights[0].chunk(2)[::-1])
+    layer = decomposed(layer, roles, weights)
+    if layer.bias is not None and any(layers[name].bias is None for name in place.layers):
+        raise ValueError("has a bias, expected none: the layer has none")
     if place.how is SWAPPED:
         layer = swapped(layer)
     return dict(zip(place.layers, low_rank.split(layer, sizes) if len(sizes) > 1 else [layer], strict=True))
@@ -224,128 +151,72 @@ def assembled(roles: Tensors, place: Place, layers: Mapping[str, nn.Module], alp
 
 def swapped(layer: LowRank) -> LowRank:
     """A layer whose halves of outputs change places."""
-    turn = lambda tensor: None if tensor is None else torch.cat(tensor.chunk(2)[::-1])  # noqa: E731
-    return replace(layer, up=turn(layer.up), magnitude=turn(layer.magnitude), bias=turn(layer.bias))
+
+    def turned(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.cat(tensor.chunk(2)[::-1])
+
+    magnitude = None if layer.magnitude is None else turned(layer.magnitude)
+    bias = None if layer.bias is None else turned(layer.bias)
+    return replace(layer, up=turned(layer.up), magnitude=magnitude, bias=bias)
 
 
-def product_of(roles: Tensors, place: Place, alphas: "Alphas") -> LowRank:
-    """The product that the tensors of one name make, without magnitude and bias."""
-    if kind(roles) == "difference":
-        return low_rank.of_difference(roles["difference"].float())
-    if kind(roles) == "LoHa":
-        rank = roles["w1_b"].shape[0]
-        alpha = alphas.of(roles, place, rank)
-        kernels = (roles["t1"], roles["t2"]) if {"t1", "t2"} <= set(roles) else None
-        return low_rank.of_hadamard((roles["w1_a"], roles["w1_b"]), (roles["w2_a"], roles["w2_b"]), alpha, kernels)
-    if kind(roles) == "LoKr":
-        return kronecker(roles, place, alphas)
-    down, up = roles["down"], roles["up"]
-    middle = roles.get("middle")
-    inner = down.shape[0] if middle is None else middle.shape[0]
-    if down.ndim < 2 or up.ndim < 2 or up.shape[1] != inner:
-        raise ValueError(
-            f"has factors of shapes {list(up.shape)} and {list(down.shape)}, expected (out, r) and (r, in)"
-        )
-    alpha = alphas.of(roles, place, inner)
-    if middle is not None:
-        return low_rank.of_kernel(middle, down, up, alpha)
-    return LowRank(down, up, alpha)
-
-
-def kronecker(roles: Tensors, place: Place, alphas: "Alphas") -> LowRank:
-    """LoKr's product; LyCORIS scales by the rank of the factors, and not at all where both are whole."""
-    factors = []
-    ranks = []
-    for number in "12":
-        if f"kron_w{number}" in roles:
-            factors.append([roles[f"kron_w{number}"]])
-            continue
-        a, b = roles[f"kron_w{number}_a"], roles[f"kron_w{number}_b"]
-        ranks.append(b.shape[0])
-        if number == "2" and "kron_t2" in roles:  # Tucker's: a (r, out2), b (r, in2), t (r, r, kh, kw)
-            factors.append([torch.einsum("ijhw,io,jr->orhw", roles["kron_t2"].float(), a.float(), b.float())])
-        else:
-            factors.append([a, b])
-    scale = 1.0
-    if ranks:
-        scale = alphas.of(roles, place, ranks[-1]) / ranks[-1]
-    return low_rank.of_kronecker(factors[0], factors[1], scale)
-
-
-class Alphas:
-    """What a file says about the scale of its products.
+class Config:
+    """PEFT's config in a file's header; of it only ranks and alphas are read, since the tensors tell the rest.
 
     Args:
-        header: Metadata of the file; of PEFT's config in it only alphas are read, since shapes tell the rest.
+        header: Metadata of the file.
 
     Raises:
-        AdapterError: The config is damaged, or asks for what is not a name or a number.
+        AdapterError: It is damaged, or asks for what is not a name or a number.
     """
 
     def __init__(self, header: Mapping[str, str]) -> None:
-        self.config: dict[str, Any] = {}
-        text = header.get(METADATA)
-        if text is None:
-            return
+        text = header.get(METADATA, "{}")
         try:
-            self.config = json.loads(text)
+            self.values: Any = json.loads(text)
         except ValueError:
-            self.config = {}
-        if not isinstance(self.config, dict) or not self.config:
+            self.values = None
+        if not isinstance(self.values, dict):
             raise AdapterError(f"its header's {METADATA} is {text!r:.60}, expected a JSON object.")
-        for key, value in self.config.items():
-            if key.endswith("lora_alpha") and value is not None:
-                _number(key, value)
-            if key.endswith("alpha_pattern"):
-                if not isinstance(value, dict):
-                    raise AdapterError(f"its header's {key} is {value!r:.60}, expected names with numbers.")
-                for name, alpha in value.items():
-                    if not re.fullmatch(r"\^?[\w.\-]+\$?", name):
-                        raise AdapterError(f"its header's {key} has {name!r:.60}, expected the name of a layer.")
-                    _number(f"{key} of {name}", alpha)
+        for key, value in self.values.items():
+            name = key.rpartition(".")[2]
+            if name in ("r", "lora_alpha", "alpha") and value is not None:
+                _check_number(key, value)
+            if name in ("rank_pattern", "alpha_pattern") and value is not None:
+                self._check_pattern(key, value)
 
-    def of(self, roles: Tensors, place: Place, rank: int) -> float:
-        """alpha of a layer, such that its product counts alpha / r.
+    @staticmethod
+    def _check_pattern(key: str, value: Any) -> None:
+        if not isinstance(value, dict):
+            raise AdapterError(f"its header's {key} is {value!r:.60}, expected names with numbers.")
+        for name, number in value.items():
+            if not re.fullmatch(r"\^?[\w.\-]+\$?", name):
+                raise AdapterError(f"its header's {key} has {name!r:.60}, expected the name of a layer.")
+            _check_number(f"{key} of {name}", number)
 
-        Args:
-            roles: Tensors of the layer.
-            place: Where it belongs.
-            rank: r.
+    def of(self, place: Place) -> Said:
+        """What it says about a layer."""
+        # diffusers writes one config with the names of components before the keys, PEFT one for each model
+        prefix = f"{place.component}."
+        values = {key.removeprefix(prefix): value for key, value in self.values.items() if key.startswith(prefix)}
+        values = values or self.values
+        usual_alpha = values.get("lora_alpha", values.get("alpha"))  # LoRA's name, that of LoHa and LoKr
+        alpha = self._of_layer(place.layers[0], values.get("alpha_pattern"), usual_alpha)
+        rank = self._of_layer(place.layers[0], values.get("rank_pattern"), values.get("r"))
+        return Said(alpha, None if rank is None else int(rank), bool(values.get("use_rslora")))
 
-        Raises:
-            ValueError: It is none.
-        """
-        alpha: float | None = None
-        if "alpha" in roles:
-            if roles["alpha"].numel() != 1:
-                raise ValueError(f"alpha has shape {list(roles['alpha'].shape)}, expected one number")
-            alpha = roles["alpha"].item()
-        elif self.config:
-            alpha = self._configured(place, rank)
-        if alpha is None:
-            return float(rank)
-        if not 0 < alpha / rank <= LARGEST_SCALE:
-            raise ValueError(
-                f"has alpha {alpha:g} at rank {rank}, expected more than 0 and at most {LARGEST_SCALE:g} r"
-            )
-        return alpha
-
-    def _configured(self, place: Place, rank: int) -> float | None:
-        # diffusers writes one config with the names of components before the keys; PEFT one for each model
-        prefix = f"{place.component}." if any(key.startswith(f"{place.component}.") for key in self.config) else ""
-        alpha = self.config.get(f"{prefix}lora_alpha")
-        for name, value in (self.config.get(f"{prefix}alpha_pattern") or {}).items():
-            bare = name.strip("^$")
-            layer = place.layers[0]
+    @staticmethod
+    def _of_layer(layer: str, pattern: Mapping[str, float] | None, usual: float | None) -> float | None:
+        """As in PEFT, the first name of a pattern that the layer's ends with counts."""
+        layer = layer.removeprefix(CLIP_STACK)
+        for name, value in (pattern or {}).items():
+            bare = name.strip("^$").removeprefix(CLIP_STACK)
             if layer == bare or (not name.startswith("^") and layer.endswith(f".{bare}")):
-                alpha = value
-                break
-        if alpha is None:
-            return None
-        return float(alpha) * math.sqrt(rank) if self.config.get(f"{prefix}use_rslora") else float(alpha)
+                return float(value)
+        return usual
 
 
-def _number(name: str, value: Any) -> None:
+def _check_number(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise AdapterError(f"its header's {name} is {value!r:.60}, expected a number.")
 
@@ -363,9 +234,10 @@ def as_diffusers(layers: Layers, header: Mapping[str, str] | None = None) -> tup
         layers: What is added.
         header: More for the header.
     """
-    tensors, config, alphas = {}, {}, {}
+    tensors, alphas = {}, {}
+    config: dict[str, Any] = {}
     for component, added in layers.items():
-        folded = {name: layer.folded() for name, layer in added.items()}
+        folded = {name: layer.scaled(1.0) for name, layer in added.items()}
         made = config_of(folded)
         known = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_dora", "lora_bias")
         values = {key: getattr(made, key) for key in known}
@@ -373,7 +245,7 @@ def as_diffusers(layers: Layers, header: Mapping[str, str] | None = None) -> tup
         config |= {f"{component}.{key}": value for key, value in values.items() if value or key != "lora_bias"}
         alphas[component] = {name: layer.alpha for name, layer in added.items() if layer.alpha != layer.rank}
         for name, layer in folded.items():
-            key = written_name(component, name)
+            key = f"{component}.{written_name(component, name)}"
             tensors[f"{key}.lora_A.weight"] = layer.down
             tensors[f"{key}.lora_B.weight"] = layer.up
             if layer.magnitude is not None:
@@ -403,29 +275,12 @@ def as_kohya(
         header: More for the header.
     """
     tensors = {}
-    alone = "text_encoder_2" not in models
     for component, added in layers.items():
-        model = models[component]
-        if component in BACKBONES:
-            original = getattr(model, "config", {}).get("addition_embed_type") == "text_time" or component != "unet"
-            named = in_original(component, model, added) if original else added
-            named = {KOHYA_BACKBONE + underscored(name): layer for name, layer in named.items()}
-        else:
-            prefixes = kohya_encoders(component, model)
-            prefix = next((one for one in prefixes if one == "lora_te1_" and not alone), prefixes[0])
-            named = {
-                prefix + underscored(written_name(component, name).removeprefix(f"{component}.")): layer
-                for name, layer in added.items()
-            }
-        for name, layer in named.items():
+        for name, layer in kohya_names(component, models, added).items():
             tensors[f"{name}.lora_down.weight"] = layer.down
             tensors[f"{name}.lora_up.weight"] = layer.up
             tensors[f"{name}.alpha"] = torch.tensor(float(layer.alpha))
-            if layer.magnitude is not None:
-                shape = (-1, *[1] * (layer.down.ndim - 1))
-                tensors[f"{name}.dora_scale"] = layer.magnitude.reshape(shape)
-            if layer.bias is not None:
-                tensors[f"{name}.diff_b"] = layer.bias
+            tensors |= beside(name, layer)
     backbone = {name: layer for part in BACKBONES for name, layer in layers.get(part, {}).items()}
     usual = config_of(backbone or next(iter(layers.values())))
     return contiguous(tensors), {
@@ -446,31 +301,51 @@ def as_comfyui(
         if component in BACKBONES:
             named = {COMFYUI + name: layer for name, layer in in_original(component, model, added).items()}
         else:
-            prefix = f"text_encoders.{comfyui_encoder(model)}.transformer."
-            named = {
-                prefix + written_name(component, name).removeprefix(f"{component}."): layer
-                for name, layer in added.items()
-            }
+            prefix = comfyui_encoder(component, model)
+            named = {prefix + written_name(component, name): layer for name, layer in added.items()}
         for name, layer in named.items():
-            folded = layer.folded()
-            tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = folded.down, folded.up
-            if folded.magnitude is not None:
-                tensors[f"{name}.dora_scale"] = folded.magnitude.reshape(-1, *[1] * (folded.down.ndim - 1))
-            if folded.bias is not None:
-                tensors[f"{name}.diff_b"] = folded.bias
+            folded = layer.scaled(1.0)
+            tensors[f"{name}.lora_A.weight"] = folded.down
+            tensors[f"{name}.lora_B.weight"] = folded.up
+            tensors |= beside(name, folded)
     return contiguous(tensors), {"format": "pt", **(header or {})}
 
 
+def kohya_names(component: str, models: Mapping[str, nn.Module], added: Mapping[str, LowRank]) -> dict[str, LowRank]:
+    """What is added to a model's layers, by kohya's names; Stable Diffusion 1 and 2 have diffusers' names there."""
+    model: Any = models[component]
+    if component not in BACKBONES:
+        prefix = kohya_encoders(component, models)[0]
+        return {prefix + underscored(written_name(component, name)): layer for name, layer in added.items()}
+    original = component == "transformer" or model.config.get("addition_embed_type") == "text_time"
+    named = in_original(component, model, added) if original else added
+    return {KOHYA_BACKBONE + underscored(name): layer for name, layer in named.items()}
+
+
+def beside(name: str, layer: LowRank) -> dict[str, torch.Tensor]:
+    """What kohya's and ComfyUI's files have beside the factors of a layer."""
+    tensors = {}
+    if layer.magnitude is not None:
+        tensors[f"{name}.dora_scale"] = layer.magnitude.reshape(-1, *[1] * (layer.down.ndim - 1))
+    if layer.bias is not None:
+        tensors[f"{name}.diff_b"] = layer.bias
+    return tensors
+
+
 def in_original(component: str, model: nn.Module, added: Mapping[str, LowRank]) -> dict[str, LowRank]:
-    """What is added to a backbone's layers, by the names of its original layout; its own where it has none."""
-    layers, found = adaptable(model), {}
+    """What is added to a backbone's layers, by the names of its original layout; its own where it has none.
+
+    Raises:
+        ValueError: Some layers have no name there.
+    """
+    layers, found, rest = adaptable(model), {}, set(added)
     for original, place in original_names(component, model, added):
+        rest -= set(place.layers)
         parts = [added.get(name) for name in place.layers]
-        sizes = sizes_of(place, layers)
-        weights = [layers[name].weight for name in place.layers]
-        whole = low_rank.joined(parts, weights) if len(sizes) > 1 else parts[0]  # type: ignore[arg-type]
-        assert whole is not None
+        whole = low_rank.joined(parts, [weight_of(layers[name]) for name in place.layers])
         found[original] = swapped(whole) if place.how is SWAPPED else whole
+    if found and rest:
+        raise ValueError(f"the original layout of {type(model).__name__} has no {', '.join(sorted(rest))}.")
     return found or dict(added)
 
 
@@ -480,7 +355,6 @@ def contiguous(tensors: Tensors) -> dict[str, torch.Tensor]:
 
 
 def written_name(component: str, name: str) -> str:
-    """A layer's name in diffusers' files; CLIP's has `text_model.`, which ComfyUI and older versions expect."""
-    if component.startswith("text_encoder") and name.startswith("encoder.layers."):
-        name = f"text_model.{name}"
-    return f"{component}.{name}"
+    """A layer's name in files; CLIP's has `text_model.`, which ComfyUI and older versions of diffusers expect."""
+    clip = component.startswith("text_encoder") and name.startswith("encoder.layers.")
+    return f"{CLIP_STACK}{name}" if clip else name

@@ -4,7 +4,7 @@ A layer maps (in) to (out) features; a convolution's kernel is a matrix (out, in
 
     alpha / r * up @ down
 
-to it, with up (out, r) and down (r, in). Products of other kinds are sums of r such terms too, exactly:
+to it, with up (out, r) and down (r, in). Products of other kinds are sums of such terms too, exactly:
 
 - LoHa (2108.06098), (a1 @ b1) * (a2 @ b2), has r1 * r2 terms: the columns of a1 times those of a2, the rows of b1
   times those of b2;
@@ -20,6 +20,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch.nn.functional import pad
+
+Matrix = torch.Tensor
+"""Of two sides; a convolution's kernel lies in the columns, (out, in * kh * kw)"""
 
 
 @dataclass(frozen=True)
@@ -47,10 +51,15 @@ class LowRank:
         """alpha / r."""
         return self.alpha / self.rank
 
+    @property
+    def shape(self) -> torch.Size:
+        """Of the weight that it is added to, (out, in) or (out, in, kh, kw)."""
+        return torch.Size([self.up.shape[0], *self.down.shape[1:]])
+
     def product(self) -> torch.Tensor:
         """What is added to the weight, before DoRA's magnitude: (out, in) or (out, in, kh, kw), in float32."""
         product = self.up.float().flatten(1) @ self.down.float().flatten(1)
-        return (self.scale * product).reshape(len(self.up), *self.down.shape[1:])
+        return (self.scale * product).reshape(self.shape)
 
     def delta(self, weight: torch.Tensor | None = None) -> torch.Tensor:
         """What is added to the weight, (out, in) or (out, in, kh, kw), in float32.
@@ -63,116 +72,118 @@ class LowRank:
         assert weight is not None
         new = weight.float() + self.product()
         norm = new.flatten(1).norm(dim=1)
-        factor = (self.magnitude.float().flatten() / norm).reshape(-1, *[1] * (weight.ndim - 1))
+        factor = (self.magnitude.float() / norm).reshape(-1, *[1] * (weight.ndim - 1))
         return factor * new - weight.float()
 
-    def of_shape(self, weight: torch.Size) -> "LowRank":
-        """The same for a layer whose weight has another number of sides: a 1x1 convolution is a linear layer.
-
-        Args:
-            weight: Shape of the layer's weight.
-
-        Raises:
-            ValueError: The factors do not make such a weight.
-        """
-        made = (self.up.shape[0], *self.down.shape[1:])
-        if tuple(made) == tuple(weight):
+    def scaled(self, scale: float) -> "LowRank":
+        """The same with another alpha / r, the rest of which goes into `up`; with 1, alpha is r."""
+        if scale == self.scale:
             return self
-        if made[0] != weight[0] or made[1:].numel() != weight[1:].numel():
-            raise ValueError(f"makes a weight of {list(made)}, expected {list(weight)}")
-        up = self.up.reshape(*self.up.shape[:2], *[1] * (len(weight) - 2))
-        return replace(self, down=self.down.reshape(self.rank, *weight[1:]), up=up)
+        return replace(self, up=(self.up.float() * (self.scale / scale)).to(self.up.dtype), alpha=scale * self.rank)
 
-    def folded(self) -> "LowRank":
-        """The same with the scale in `up`, so that alpha is r."""
-        if self.alpha == self.rank:
+    def padded(self, rank: int) -> "LowRank":
+        """The same with more terms, which add nothing."""
+        more = rank - self.rank
+        if not more:
             return self
-        return replace(self, up=(self.up.float() * self.scale).to(self.up.dtype), alpha=float(self.rank))
+        down = pad(self.down, (*[0, 0] * (self.down.ndim - 1), 0, more))
+        up = pad(self.up, (*[0, 0] * (self.up.ndim - 2), 0, more))
+        return replace(self, down=down, up=up, alpha=self.scale * rank)
 
 
-def of_kernel(middle: torch.Tensor, down: torch.Tensor, up: torch.Tensor, alpha: float) -> LowRank:
+def nothing(weight: torch.Size, rank: int = 1, dtype: torch.dtype = torch.float32) -> LowRank:
+    """What adds nothing to a layer.
+
+    Args:
+        weight: Shape of its weight.
+        rank: r.
+        dtype: Of the factors.
+    """
+    up, down = torch.zeros(weight[0], rank, dtype=dtype), torch.zeros(rank, weight[1:].numel(), dtype=dtype)
+    return of_matrices(up, down, float(rank), weight)
+
+
+def of_matrices(up: Matrix, down: Matrix, alpha: float, weight: torch.Size) -> LowRank:
+    """A product of two matrices.
+
+    Args:
+        up: (out, r).
+        down: (r, in * kh * kw).
+        alpha: The product counts alpha / r.
+        weight: Shape of the layer's weight.
+    """
+    return LowRank(down.reshape(down.shape[0], *weight[1:]), up.reshape(*up.shape, *[1] * (len(weight) - 2)), alpha)
+
+
+def of_kernel(up: Matrix, middle: torch.Tensor, down: Matrix, alpha: float, weight: torch.Size) -> LowRank:
     """A LoRA whose kernel stands between the factors (Tucker): up (out, r), middle (r, s, kh, kw), down (s, in)."""
-    joined = torch.einsum("rshw,si->rihw", middle.float(), down.float().flatten(1)).to(down.dtype)
-    return LowRank(joined, up.reshape(*up.shape[:2], 1, 1), alpha)
+    joined = torch.einsum("rshw,si->rihw", middle.float(), down.float())
+    return of_matrices(up, joined.flatten(1), alpha, weight)
 
 
-def of_hadamard(
-    first: tuple[torch.Tensor, torch.Tensor],
-    second: tuple[torch.Tensor, torch.Tensor],
-    alpha: float,
-    kernels: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> LowRank:
+def tucker(kernel: torch.Tensor, outputs: Matrix, inputs: Matrix) -> Matrix:
+    """The matrix of LoHa's and LoKr's three factors: (r, s, kh, kw), (r, out) and (s, in) -> (out, in * kh * kw)."""
+    return torch.einsum("rshw,ro,si->oihw", kernel.float(), outputs.float(), inputs.float()).flatten(1)
+
+
+def of_hadamard(first: Sequence[Matrix], second: Sequence[Matrix], scale: float, weight: torch.Size) -> LowRank:
     """LoHa's elementwise product of two matrices.
 
     Args:
-        first: a1 (out, r) and b1 (r, in * kh * kw).
+        first: The one, whole or as factors, (out, r) and (r, in * kh * kw).
         second: The same of the other.
-        alpha: The product counts alpha / r.
-        kernels: t1 and t2 (r, r, kh, kw), if both are Tucker's: then a is (r, out), b is (r, in) and each matrix is
-            the sum over i, j of t[i, j] a[j] b[i], as LyCORIS has it.
+        scale: That the product counts.
+        weight: Shape of the layer's weight.
     """
-    rank = first[1].shape[0]
-    if kernels is not None:
-        made = [
-            torch.einsum("ijhw,jo,ir->orhw", kernel.float(), a.float(), b.float())
-            for kernel, (a, b) in zip(kernels, (first, second), strict=True)
-        ]
-        return of_difference(alpha / rank * made[0] * made[1])
-    (a1, b1), (a2, b2) = ((a.float(), b.float().flatten(1)) for a, b in (first, second))
-    up = (a1[:, :, None] * a2[:, None, :]).flatten(1)  # (out, r * r)
-    down = (b1[:, None, :] * b2[None, :, :]).flatten(0, 1)  # (r * r, in)
-    if down.shape[0] >= min(up.shape[0], down.shape[1]):
-        return of_difference(alpha / rank * (up @ down))
-    return LowRank(down, up, alpha / rank * down.shape[0])
+    if len(first) == len(second) == 2:
+        (a1, b1), (a2, b2) = ([factor.float() for factor in given] for given in (first, second))
+        rank = len(b1) * len(b2)
+        if rank < min(weight[0], weight[1:].numel()):
+            up = (a1[:, :, None] * a2[:, None, :]).flatten(1)  # (out, r1 * r2)
+            down = (b1[:, None, :] * b2[None, :, :]).flatten(0, 1)  # (r1 * r2, in * kh * kw)
+            return of_matrices(up, down, scale * rank, weight)
+    return of_difference(scale * multiplied(first) * multiplied(second), weight)
 
 
-def of_kronecker(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor], scale: float) -> LowRank:
+def of_kronecker(first: Sequence[Matrix], second: Sequence[Matrix], scale: float, weight: torch.Size) -> LowRank:
     """LoKr's Kronecker product of two matrices.
 
     Args:
-        first: w1 (out1, in1), or its factors (out1, r) and (r, in1).
-        second: w2 (out2, in2) or (out2, in2, kh, kw), or its factors (out2, r) and (r, in2 * kh * kw).
+        first: The one (out1, in1), whole or as factors, (out1, r) and (r, in1).
+        second: The other (out2, in2 * kh * kw), in the same way.
         scale: That the product counts.
+        weight: Shape of the layer's weight, (out1 * out2, in1 * in2) or (out1 * out2, in1 * in2, kh, kw).
     """
-    kernel = second[0].shape[2:] if len(second) == 1 else torch.Size()
-    one, two = _factors(first), _factors(second)
-    up, down = torch.kron(one[0], two[0]), _kron_kernel(one[1], two[1], kernel)
-    rank = down.shape[0]
-    if rank >= min(up.shape[0], down.flatten(1).shape[1]):
-        product = up @ down.flatten(1)
-        return of_difference(scale * product.reshape(len(up), *down.shape[1:]))
-    return LowRank(down, up.reshape(*up.shape, *[1] * len(kernel)), scale * rank)
+    (a1, b1), (a2, b2) = factored(first), factored(second)
+    rank = len(b1) * len(b2)
+    if rank < min(weight[0], weight[1:].numel()):
+        return of_matrices(torch.kron(a1, a2), torch.kron(b1, b2), scale * rank, weight)
+    return of_difference(scale * torch.kron(multiplied(first), multiplied(second)), weight)
 
 
-def _factors(given: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """A matrix as two factors, one of which may be the identity; the second one's kernel is flat."""
+def multiplied(given: Sequence[Matrix]) -> Matrix:
+    """A matrix, from itself or its two factors, in float32."""
+    return given[0].float() @ given[1].float() if len(given) == 2 else given[0].float()
+
+
+def factored(given: Sequence[Matrix]) -> tuple[Matrix, Matrix]:
+    """Two factors of a matrix, from themselves or the whole, of which one then is the identity; in float32."""
     if len(given) == 2:
-        return given[0].float(), given[1].float().flatten(1)
-    matrix = given[0].float().flatten(1)
-    if matrix.shape[0] <= matrix.shape[1]:
-        return torch.eye(matrix.shape[0]), matrix
-    if given[0].ndim > 2:  # the kernel stays with the inputs
-        return torch.eye(matrix.shape[0]), matrix
-    return matrix, torch.eye(matrix.shape[1])
+        return given[0].float(), given[1].float()
+    matrix = given[0].float()
+    rows, columns = matrix.shape
+    return (torch.eye(rows), matrix) if rows <= columns else (matrix, torch.eye(columns))
 
 
-def _kron_kernel(first: torch.Tensor, second: torch.Tensor, kernel: torch.Size) -> torch.Tensor:
-    """kron of (r1, in1) and (r2, in2 * kh * kw), the kernel last: (r1 * r2, in1 * in2[, kh, kw])."""
-    area = kernel.numel() if kernel else 1
-    second = second.reshape(second.shape[0], -1, area)  # (r2, in2, area)
-    made = torch.einsum("ai,bjk->abijk", first, second)
-    made = made.reshape(first.shape[0] * second.shape[0], first.shape[1] * second.shape[1], area)
-    return made.reshape(*made.shape[:2], *kernel)
+def of_difference(delta: torch.Tensor, weight: torch.Size) -> LowRank:
+    """A full difference, as the product with an identity.
 
-
-def of_difference(delta: torch.Tensor) -> LowRank:
-    """A full difference (out, in) or (out, in, kh, kw), as the product with an identity."""
-    flat = delta.flatten(1)
-    kernel = delta.shape[2:]
-    if flat.shape[0] <= flat.shape[1] or kernel:
-        identity = torch.eye(flat.shape[0], dtype=delta.dtype)
-        return LowRank(delta, identity.reshape(*identity.shape, *[1] * len(kernel)), float(flat.shape[0]))
-    return LowRank(torch.eye(flat.shape[1], dtype=delta.dtype), delta, float(flat.shape[1]))
+    Args:
+        delta: As a matrix, or in the shape of the weight.
+        weight: Shape of the layer's weight.
+    """
+    up, down = factored([delta.flatten(1)])
+    return of_matrices(up, down, float(len(down)), weight)
 
 
 def by_columns(layer: LowRank, magnitude: torch.Tensor, weight: torch.Tensor) -> LowRank:
@@ -182,12 +193,20 @@ def by_columns(layer: LowRank, magnitude: torch.Tensor, weight: torch.Tensor) ->
 
     Args:
         layer: Without its magnitude.
-        magnitude: (1, in) or (1, in, 1, 1), the norm of each input's column of the layer's new weight.
+        magnitude: The norm of each input's column of the layer's new weight, (in,).
         weight: Of the layer.
     """
-    new = weight.float() + layer.product().reshape(weight.shape)
-    norm = new.transpose(0, 1).flatten(1).norm(dim=1).reshape(1, -1, *[1] * (weight.ndim - 2))
-    return of_difference(new * (magnitude.float().reshape(norm.shape) / norm) - weight.float())
+    new = weight.double() + layer.product()
+    norm = new.transpose(0, 1).flatten(1).norm(dim=1)
+    factor = (magnitude.double() / norm).reshape(1, -1, *[1] * (weight.ndim - 2))
+    return of_difference((factor * new - weight).float(), layer.shape)
+
+
+def with_magnitude(layer: LowRank, weight: torch.Tensor) -> LowRank:
+    """The same with a magnitude: where it has none, the norms that the rows have anyway."""
+    if layer.magnitude is not None:
+        return layer
+    return replace(layer, magnitude=(weight.detach().float().cpu() + layer.product()).flatten(1).norm(dim=1))
 
 
 def split(layer: LowRank, sizes: Sequence[int]) -> list[LowRank]:
@@ -200,70 +219,46 @@ def split(layer: LowRank, sizes: Sequence[int]) -> list[LowRank]:
         sizes: Outputs of each part.
     """
     ups = layer.up.split(list(sizes))
-    own = _own_terms(layer, ups)
-    found = []
-    for number, up in enumerate(ups):
-        terms = own[number]
-        down, alpha = layer.down[terms].clone(), layer.alpha * len(terms) / layer.rank
-        rows = slice(sum(sizes[:number]), sum(sizes[: number + 1]))
-        magnitude = None if layer.magnitude is None else layer.magnitude.flatten()[rows].clone()
-        bias = None if layer.bias is None else layer.bias[rows].clone()
-        found.append(LowRank(down, up[:, terms].clone(), alpha, magnitude, bias))
-    return found
+    terms = _own_terms(ups)
+    nones = [None] * len(ups)
+    magnitudes = nones if layer.magnitude is None else layer.magnitude.split(list(sizes))
+    biases = nones if layer.bias is None else layer.bias.split(list(sizes))
+    return [
+        LowRank(layer.down[own].clone(), up[:, own].clone(), layer.scale * len(layer.down[own]), magnitude, bias)
+        for up, own, magnitude, bias in zip(ups, terms, magnitudes, biases, strict=True)
+    ]
 
 
-def _own_terms(layer: LowRank, ups: Sequence[torch.Tensor]) -> list[list[int]]:
-    """For each part the terms that reach it; all, where parts share any."""
-    every = list(range(layer.rank))
-    share, rest = divmod(layer.rank, len(ups))
-    if rest:
-        return [every] * len(ups)
-    blocks = [every[number * share : (number + 1) * share] for number in range(len(ups))]
-    for up, block in zip(ups, blocks, strict=True):
-        others = [term for term in every if term not in block]
-        if torch.any(up[:, others] != 0):
-            return [every] * len(ups)
-    return blocks
+def _own_terms(ups: Sequence[torch.Tensor]) -> list[slice]:
+    """For each part the terms that reach it: equal shares in their order, or all where parts share any."""
+    share, rest = divmod(ups[0].shape[1], len(ups))
+    shares = [slice(number * share, (number + 1) * share) for number in range(len(ups))]
+    if rest or any(up.count_nonzero() != up[:, own].count_nonzero() for up, own in zip(ups, shares, strict=True)):
+        return [slice(None)] * len(ups)
+    return shares
 
 
 def joined(parts: Sequence[LowRank | None], weights: Sequence[torch.Tensor]) -> LowRank:
     """What several linear layers are given, as one that has them below each other; `split` undoes it.
 
     Args:
-        parts: Of each layer; `None` where nothing is added.
+        parts: Of each layer; `None` where nothing is added. One alone may be of a convolution.
         weights: Of each layer, (out, in).
     """
     given = [part for part in parts if part is not None]
+    if len(parts) == 1:
+        return given[0]
     first, rank = given[0], max(part.rank for part in given)
-    whole = [_padded(part, rank, weight, first) for part, weight in zip(parts, weights, strict=True)]
+    whole = [part or nothing(weight.shape, 1, first.up.dtype) for part, weight in zip(parts, weights, strict=True)]
     magnitude = bias = None
     if any(part.magnitude is not None for part in given):
-        magnitude = torch.cat([_magnitude(part, weight) for part, weight in zip(whole, weights, strict=True)])
+        whole = [with_magnitude(part, weight) for part, weight in zip(whole, weights, strict=True)]
+        magnitude = torch.cat([part.magnitude for part in whole])
     if any(part.bias is not None for part in given):
         bias = torch.cat([torch.zeros(len(part.up)) if part.bias is None else part.bias for part in whole])
-    if len(given) == len(parts) and all(
-        part.down.shape == first.down.shape and torch.equal(part.down, first.down) and part.alpha == first.alpha
-        for part in given
-    ):
-        return LowRank(first.down, torch.cat([part.up for part in given]), first.alpha, magnitude, bias)
-    ups = [part.up if part.scale == first.scale else part.up * (part.scale / first.scale) for part in whole]
-    down = torch.cat([part.down for part in whole])
-    return LowRank(down, torch.block_diag(*ups), first.alpha / first.rank * len(down), magnitude, bias)
-
-
-def _padded(part: LowRank | None, rank: int, weight: torch.Tensor, like: LowRank) -> LowRank:
-    """A layer's part with `rank` terms, some of which add nothing."""
-    if part is None:
-        down = torch.zeros(rank, weight.shape[1], dtype=like.down.dtype)
-        return LowRank(down, torch.zeros(weight.shape[0], rank, dtype=like.up.dtype), like.scale * rank)
-    more = rank - part.rank
-    if not more:
-        return part
-    down, up = torch.nn.functional.pad(part.down, (0, 0, 0, more)), torch.nn.functional.pad(part.up, (0, more))
-    return replace(part, down=down, up=up, alpha=part.scale * rank)
-
-
-def _magnitude(part: LowRank, weight: torch.Tensor) -> torch.Tensor:
-    if part.magnitude is not None:
-        return part.magnitude.flatten()
-    return (weight.detach().float().cpu() + part.product()).norm(dim=1)
+    if all(torch.equal(part.down, first.down) and part.alpha == first.alpha for part in whole):
+        return LowRank(first.down, torch.cat([part.up for part in whole]), first.alpha, magnitude, bias)
+    alike = [part.padded(rank).scaled(first.scale) for part in whole]
+    down = torch.cat([part.down for part in alike])
+    up = torch.block_diag(*[part.up for part in alike])
+    return LowRank(down, up, first.scale * len(down), magnitude, bias)

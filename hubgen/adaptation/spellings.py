@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-from hubgen.adaptation.attach import adaptable
+from hubgen.adaptation.attach import adaptable, shape_of
 from hubgen.formats import flux_layout, ldm_unet, sd3_layout
 from hubgen.formats.key_maps import SAME, How, Rule, leading
 
@@ -40,6 +40,7 @@ UNDERSCORED = ("lora_unet_", "lora_transformer_", "lycoris_", "lycoris_unet_", "
 """Before a backbone's name with underscores"""
 CLIP_STACK = "text_model."
 """Before the layers of CLIP; transformers 5 leaves it out in `CLIPTextModel`"""
+CLIP_H_WIDTH = 1024
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ def names_of(models: Mapping[str, nn.Module]) -> Names:
     """
     found: Names = {}
     for component, model in models.items():
-        spelled = backbone_names if component in BACKBONES else text_encoder_names
-        for name, place in spelled(component, model):
+        spelled = backbone_names(component, model) if component in BACKBONES else text_encoder_names(component, models)
+        for name, place in spelled:
             found.setdefault(name, place)
     return found
 
@@ -130,19 +131,18 @@ def xlabs_names(original: str, place: Place) -> Iterator[tuple[str, Place]]:
             yield re.sub(pattern, name, original), replace(place, layers=place.layers[:3])
 
 
-def text_encoder_names(component: str, model: nn.Module) -> Iterator[tuple[str, Place]]:
+def text_encoder_names(component: str, models: Mapping[str, nn.Module]) -> Iterator[tuple[str, Place]]:
     """Names of the layers of a text encoder."""
-    clip = is_clip(model)
+    model = models[component]
+    prefixes = (f"{component}.", comfyui_encoder(component, model))
     for layer in adaptable(model):
         place = Place(component, (layer,))
         plain = layer.removeprefix(CLIP_STACK)
-        spelled = [CLIP_STACK + plain, plain] if clip else [layer]
+        spelled = [CLIP_STACK + plain, plain] if is_clip(model) else [layer]
         spelled += [old for name in spelled for old in attention_names(name)]
         for name in spelled:
-            yield f"{component}.{name}", place
-            yield f"text_encoders.{comfyui_encoder(model)}.transformer.{name}", place
-            for prefix in kohya_encoders(component, model):
-                yield prefix + underscored(name), place
+            yield from ((prefix + name, place) for prefix in prefixes)
+            yield from ((prefix + underscored(name), place) for prefix in kohya_encoders(component, models))
 
 
 def attention_names(layer: str) -> Iterator[str]:
@@ -158,22 +158,27 @@ def is_clip(model: nn.Module) -> bool:
     return type(model).__name__ in ("CLIPTextModel", "CLIPTextModelWithProjection")
 
 
-def comfyui_encoder(model: nn.Module) -> str:
-    """What ComfyUI calls a text encoder."""
-    if not is_clip(model):
-        return "t5xxl"
-    return {1024: "clip_h", 1280: "clip_g"}.get(_config(model)["hidden_size"], "clip_l")
+def comfyui_encoder(component: str, model: nn.Module) -> str:
+    """What ComfyUI puts before the names of a text encoder; Stable Diffusion 2 alone has CLIP H."""
+    name = "t5xxl"
+    if is_clip(model):
+        first = "clip_h" if _config(model)["hidden_size"] == CLIP_H_WIDTH else "clip_l"
+        name = first if component == "text_encoder" else "clip_g"
+    return f"text_encoders.{name}.transformer."
 
 
-def kohya_encoders(component: str, model: nn.Module) -> tuple[str, ...]:
+def kohya_encoders(component: str, models: Mapping[str, nn.Module]) -> tuple[str, ...]:
     """What kohya's tools put before the names of a text encoder; the first is the one to write.
 
-    Of Stable Diffusion 1 and 2 the only encoder is `te`; of the others they are counted, and T5 is always the third.
+    Where there is only one it is `te`; else they are counted, but T5 is always the third.
     """
     number = {"text_encoder": 1, "text_encoder_2": 2, "text_encoder_3": 3}[component]
-    if not is_clip(model):
+    if not is_clip(models[component]):
         return tuple(dict.fromkeys(("lora_te3_", f"lora_te{number}_")))
-    return ("lora_te_", "lora_te1_", "lycoris_text_encoder_") if number == 1 else (f"lora_te{number}_",)
+    if number > 1:
+        return (f"lora_te{number}_",)
+    usual = ("lora_te_", "lora_te1_") if "text_encoder_2" not in models else ("lora_te1_", "lora_te_")
+    return (*usual, "lycoris_text_encoder_")
 
 
 def underscored(name: str) -> str:
@@ -183,7 +188,7 @@ def underscored(name: str) -> str:
 
 def sizes_of(place: Place, layers: Mapping[str, nn.Module]) -> list[int]:
     """Outputs of each layer of a place."""
-    return [layers[name].weight.shape[0] for name in place.layers]  # type: ignore[union-attr, index]
+    return [shape_of(layers[name])[0] for name in place.layers]
 
 
 def _config(model: Any) -> Any:

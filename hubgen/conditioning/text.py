@@ -5,6 +5,8 @@ D features of a token, P features of the pooled vector.
 """
 
 import logging
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +63,8 @@ class TextCondition:
     projection), else the mean over the prompt's tokens; for sentence-transformers models its direction is the sentence
     embedding. The empty prompt is the unconditional one, embedded as any other. Tokens of padding are zeros, so that a
     backbone without masks is not shown what the encoder makes of them; but CLIP's and T5's are left as they come, as
-    Stable Diffusion and FLUX have them.
+    Stable Diffusion and FLUX have them. Learned words of several vectors are read as all of their tokens
+    (`spelled_out`).
 
     Args:
         text_encoder: A transformers encoder: BERT and its kin, CLIP's text models, `T5EncoderModel`, ...
@@ -123,6 +126,7 @@ class TextCondition:
         """
         if not isinstance(prompts, list | tuple) or not prompts or not all(isinstance(p, str) for p in prompts):
             raise ValueError(f"`prompts`: got {prompts!r}, expected a non-empty list of strings.")
+        prompts = spelled_out(prompts, self.tokenizer)
         for prompt in prompts:
             self._warn_of_truncation(prompt)
         config, options = self.text_encoder.config, {}
@@ -130,7 +134,7 @@ class TextCondition:
         # Padding that nothing sees is not computed either.
         short = not shows_padding and self.tokenizer.padding_side == "right"
         batch = self.tokenizer(
-            list(prompts),
+            prompts,
             padding="longest" if short else "max_length",
             max_length=self.max_length,
             truncation=True,
@@ -165,6 +169,7 @@ class TextCondition:
 
     def not_read(self, prompt: str) -> str | None:
         """What of a prompt is beyond the tokens that are read, in words; `None` where all of it is read."""
+        (prompt,) = spelled_out([prompt], self.tokenizer)
         ids = self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
         room = self.max_length - self.special_tokens
         if len(ids) <= room:
@@ -177,3 +182,26 @@ class TextCondition:
         warning = self.not_read(prompt)
         if warning is not None:
             logger.warning("%s", warning)
+
+
+def spelled_out(prompts: Sequence[str], tokenizer: Any) -> list[str]:
+    """Prompts with all tokens of each learned word that has several (`hubgen.adaptation.textual_inversion`).
+
+    `a <cat>` becomes `a <cat> <cat>_1 <cat>_2` where the tokenizer was given these three; what is spelled out already
+    stays as it is.
+    """
+    added = tokenizer.get_added_vocab()
+    words = {token: " ".join(tokens) for token in added if len(tokens := tokens_of(token, added)) > 1}
+    if not words:
+        return list(prompts)
+    longest_first = sorted({*added, *words.values()}, key=len, reverse=True)
+    known = re.compile("|".join(re.escape(text) for text in longest_first))
+    return [known.sub(lambda match: words.get(match[0], match[0]), prompt) for prompt in prompts]
+
+
+def tokens_of(token: str, added: Collection[str]) -> list[str]:
+    """The tokens of a learned word, of those that were added: `<cat>`, `<cat>_1`, ..."""
+    tokens = [token]
+    while f"{token}_{len(tokens)}" in added:
+        tokens.append(f"{token}_{len(tokens)}")
+    return tokens

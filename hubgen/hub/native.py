@@ -5,6 +5,9 @@ A folder's index names the pipeline and, for each component, a library and a cla
 they are. Written by hubgen, the index names diffusers' pipeline and classes again wherever diffusers has a pipeline for
 these components, so that the folder needs no hubgen. What only hubgen takes (default steps and guidance, ...)
 goes under a name with an underscore in front, as diffusers itself stores what a pipeline does not take.
+
+In memory likewise: `from_pipe` of diffusers' pipelines takes hubgen's models in the place of its own, and AutoPipeline
+takes a pipeline of hubgen's for the one that diffusers has for its components.
 """
 
 import copy
@@ -21,6 +24,7 @@ from typing import Any, ClassVar, Self
 import diffusers
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+from hubgen.diffusers_contract import accept_instead, after_import
 from hubgen.formats.folders import check_pipeline_folder
 from hubgen.formats.plain import plain_model
 from hubgen.hub.registration import is_registered
@@ -28,6 +32,8 @@ from hubgen.hub.registration import is_registered
 # What a pipeline's folder holds; no pickled weights.
 PIPELINE_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
+VERSION = "_diffusers_version"
+AUTO_PIPELINES = "diffusers.pipelines.auto_pipeline"
 # Names that old indices have and today's transformers has not.
 RENAMED = {"CLIPFeatureExtractor": "CLIPImageProcessor"}
 
@@ -41,9 +47,30 @@ class NativePipeline(DiffusionPipeline):
     reads: ClassVar[tuple[str, ...]] = ()
     """Classes of diffusers whose `model_index.json` this pipeline takes, beside its own."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        after_import(AUTO_PIPELINES, teach_auto_pipelines)
+
     def native_class(self) -> str | None:
         """The class of diffusers that can be made of these very components; `None` where there is none."""
         return None
+
+    def native_pipeline(self) -> DiffusionPipeline:
+        """diffusers' own pipeline of these very components, for what only it can do.
+
+        Raises:
+            ValueError: diffusers has none for them.
+        """
+        index = self.native_index()
+        if index is None:
+            raise ValueError(f"`pipeline`: got a {type(self).__name__} for whose components diffusers has no pipeline.")
+        cls = getattr(diffusers, index.pop("_class_name"))
+        slots, options = cls._get_signature_keys(cls)
+        parts = {name: part for name, part in self.components.items() if name in slots}
+        native: DiffusionPipeline = cls(**parts, **{name: index[name] for name in options if name in index})
+        others = {name: value for name, value in index.items() if name.startswith("_") and name != VERSION}
+        native.register_to_config(**others)
+        return native
 
     @functools.wraps(DiffusionPipeline.save_pretrained)
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
@@ -192,6 +219,30 @@ class NativePipeline(DiffusionPipeline):
         return {**{key: [None, None] for key in slots}, **written}
 
 
+def stand_in(expected: type) -> type | None:
+    """hubgen's class of the same name as a model's class of diffusers, if the program has loaded it."""
+    if not getattr(expected, "__module__", "").startswith("diffusers."):
+        return None
+    home = sys.modules.get(importlib.import_module("hubgen").HOMES.get(expected.__name__, ""))
+    return getattr(home, expected.__name__, None)
+
+
+def teach_auto_pipelines(module: Any) -> None:
+    """Has `from_pipe` of diffusers' AutoPipelines look at a pipeline of hubgen's as at diffusers' of its components."""
+    for cls in [value for name, value in vars(module).items() if name.startswith("AutoPipelineFor")]:
+        plain = getattr(cls.from_pipe, "__func__", None)
+        if plain is None or hasattr(plain, "knows_hubgen"):
+            continue
+
+        def from_pipe(cls: type, pipeline: Any, *args: Any, plain: Any = plain, **kwargs: Any) -> Any:
+            native = pipeline.native_pipeline() if isinstance(pipeline, NativePipeline) else pipeline
+            return plain(cls, native, *args, **kwargs)
+
+        functools.update_wrapper(from_pipe, plain)
+        from_pipe.knows_hubgen = True  # type: ignore[attr-defined]
+        cls.from_pipe = classmethod(from_pipe)
+
+
 def is_component(value: object) -> bool:
     """Whether a value of an index is `[library, class]`."""
     return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(part, str) for part in value)
@@ -229,3 +280,6 @@ def similar(module: Any, class_name: str) -> list[str]:
     names = [name for name in dir(module) if name[:1].isupper()]
     near = difflib.get_close_matches(class_name, names, n=5, cutoff=0.5)
     return near or [f"{len(names)} others"]
+
+
+accept_instead(stand_in)
