@@ -4,13 +4,8 @@ A release may move any of these. tests/test_diffusers_contract.py asks the insta
 that no other file imports a private name.
 """
 
-import importlib.abc
-import importlib.util
 import json
-import sys
-import types
-from collections.abc import Callable, Collection, Mapping, Sequence
-from importlib.machinery import ModuleSpec
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -20,7 +15,6 @@ from torch import nn
 __all__ = [
     "ATTRIBUTES",
     "accept_instead",
-    "after_import",
     "dispatch_attention_fn",
     "forget_tokens",
     "has_step_hooks",
@@ -116,38 +110,6 @@ def accept_instead(stand_in: Callable[[type], type | None]) -> None:
         }
 
     DiffusionPipeline._get_signature_types = classmethod(_get_signature_types)
-
-
-def after_import(module: str, act: Callable[[Any], None]) -> None:
-    """Acts on a module when it will have been imported, or now if it has been."""
-    if module in sys.modules:
-        act(sys.modules[module])
-    elif not any(isinstance(finder, _AfterImport) and finder.module == module for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport(module, act))
-
-
-class _AfterImport(importlib.abc.MetaPathFinder):
-    """Finds nothing; acts on one module when it has been executed."""
-
-    def __init__(self, module: str, act: Callable[[Any], None]):
-        self.module, self.act = module, act
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != self.module:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def exec_module(module: types.ModuleType) -> None:
-                execute(module)
-                self.act(module)
-
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
 
 
 def forget_tokens(tokenizer: Any, tokens: Collection[str]) -> None:

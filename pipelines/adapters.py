@@ -82,24 +82,23 @@ class AdapterMixin(LoraBaseMixin):
             path = find_adapter(pretrained_model_name_or_path_or_dict, weight_name, subfolder, hub)
             where, (tensors, header) = str(path), load_adapter(path)
         models = self.adaptable_models()
+        offloaded = self._optionally_disable_offloading(self)  # some files are read with the weights they are for
         try:
             found = read_adapter(tensors, header, models, strict)
-        except AdapterError as error:
-            raise AdapterError(f"{where}: {error}") from error
-        if hotswap:
-            for component, layers in found.layers.items():
-                check_swap(models[component], name, layers, component)
-        offloaded = self._optionally_disable_offloading(self)
-        try:
-            for component, layers in found.layers.items():
-                if hotswap:
-                    swap(models[component], name, layers)
-                else:
+            if hotswap:
+                for component, layers in found.layers.items():
+                    check_swap(models[component], name, layers, component)
+                for component in [part for part, names in self.get_list_adapters().items() if name in names]:
+                    swap(models[component], name, found.layers.get(component, {}))
+            else:
+                for component, layers in found.layers.items():
                     attach(models[component], name, layers)
-        except BaseException:
+        except BaseException as error:
             if not hotswap:
                 for model in models.values():
                     detach(model, name)
+            if isinstance(error, AdapterError):
+                raise AdapterError(f"{where}: {error}") from error
             raise
         finally:
             self._offload_again(*offloaded)

@@ -24,10 +24,10 @@ from typing import Any, ClassVar, Self
 import diffusers
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-from hubgen.diffusers_contract import accept_instead, after_import
+from hubgen.diffusers_contract import accept_instead
 from hubgen.formats.folders import check_pipeline_folder
 from hubgen.formats.plain import plain_model
-from hubgen.hub.registration import is_registered
+from hubgen.hub.registration import after_import, is_registered
 
 # What a pipeline's folder holds; no pickled weights.
 PIPELINE_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]

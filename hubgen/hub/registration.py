@@ -16,7 +16,7 @@ import importlib.abc
 import logging
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from typing import Any, TypeVar
 
@@ -33,10 +33,7 @@ def register(pipelines: Sequence[str]) -> None:
     Args:
         pipelines: Names of the pipeline classes at the root of hubgen.
     """
-    if PIPELINES_MODULE in sys.modules:
-        _register_now(pipelines)
-    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport(pipelines))
+    after_import(PIPELINES_MODULE, lambda _: _register_now(pipelines))
 
 
 def is_registered() -> bool:
@@ -78,16 +75,24 @@ def _register_now(pipelines: Sequence[str]) -> None:
         )
 
 
-class _AfterImport(importlib.abc.MetaPathFinder):
-    """Registers when diffusers' pipelines have been imported."""
+def after_import(module: str, act: Callable[[Any], None]) -> None:
+    """Acts on a module when it will have been imported, or now if it has been."""
+    if module in sys.modules:
+        act(sys.modules[module])
+    elif not any(isinstance(finder, _AfterImport) and finder.module == module for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport(module, act))
 
-    def __init__(self, pipelines: Sequence[str]):
-        self.pipelines = pipelines
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Finds nothing itself; acts on one module when it has been executed."""
+
+    def __init__(self, module: str, act: Callable[[Any], None]):
+        self.module, self.act = module, act
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != PIPELINES_MODULE:
+        if fullname != self.module:
             return None
         specs = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
         spec = next((spec for spec in specs if spec is not None), None)
@@ -96,7 +101,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
             def exec_module(module: types.ModuleType) -> None:
                 execute(module)
-                _register_now(self.pipelines)
+                self.act(module)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

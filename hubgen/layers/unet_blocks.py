@@ -105,14 +105,16 @@ class UNetLevel(nn.Module, Checkpointed):
 
     has_cross_attention = False
 
-    attentions: nn.ModuleList | None
+    attentions: nn.ModuleList
+    """Only of levels that have attention: diffusers looks whether there is such an attribute"""
     resnets: nn.ModuleList
 
     def attend(self, i: int, x: torch.Tensor, *context: Any) -> torch.Tensor:
         """Attention layer `i`, if there is one; `context` is what spatial transformers look at, and their masks."""
-        if self.attentions is None or i >= len(self.attentions):
+        attentions = getattr(self, "attentions", ())
+        if i >= len(attentions):
             return x
-        return self.attentions[i](x, *context) if self.has_cross_attention else self.attentions[i](x)
+        return attentions[i](x, *context) if self.has_cross_attention else attentions[i](x)
 
 
 class DownBlock2D(UNetLevel):
@@ -150,7 +152,8 @@ class DownBlock2D(UNetLevel):
     ):
         super().__init__()
         widths = [in_channels] + [out_channels] * (num_layers - 1)
-        self.attentions = None if attention is None else attention.build(out_channels, num_layers)
+        if attention is not None:
+            self.attentions = attention.build(out_channels, num_layers)
         options: dict[str, Any] = {"groups": groups, "eps": eps, "dropout": dropout, "scale_shift": scale_shift}
         self.resnets = nn.ModuleList([ResnetBlock2D(width, out_channels, temb_channels, **options) for width in widths])
         halve: nn.Module | None = None
@@ -312,7 +315,8 @@ class UpBlock2D(UNetLevel):
         super().__init__()
         widths = [prev_output_channel] + [out_channels] * (num_layers - 1)
         skip_widths = [out_channels] * (num_layers - 1) + [in_channels]
-        self.attentions = None if attention is None else attention.build(out_channels, num_layers)
+        if attention is not None:
+            self.attentions = attention.build(out_channels, num_layers)
         options: dict[str, Any] = {"groups": groups, "eps": eps, "dropout": dropout, "scale_shift": scale_shift}
         self.resnets = nn.ModuleList(
             [

@@ -66,7 +66,8 @@ class SkipDownBlock2D(UNetLevel):
         scale_shift: bool = False,
     ):
         super().__init__()
-        self.attentions = None if attention is None else attention.build(out_channels, num_layers)
+        if attention is not None:
+            self.attentions = attention.build(out_channels, num_layers)
         options: dict[str, Any] = {
             "eps": eps,
             "dropout": dropout,
@@ -148,7 +149,8 @@ class SkipUpBlock2D(UNetLevel):
         scale_shift: bool = False,
     ):
         super().__init__()
-        self.attentions = None if attention is None else attention.build(out_channels, 1)
+        if attention is not None:
+            self.attentions = attention.build(out_channels, 1)
         groups = skip_groups(out_channels)
         options: dict[str, Any] = {
             "eps": eps,

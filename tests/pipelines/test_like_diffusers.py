@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from hubgen.diffusers_contract import after_import
 from hubgen.hub.native import NativePipeline
+from hubgen.hub.registration import after_import
 from hubgen.pipelines.prompt_to_embeddings import ONE_PROMPT, SEVERAL_PROMPTS
 from hubgen.pipelines.text_to_image import TextToImagePipeline
 from tests import models
