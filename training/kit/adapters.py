@@ -63,10 +63,15 @@ class Learner(nn.Module):
         return self._pipe[0].backbone
 
     def enable_gradient_checkpointing(self) -> None:
-        """Recomputes activations in the backward pass."""
-        for model in self.models.values():
-            start: Any = getattr(model, "enable_gradient_checkpointing", None)
-            (start or model.gradient_checkpointing_enable)()  # transformers call it so
+        """Recomputes the backbone's activations in the backward pass."""
+        self.backbone.enable_gradient_checkpointing()
+
+    def train(self, mode: bool = True) -> "Learner":
+        """Training mode for the backbone; text encoders leave nothing out at random, also while they learn."""
+        super().train(mode)
+        for name, model in self.models.items():
+            model.train(mode and name not in ENCODERS)
+        return self
 
     def forward(self, asked: Sequence[Asked]) -> list[torch.Tensor]:
         """The predictions of each batch, (B, C, h, w)."""
