@@ -47,6 +47,10 @@ METADATA = "lora_adapter_metadata"
 """Under which diffusers' files have PEFT's config, as JSON, in their header"""
 
 
+SD2_WIDTH = 1024
+"""Features of Stable Diffusion 2's text; 1 has 768"""
+
+
 class AdapterError(ValueError):
     """A file of adapters cannot be used; the message says which of its keys, what was found and what was expected."""
 
@@ -287,7 +291,32 @@ def as_kohya(
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(usual.r),
         "ss_network_alpha": f"{usual.lora_alpha:g}",
+        **family_header(models),
         **(header or {}),
+    }
+
+
+def family_header(models: Mapping[str, nn.Module]) -> dict[str, str]:
+    """What a header of kohya's says about the base: its version, and the architecture by Stability AI's model spec."""
+    backbone: Any = next((models[name] for name in BACKBONES if name in models), None)
+    config: Any = {} if backbone is None else backbone.config
+    known = {
+        "SD3Transformer2DModel": ("sd3", "stable-diffusion-3"),
+        "FluxTransformer2DModel": ("flux1", "flux-1-dev" if config.get("guidance_embeds") else "flux-1-schnell"),
+    }
+    version, architecture = known.get(type(backbone).__name__, ("", ""))
+    if type(backbone).__name__ == "UNet2DConditionModel":
+        version, architecture = ("sd_v1", "stable-diffusion-v1")
+        if config.get("cross_attention_dim") == SD2_WIDTH:
+            version, architecture = ("sd_v2", "stable-diffusion-v2-512")
+        if config.get("addition_embed_type") == "text_time":
+            version, architecture = ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base")
+    if not version:
+        return {}
+    return {
+        "ss_base_model_version": version,
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{architecture}/lora",
     }
 
 

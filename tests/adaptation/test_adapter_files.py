@@ -156,3 +156,25 @@ def test_diffusers_file_is_the_same_picture_in_ours(official: Official, tmp_path
     ours = opened(hubgen.TextToImagePipeline, official(family))
     ours.load_lora_weights(tmp_path)
     np.testing.assert_allclose(picture(ours), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "version", "architecture"),
+    [
+        ("sd1", "sd_v1", "stable-diffusion-v1/lora"),
+        ("sdxl", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),
+        ("sd3", "sd3", "stable-diffusion-3/lora"),
+        ("flux-dev", "flux1", "flux-1-dev/lora"),
+        ("flux-schnell", "flux1", "flux-1-schnell/lora"),
+    ],
+)
+def test_a_file_of_kohyas_layout_says_what_it_is_for(
+    official: Official, tmp_path: Path, family: str, version: str, architecture: str
+) -> None:
+    pipe = opened(hubgen.TextToImagePipeline, official(family))
+    adapt(pipe, "alpha")
+    pipe.save_adapter(tmp_path / "kohya.safetensors", layout="kohya", metadata={"modelspec.title": "mine"})
+    with safe_open(tmp_path / "kohya.safetensors", framework="pt") as file:
+        header = file.metadata()
+    assert header["ss_base_model_version"] == version and header["modelspec.architecture"] == architecture
+    assert (header["ss_network_dim"], header["ss_network_alpha"], header["modelspec.title"]) == ("2", "3", "mine")

@@ -157,3 +157,37 @@ def test_wrong_schedules_are_named() -> None:
         learning_rate_schedule("reduce_lr_on_plateau", 0, 10)
     with pytest.raises(SettingsError, match=r"'optim.lr_schedule_arguments': cosine: .*'x'"):
         learning_rate_schedule("cosine", 0, 10, {"x": 1})
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "lion"])
+def test_parameters_whose_names_match_have_learning_rates_of_their_own(name: str) -> None:
+    pytest.importorskip("pytorch_optimizer" if name == "lion" else NEEDS.get(name, "torch"))
+    module = network()
+    options = Optim(optimizer=name, learning_rate=1.0, learning_rates={r"^0\.": 0.0, "bias": 0.25})
+    before = {key: value.detach().clone() for key, value in module.named_parameters()}
+    optimizers = optimizers_of(module, options)
+    rates = {
+        id(parameter): group["lr"]
+        for optimizer in optimizers.values()
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    found = {key: rates[id(parameter)] for key, parameter in module.named_parameters()}
+    assert found == {"0.weight": 0.0, "0.bias": 0.25, "2.weight": 1.0, "2.bias": 0.25}
+    step(module, optimizers, 0)
+    assert torch.equal(module[0].weight, before["0.weight"]) and not torch.equal(module[2].weight, before["2.weight"])
+
+
+@pytest.mark.parametrize(
+    ("rates", "message"),
+    [
+        ({"nothing": 1.0}, r"'optim.learning_rates': got 'nothing', which nothing that learns matches: 0.weight"),
+        ({"(": 1.0}, r"'optim.learning_rates': got '\(', expected a regular expression"),
+        ({"bias": -1.0}, "'optim.learning_rates': got -1.0 for 'bias', expected a number"),
+    ],
+)
+def test_a_pattern_of_learning_rates_that_is_none_is_refused(rates: dict[str, float], message: str) -> None:
+    with pytest.raises(SettingsError, match="'optim.learning_rates': got some with prodigy, expected none"):
+        optimizers_of(network(), Optim(optimizer="prodigy", learning_rate=1.0, learning_rates={"bias": 0.5}))
+    with pytest.raises(SettingsError, match=message):
+        optimizers_of(network(), Optim(learning_rates=rates))

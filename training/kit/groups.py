@@ -163,6 +163,9 @@ class Optim:
     learning_rate: Annotated[float, Range(0)] = 3e-4
     """Peak learning rate; about 1 for prodigy."""
 
+    learning_rates: dict[str, float] = field(default_factory=dict)
+    """Pattern of names and peak learning rate of parameters that are to have another."""
+
     betas: tuple[float, float] = (0.9, 0.99)
     """Decay rates of the moments."""
 

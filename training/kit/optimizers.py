@@ -2,7 +2,8 @@
 
 import importlib
 import inspect
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,10 +31,12 @@ def optimizers_of(module: nn.Module, optim: Optim) -> dict[str, Optimizer]:
     Raises:
         SettingsError: No such optimizer, its package is missing, or it does not take an argument.
     """
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    check_rates(module, optim)
+    learning = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    parameters = in_groups(learning, optim)
     if optim.optimizer == "muon":
-        matrices = [parameter for parameter in parameters if parameter.ndim == 2]
-        others = [parameter for parameter in parameters if parameter.ndim != 2]
+        matrices = in_groups({name: one for name, one in learning.items() if one.ndim == 2}, optim)
+        others = in_groups({name: one for name, one in learning.items() if one.ndim != 2}, optim)
         if not matrices:
             raise SettingsError("setting 'optim.optimizer': got 'muon', but no matrix is trained; expected another.")
         known: dict[str, Any] = {"lr": optim.learning_rate, "weight_decay": optim.weight_decay}
@@ -56,6 +59,41 @@ def optimizers_of(module: nn.Module, optim: Optim) -> dict[str, Optimizer]:
     if "betas" in takes and len(takes["betas"].default) != len(optim.betas):
         known.pop("betas")  # of another number there (CAME has three): `optim.arguments` may name them
     return {optim.optimizer: _made(cls, parameters, {k: v for k, v in known.items() if k in takes}, optim)}
+
+
+def in_groups(learning: Mapping[str, nn.Parameter], optim: Optim) -> list[dict[str, Any]]:
+    """Parameters in the groups of an optimizer, one for each learning rate.
+
+    Args:
+        learning: Those that learn, by name.
+        optim: The settings.
+    """
+    by_rate: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in learning.items():
+        rates = [rate for pattern, rate in optim.learning_rates.items() if re.search(pattern, name)]
+        by_rate.setdefault(rates[-1] if rates else optim.learning_rate, []).append(parameter)
+    return [{"params": parameters, "lr": rate} for rate, parameters in by_rate.items()]
+
+
+def check_rates(module: nn.Module, optim: Optim) -> None:
+    """Raises SettingsError for a pattern of learning rates that is none, or means nothing that learns."""
+    names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    if optim.optimizer == "prodigy" and optim.learning_rates:
+        raise SettingsError("setting 'optim.learning_rates': got some with prodigy, expected none: it has one for all.")
+    for pattern, rate in optim.learning_rates.items():
+        try:
+            found = any(re.search(pattern, name) for name in names)
+        except re.error as error:
+            raise SettingsError(
+                f"setting 'optim.learning_rates': got {pattern!r}, expected a regular expression ({error})."
+            ) from error
+        if not found:
+            raise SettingsError(
+                f"setting 'optim.learning_rates': got {pattern!r}, which nothing that learns matches: "
+                f"{', '.join(names[:4])}, ..."
+            )
+        if not isinstance(rate, int | float) or rate < 0:
+            raise SettingsError(f"setting 'optim.learning_rates': got {rate!r} for {pattern!r}, expected a number.")
 
 
 def _class_of(name: str) -> Any:
@@ -83,7 +121,7 @@ def _class_of(name: str) -> Any:
         ) from error
 
 
-def _made(cls: Any, parameters: Sequence[nn.Parameter], known: dict[str, Any], optim: Optim) -> Optimizer:
+def _made(cls: Any, parameters: Sequence[dict[str, Any]], known: dict[str, Any], optim: Optim) -> Optimizer:
     try:
         return cls(parameters, **{**known, **optim.arguments})
     except (TypeError, ValueError) as error:
