@@ -68,9 +68,12 @@ def pixels(path: Path | str) -> np.ndarray:
 # The manual page
 
 
-@pytest.mark.parametrize("page", [["--help"], ["generate", "--help"], ["data", "--help"], ["data", "emoji", "--help"]])
-def test_every_page_of_the_manual_opens(hubgen: Callable[..., Result], page: list[str]) -> None:
-    result = hubgen(*page)
+PAGES = ("", "generate", "train", "train lora", "train dreambooth", "inspect", "convert", "convert lora", "data")
+
+
+@pytest.mark.parametrize("page", [*PAGES, "data emoji"])
+def test_every_page_of_the_manual_opens(hubgen: Callable[..., Result], page: str) -> None:
+    result = hubgen(*page.split(), "--help")
     assert result.status == 0
     assert result.out.startswith("usage: hubgen") and result.err == ""
 
@@ -78,9 +81,14 @@ def test_every_page_of_the_manual_opens(hubgen: Callable[..., Result], page: lis
 def test_the_manual_tells_options_examples_and_exit_status(hubgen: Callable[..., Result]) -> None:
     page = hubgen("generate", "--help").out
     options = "--out --from --model --revision --negative-prompt --num-inference-steps --guidance-scale --seed --size"
-    for word in [*options.split(), "-n", "--device", "--dtype", "--batch-size", "examples:", "exit status:"]:
+    for word in [*options.split(), "-n", "--device", "--dtype", "--batch-size", "--lora", "examples:", "exit status:"]:
         assert word in page
-    assert "environment:" in hubgen("--help").out
+    top = hubgen("--help").out
+    assert "environment:" in top
+    assert all(f"    {name} " in top for name in PAGES if name and " " not in name)
+    for name in ("train lora", "train dreambooth", "inspect", "convert lora"):
+        page = hubgen(*name.split(), "--help").out
+        assert "examples:" in page and f"hubgen {name} " in page and "exit status:" in page
 
 
 def test_the_version_is_the_packages(hubgen: Callable[..., Result]) -> None:

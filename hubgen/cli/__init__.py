@@ -1,4 +1,4 @@
-"""The `hubgen` command: pictures from a prompt, and data to train on.
+"""The `hubgen` command: pictures from a prompt, adapters trained, inspected and converted, and data to train on.
 
 `main` parses, does what it was asked and returns the exit status. Heavy libraries are imported by the functions that
 use them, so that `--help` and mistakes in the arguments answer at once.
@@ -14,14 +14,18 @@ from importlib.metadata import version as installed_version
 from typing import Any, NoReturn
 
 from hubgen.cli.arguments import EXIT_ERROR, Parser
+from hubgen.cli.convert import add_convert
 from hubgen.cli.data import add_data
 from hubgen.cli.generate import add_generate
+from hubgen.cli.inspect import add_inspect
+from hubgen.cli.train import add_train
 from hubgen.errors import is_expected, one_line
 
 EXIT_OK, EXIT_INTERRUPTED = 0, 130
 
 DESCRIPTION = """\
-hubgen makes pictures from words with diffusion and flow-matching models, and builds data to train such models on.
+hubgen makes pictures from words with diffusion and flow-matching models, teaches such models a style or a subject by
+small adapters (LoRA), says what files of weights are and writes them for other programs, and builds data to train on.
 
 Without --model, `hubgen generate` uses the model that comes with the package: it was trained on emoji, makes pictures
 of 64x64 pixels and needs neither a network nor an accelerator.
@@ -31,6 +35,11 @@ EPILOG = """\
 examples:
   hubgen generate "a smiling cat" --out cat.png
   hubgen generate --from cat.png                     the same picture again, from what cat.png says about itself
+  hubgen train lora pictures --trigger "my style"    an adapter from a folder of pictures
+  hubgen train dreambooth frog --instance-prompt "a sks frog" --class-prompt "a frog"
+  hubgen generate "a cat, my style" --lora runs/pictures-lora/lora --out cat.png
+  hubgen inspect style.safetensors                   what the file is, and for which model
+  hubgen convert lora style.safetensors --to kohya --out kohya.safetensors
   hubgen data emoji --style fluent --size 64 --out data/fluent
 
 environment:
@@ -44,7 +53,7 @@ exit status:
   130  interrupted from the keyboard
   1    a fault in hubgen or in a library below it, with its traceback
 
-Each command has a page of its own: `hubgen generate --help`, `hubgen data emoji --help`.
+Each command has a page of its own: `hubgen generate --help`, `hubgen train lora --help`, `hubgen data emoji --help`.
 """
 
 
@@ -93,5 +102,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=ShowVersion, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_generate(commands)
+    add_train(commands)
+    add_inspect(commands)
+    add_convert(commands)
     add_data(commands)
     return parser

@@ -8,8 +8,10 @@ import math
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
+from hubgen.cli.models import HUB_ID
 from hubgen.hub.provenance import LARGEST_SEED, LARGEST_SIDE
 
 EXIT_ERROR = 2
@@ -56,8 +58,8 @@ def positive(text: str) -> int:
     return number
 
 
-def pixels(text: str) -> int:
-    """How large a picture may be."""
+def count(text: str) -> int:
+    """From 1, and however large, such as pixels of a picture or steps of a run."""
     number = whole(text)
     if not 1 <= number <= 10**12:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number from 1")
@@ -88,6 +90,42 @@ def finite(text: str) -> float:
     if not math.isfinite(number):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a finite number")
     return number
+
+
+def file_and_weight(text: str) -> tuple[str, float]:
+    """`style.safetensors:0.8` to the file and its weight, which is 1 where none is given.
+
+    Only a number behind the last colon is a weight: colons may stand in names, and in those of Windows' drives.
+    """
+    file, colon, weight = text.rpartition(":")
+    if not text or (colon and not file):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a file or owner/name, and :WEIGHT behind it or not")
+    if not colon or Path(text).exists():
+        return text, 1.0
+    try:
+        number = float(weight)
+    except ValueError:
+        if not Path(file).exists():
+            return text, 1.0
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"got the weight {weight!r} for {file}, expected a finite number")
+    return file, number
+
+
+def positive_number(text: str) -> float:
+    """Above 0, and finite."""
+    number = finite(text)
+    if number <= 0:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number above 0")
+    return number
+
+
+def repository(text: str) -> str:
+    """`owner/name` on the Hub."""
+    if not HUB_ID.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected owner/name on the Hub")
+    return text
 
 
 def size(text: str) -> tuple[int, int]:

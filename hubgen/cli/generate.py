@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
-import os
 import re
 import secrets
 import sys
@@ -16,15 +14,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hubgen.cli.arguments import add_command, finite, fraction, pixels, positive, seed, size
+from hubgen.cli.arguments import add_command, count, file_and_weight, finite, fraction, positive, seed, size
+from hubgen.cli.loras import NO_LORA, check_loras, find_again, find_loras, put_on, stay_offline
 from hubgen.cli.messages import quiet_libraries, say
+from hubgen.cli.models import BACKBONES, BUNDLED, bare_parts, find_model, read_index
 from hubgen.hub.provenance import DTYPES, FORMATS, LARGEST_SEED, Request, read_request, versions, write_picture
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
-
-BUNDLED = "bundled"
 
 GENERATE_DESCRIPTION = """\
 Make a picture of each prompt and write it to a file. Several prompts, or -n above 1, give one picture with a grid:
@@ -34,8 +32,11 @@ with both, a row for each prompt.
 FLUX.1 and hubgen's own draw prompts; with DiT a prompt is the name or number of a class; DDPM and NCSN++ take none.
 It also takes a single .safetensors file in an original layout, with tokenizers and configs from --config.
 --image starts from a picture instead of noise, and --mask names the part of it that is drawn anew.
+--lora puts an adapter on the model, in any layout that people trade (diffusers, PEFT, kohya, ComfyUI, ...), and :0.8
+behind its name says how much it counts; given several times, all of them count.
 
-A PNG carries the prompts, the seed and all settings in its text chunk `hubgen` (JSON); --from reads them back.
+A PNG carries the prompts, the seed and all settings in its text chunk `hubgen` (JSON); --from reads them back, and
+refuses an adapter whose file is no longer the same.
 """
 
 GENERATE_EPILOG = """\
@@ -46,10 +47,12 @@ examples:
   hubgen generate "a watercolour" --model owner/model --image photo.png --strength 0.6 --out painted.png
   hubgen generate "a hat" --model owner/model --image photo.png --mask head.png --out hat.png
   hubgen generate "a cat" --model v1-5.safetensors --config my/sd15-folder --out cat.png
+  hubgen generate "a cat" --lora style.safetensors:0.8 --lora owner/name --out cat.png
   hubgen generate "golden retriever" --model facebook/DiT-XL-2-256 --out dog.png
   hubgen generate --model google/ddpm-cifar10-32 -n 16 --out samples.png
   hubgen generate --from cat.png                           the same picture, written beside it under a new name
   hubgen generate --from cat.png --seed 8 --out other.png  the same settings, another seed
+  hubgen generate --from cat.png --lora none               the same without its adapters
 
 Picture j of a prompt (from 0) is drawn from seed + j, so each cell of a grid can be made again alone.
 The same command gives the same picture on the same machine; other hardware or library versions round differently.
@@ -79,7 +82,7 @@ def add_generate(commands: Any) -> None:
     )
     parser.add_argument(
         "--max-pixels",
-        type=pixels,
+        type=count,
         metavar="N",
         help="pixels of --image and --mask at most (default: 100 million)",
     )
@@ -112,6 +115,14 @@ def add_generate(commands: Any) -> None:
         "(default: the official repository of its family)",
     )
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a model on the Hub")
+    parser.add_argument(
+        "--lora",
+        type=file_and_weight,
+        action="append",
+        metavar="FILE[:WEIGHT]",
+        help="an adapter: a .safetensors file, a folder with one, or owner/name on the Hub; may be given several times "
+        "(default weight: 1; none: none, beside --from)",
+    )
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what the picture should not show (default: nothing)")
     parser.add_argument(
         "-n",
@@ -172,8 +183,12 @@ def generate(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--config {config}: for single .safetensors files; {model} is none")
     if folder is not None and arguments.revision is not None:
         raise ValueError(f"--revision {arguments.revision}: for models on the Hub; {model} is here")
+    asked = arguments.lora if arguments.lora != NO_LORA else []
+    used = source.lora if source is not None and asked is None else None
+    files = [one.file for one in used or []] + [file for file, _ in asked or []]
     if folder is not None and (not single_file or Path(config or "").expanduser().is_dir()):
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the first import of huggingface_hub, which reads it once
+        stay_offline(files)
+    loras = find_again(used or [], told) if asked is None else find_loras(asked)
     if folder is not None and not prompts:
         for kind in KINDS:  # what can be said without loading anything is said at once
             if kind.draws and read_index(model, None, folder)["_class_name"] == kind.pipeline:
@@ -203,12 +218,17 @@ def generate(arguments: argparse.Namespace) -> None:
         mask=None if chosen("mask") is None else str(chosen("mask")),
         strength=chosen("strength"),
         config=config,
+        lora=[lora.used for lora in loras] or None,
     )
     with quiet_libraries():
         index = read_index(model, request.revision, folder)
         kind = kind_of(index, request)
         check_size(index, request, folder)
+        if loras and not single_file:
+            check_loras(loras, bare_parts(index, model, request.revision, folder))
         pipe = load_pipeline(kind, request, folder)
+        put_on(pipe, loras)
+        pipe = pipe.to(request.device)
         request = complete(kind, request, pipe)
         if folder is None:
             request = dataclasses.replace(request, revision=loaded_commit(model, request.revision))
@@ -299,38 +319,6 @@ def check_out(out: Path) -> Path:
     return out
 
 
-def find_model(model: str) -> Path | None:
-    """The folder or single file of a model, or None if it is on the Hub.
-
-    Raises:
-        ValueError: it is neither a pipeline folder, nor a safetensors file, nor of the form owner/name.
-    """
-    if model == BUNDLED:
-        from hubgen.hub.bundled import bundled_model
-
-        return bundled_model()
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
-            raise ValueError(f"--model {model}: not a pipeline folder, it holds no model_index.json")
-        try:
-            index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"--model {model}: its model_index.json is not JSON ({error})") from error
-        if not isinstance(index, dict) or "_class_name" not in index:
-            raise ValueError(f"--model {model}: its model_index.json names no pipeline (`_class_name`)")
-        return folder
-    if folder.suffix == ".safetensors" and folder.is_file():
-        return folder
-    if folder.exists():
-        raise ValueError(
-            f"--model {model}: is a file, expected a pipeline folder, a .safetensors file or owner/name on the Hub"
-        )
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model):
-        raise ValueError(f"--model {model}: no such folder; expected a pipeline folder or owner/name on the Hub")
-    return None
-
-
 def choose_device(device: str | None, dtype: str | None) -> tuple[str, str]:
     """The device and precision to use: those asked for, or the fastest device and what suits it."""
     import torch
@@ -346,29 +334,6 @@ def choose_device(device: str | None, dtype: str | None) -> tuple[str, str]:
     if kind.type == "meta":
         raise ValueError("--device meta: holds no numbers; expected cpu, cuda or mps")
     return device, dtype or ("bfloat16" if kind.type == "cuda" else "float32")
-
-
-def read_index(model: str, revision: str | None, folder: Path | None) -> dict[str, Any]:
-    """The `model_index.json` of a folder, or of a repository on the Hub; of a single file what it would say."""
-    if folder is not None and folder.is_file():
-        return {"_class_name": "TextToImagePipeline"}
-    if folder is None:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import RepositoryNotFoundError
-
-        try:
-            path = hf_hub_download(model, "model_index.json", revision=revision)
-        except RepositoryNotFoundError as error:
-            raise ValueError(
-                f"--model {model}: not found: here is no folder of that name; on the Hub there is no such repository, "
-                "or it is private and needs a login (`hf auth login`)"
-            ) from error
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"--model {model}: does not load: no folder of that name here, and from the Hub: {error}"
-            ) from error
-        folder = Path(path).parent
-    return json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -387,7 +352,7 @@ KINDS = (
     Kind(
         "TextToImagePipeline",
         'say what to draw, such as hubgen generate "a smiling cat" --out cat.png',
-        ("negative_prompt", "guidance_scale", "height", "width", "image", "mask", "strength"),
+        ("negative_prompt", "guidance_scale", "height", "width", "image", "mask", "strength", "lora"),
     ),
     Kind("ClassToImagePipeline", "name a class or its number", ("guidance_scale", "height", "width")),
     Kind("UnconditionalPipeline", "", ()),
@@ -430,15 +395,14 @@ def check_size(index: Mapping[str, Any], request: Request, folder: Path | None) 
 
     if request.width is None or request.height is None or (folder is not None and folder.is_file()):
         return
-    parts = [part for part in ("transformer", "unet") if index.get(part) not in (None, [None, None])]
+    parts = [part for part in BACKBONES if index.get(part) not in (None, [None, None])]
     if "vae" not in index or len(parts) != 1:
         return
-    models = {}
-    for part in ("vae", parts[0]):
-        path, (_, name) = config_file(request, folder, part), index[part]
-        if path is None or name not in hubgen.HOMES:
-            return
-        models[part] = without_weights(getattr(hubgen, name), path)
+    if any(index[part][1] not in hubgen.HOMES for part in ("vae", parts[0])):
+        return
+    models = bare_parts(index, request.model, request.revision, folder, ("vae", parts[0]))
+    if len(models) != 2:
+        return
     backbone = models[parts[0]]
     try:
         LatentSpace(models["vae"], backbone.config, family_of(backbone).patch).checked_size(
@@ -446,28 +410,6 @@ def check_size(index: Mapping[str, Any], request: Request, folder: Path | None) 
         )
     except ValueError as error:
         raise ValueError(f"--size {request.width}x{request.height}: {error}") from error
-
-
-def config_file(request: Request, folder: Path | None, part: str) -> Path | None:
-    """The config of a part of the model; None where there is none."""
-    if folder is not None:
-        path = folder / part / "config.json"
-        return path if path.is_file() else None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(request.model, f"{part}/config.json", revision=request.revision))
-    except (EntryNotFoundError, OSError):
-        return None
-
-
-def without_weights(cls: Any, config: Path) -> Any:
-    """A model of this config whose parameters have no storage; a config that it refuses is the loader's to report."""
-    from accelerate import init_empty_weights
-
-    with init_empty_weights():
-        return cls.from_config(json.loads(config.read_text(encoding="utf-8")))
 
 
 def load_pipeline(kind: Kind, request: Request, folder: Path | None) -> Any:
@@ -487,7 +429,7 @@ def load_pipeline(kind: Kind, request: Request, folder: Path | None) -> Any:
         pipe = load(str(folder or request.model), **options)
     except (OSError, ValueError) as error:
         raise ValueError(f"--model {request.model}: does not load: {error}") from error
-    return pipe.to(request.device)
+    return pipe
 
 
 def complete(kind: Kind, request: Request, pipe: Any) -> Request:
@@ -526,7 +468,7 @@ def sample(kind: Kind, pipe: Any, request: Request, opened: dict[str, Any]) -> l
     prompts = [word for word in words for _ in range(request.n)]
     seeds = [request.seed + j for _ in words for j in range(request.n)]
     options = {name: getattr(request, name) for name in kind.options if getattr(request, name) is not None}
-    options = {name: value for name, value in options.items() if name not in ("image", "mask")} | opened
+    options = {name: value for name, value in options.items() if name not in ("image", "mask", "lora")} | opened
     pictures: list[Image.Image] = []
     for start in range(0, len(prompts), request.batch_size):
         batch = slice(start, start + request.batch_size)

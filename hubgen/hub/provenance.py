@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,20 @@ FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 DTYPES = ("float32", "float16", "bfloat16")
 LARGEST_SIDE = 8192  # pixels; above it a typing error is likelier than a wish
 LARGEST_SEED = 2**63 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class UsedLora:
+    """An adapter that a picture was drawn with."""
+
+    file: str
+    """Its file, a folder with it, or owner/name on the Hub"""
+    weight: float
+    """How much it counts; 1 as it was trained"""
+    sha256: str
+    """Of its file, in hexadecimal"""
+    revision: str | None = None
+    """The commit of a repository on the Hub"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +75,8 @@ class Request:
     """How much of `image` is drawn over, above 0 and at most 1."""
     config: str | None = None
     """Folder or repository with what `model` lacks, where that is a single file."""
+    lora: list[UsedLora] | None = None
+    """Adapters on the model, in their order."""
 
 
 def versions() -> dict[str, str]:
@@ -120,6 +137,8 @@ def read_request(path: Path) -> tuple[Request, dict[str, str]]:
     for name, value in fields.items():
         if not is_valid(name, value):
             raise ValueError(f"{path}: its settings hold a bad {name}: {value!r}")
+    if fields.get("lora") is not None:
+        fields["lora"] = [UsedLora(**one) for one in fields["lora"]]
     return Request(**fields), {str(name): str(number) for name, number in made_with.items()}
 
 
@@ -132,6 +151,8 @@ def is_valid(name: str, value: Any) -> bool:
             return isinstance(value, str)
         case "negative_prompt" | "revision" | "image" | "mask" | "config":
             return value is None or isinstance(value, str)
+        case "lora":
+            return value is None or (isinstance(value, list) and bool(value) and all(map(is_used_lora, value)))
         case "dtype":
             return value in DTYPES
         case "guidance_scale":
@@ -146,3 +167,12 @@ def is_valid(name: str, value: Any) -> bool:
             return value is None or is_whole(value)
         case _:
             return is_whole(value)
+
+
+def is_used_lora(value: Any) -> bool:
+    """Whether it has the fields of `UsedLora`, each of its type."""
+    if not isinstance(value, dict) or value.keys() != {field.name for field in dataclasses.fields(UsedLora)}:
+        return False
+    texts = isinstance(value["file"], str) and isinstance(value["sha256"], str)
+    commit = value["revision"] is None or isinstance(value["revision"], str)
+    return texts and commit and is_number(value["weight"]) and bool(re.fullmatch("[0-9a-f]{64}", value["sha256"]))

@@ -1,0 +1,368 @@
+"""`hubgen train`: front doors of the scripts that teach a model by adapters, with settings for a first success."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hubgen.cli.arguments import add_command, count, positive, positive_number, repository, seed
+from hubgen.cli.data import check_out
+from hubgen.cli.loras import stay_offline
+from hubgen.cli.messages import quiet_libraries, say
+from hubgen.cli.models import BUNDLED, HUB_ID, bare_pipeline, find_model, read_index
+from hubgen.cli.plan import Material, column, completed, plan
+
+LORA_DESCRIPTION = """\
+Teach a model a style, a theme or a subject from a folder of pictures with captions, by an adapter (LoRA): a small file
+beside the model, which hubgen, diffusers, ComfyUI and other programs load. The model itself stays as it is.
+
+Captions stand in a metadata.jsonl of file_name and text, in a text file beside each picture, or in the name of the
+folder (10_NAME: its pictures ten times an epoch). --trigger puts words before all of them, by which prompts call what
+was learned; pictures without captions all get these words as their caption.
+"""
+
+DREAMBOOTH_DESCRIPTION = """\
+Teach a model one subject from 3 to 5 pictures of it (DreamBooth): --instance-prompt are the words of all of them, with
+a rare one that will mean the subject. With --class-prompt the model first draws pictures of the class itself, and is
+shown them too, so that it does not take the whole class for the subject.
+"""
+
+TRAIN_EPILOG = """\
+What is not given is chosen by the number of pictures and the kind of base, and printed in a plan before anything
+learns. The progress bar says how many minutes are left, measured on the steps that are done. Pictures of the prompts,
+drawn before, meanwhile and after, lie in DIR/validation, the adapter in DIR/lora, and DIR/recipe.yaml has all settings.
+
+The same command goes on where it was stopped, or, with more --steps, where it had ended. --set reaches every setting
+of the script (`python -m hubgen.training.{script} --help` lists them). On several accelerators:
+  accelerate launch -m hubgen.training.{script} --config DIR/recipe.yaml
+
+exit status:
+  0 done, 2 bad arguments, files or data (one line says what), 3 the loss is no longer finite, 4 trained and saved, but
+  drawing or sending failed, 128 + signal stopped by it after a save (130: Ctrl-C), 1 a fault in hubgen
+"""
+
+LORA_EXAMPLES = """\
+examples:
+  hubgen train lora pictures
+  hubgen train lora pictures --trigger "my style" --prompt "my style, a cat" --prompt "my style, a house"
+  hubgen train lora pictures --base stabilityai/stable-diffusion-xl-base-1.0 --push owner/my-style
+  hubgen train lora pictures --steps 2000 --rank 32 --set data.mirror=true --set adapter.targets=all
+
+"""
+
+DREAMBOOTH_EXAMPLES = """\
+examples:
+  hubgen train dreambooth frog --instance-prompt "a sks frog" --class-prompt "a frog"
+  hubgen train dreambooth dog --instance-prompt "a photo of sks dog" --class-prompt "a photo of a dog" \\
+      --base stabilityai/stable-diffusion-xl-base-1.0 --prompt "sks dog on the moon"
+
+"""
+
+NO_CAPTIONS = (
+    "{folder}: its pictures have no captions; expected a metadata.jsonl with rows of file_name and text, a text file "
+    "beside each picture (cat.txt for cat.png), or folders named 10_CAPTION; or give one caption for all: "
+    '--trigger "WORDS"'
+)
+NEEDED = ("datasets", "tensorboard")
+"""Packages of the extra `train`"""
+
+
+def add_train(commands: Any) -> None:
+    """Adds `hubgen train` to the command line."""
+    parser = add_command(
+        commands,
+        "train",
+        summary="teach a model a style or a subject",
+        description="Teach a model a style or a subject by an adapter, a small file beside it.",
+        epilog="Each has a page of its own: `hubgen train lora --help`, `hubgen train dreambooth --help`.\n\n"
+        "All other training (a whole model, an autoencoder, classes) starts from a recipe:\n"
+        "  accelerate launch -m hubgen.training.train_text_to_image --config RECIPE.yaml",
+    )
+    kinds = parser.add_subparsers(title="what is taught", metavar="KIND", required=True)
+    lora = add_command(
+        kinds,
+        "lora",
+        summary="a style, a theme or a subject, from pictures with captions",
+        description=LORA_DESCRIPTION,
+        epilog=LORA_EXAMPLES + TRAIN_EPILOG.format(script="train_lora"),
+    )
+    add_options(lora)
+    lora.add_argument("--trigger", metavar="WORDS", help="words before every caption, and for pictures without any")
+    lora.set_defaults(run=train_lora)
+    dreambooth = add_command(
+        kinds,
+        "dreambooth",
+        summary="one subject, from 3 to 5 pictures",
+        description=DREAMBOOTH_DESCRIPTION,
+        epilog=DREAMBOOTH_EXAMPLES + TRAIN_EPILOG.format(script="train_dreambooth"),
+    )
+    add_options(dreambooth)
+    dreambooth.add_argument(
+        "--instance-prompt", metavar="TEXT", required=True, help="words of the subject's pictures, with a rare one"
+    )
+    dreambooth.add_argument(
+        "--class-prompt", metavar="TEXT", help="words of its class, of which the base draws pictures (default: none)"
+    )
+    dreambooth.set_defaults(run=train_dreambooth)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what both take."""
+    parser.add_argument("data", metavar="DIR", help="the folder of pictures")
+    parser.add_argument(
+        "--base", metavar="MODEL", help="a pipeline folder, or owner/name on the Hub (default: the bundled model)"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the folder to write (default: runs/DIR-KIND)")
+    parser.add_argument("--steps", type=count, metavar="N", help="how long (default: by the number of pictures)")
+    parser.add_argument("--rank", type=positive, metavar="N", help="how much the adapter can hold (default: 16)")
+    parser.add_argument("--learning-rate", type=positive_number, metavar="X", help="(default: by the base)")
+    parser.add_argument("--batch-size", type=positive, metavar="N", help="pictures a step (default: by the base)")
+    parser.add_argument(
+        "--size", type=positive, metavar="N", help="pixels of a side (default: what the base was trained for)"
+    )
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="what to draw before, meanwhile and after; may be given several times (default: the first captions)",
+    )
+    parser.add_argument("--seed", type=seed, metavar="N", help="start of the random numbers (default: 0)")
+    parser.add_argument("--push", type=repository, metavar="NAME", help="owner/name on the Hub to send the result to")
+    parser.add_argument(
+        "--set",
+        dest="settings",
+        action="append",
+        default=[],
+        metavar="GROUP.NAME=VALUE",
+        help="any other setting of the script; may be given several times",
+    )
+
+
+# ---- the two commands ----
+
+
+def train_lora(arguments: argparse.Namespace) -> None:
+    """`hubgen train lora`."""
+    trigger = check_words("--trigger", arguments.trigger)
+    captioned = prepare(arguments)
+    if not captioned and trigger is None:
+        raise ValueError(NO_CAPTIONS.format(folder=arguments.data))
+    with quiet_libraries():
+        if captioned:
+            from hubgen.training import train_lora as script
+
+            train(arguments, "lora", script, {} if trigger is None else {"data.caption_prefix": f"{trigger}, "}, True)
+        else:  # one caption for all: a subject without pictures of its class
+            from hubgen.training import train_dreambooth
+
+            train(arguments, "lora", train_dreambooth, {"instance.prompt": trigger, "prior.weight": 0}, False)
+
+
+def train_dreambooth(arguments: argparse.Namespace) -> None:
+    """`hubgen train dreambooth`."""
+    given: dict[str, Any] = {"instance.prompt": check_words("--instance-prompt", arguments.instance_prompt)}
+    words = check_words("--class-prompt", arguments.class_prompt)
+    given |= {"prior.weight": 0} if words is None else {"prior.prompt": words}
+    prepare(arguments)
+    with quiet_libraries():
+        from hubgen.training import train_dreambooth as script
+
+        train(arguments, "dreambooth", script, given, False)
+
+
+def prepare(arguments: argparse.Namespace) -> bool:
+    """What is checked before the libraries are imported; whether the pictures have captions.
+
+    Raises:
+        ValueError: Packages, base or pictures are missing, or nothing can be sent to the Hub.
+    """
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        are = "is" if len(missing) == 1 else "are"
+        raise ValueError(f"training needs {' and '.join(missing)}, which {are} missing: pip install 'hubgen[train]'")
+    base = find_model(arguments.base or BUNDLED, "--base", single_files=False)
+    check_push(arguments.push)
+    if base is not None and arguments.push is None:
+        stay_offline([arguments.data])
+    return has_captions(arguments.data)
+
+
+def check_words(option: str, words: str | None) -> str | None:
+    """The words of an option; raises ValueError where there are none in it."""
+    if words is not None and not words.strip():
+        raise ValueError(f"{option}: got {words!r}, expected words")
+    return None if words is None else words.strip()
+
+
+def has_captions(source: str) -> bool:
+    """Whether the pictures of a folder have captions; shards and data sets of the Hub have.
+
+    Raises:
+        ValueError: There is no such folder.
+    """
+    from hubgen.data import metadata
+    from hubgen.data.webdataset import is_shards
+
+    folder = Path(source).expanduser()
+    if is_shards(source) or (not folder.exists() and HUB_ID.fullmatch(source)):
+        return True
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "no such folder"
+        raise ValueError(f"{source}: {what}, expected a folder of pictures")
+    inner = folder / "train"
+    return is_shards(str(inner)) or metadata.has_captions(inner if inner.is_dir() else folder)
+
+
+# ---- from options to a run ----
+
+
+def train(
+    arguments: argparse.Namespace, kind: str, script: Any, stands_for: Mapping[str, Any], captioned: bool
+) -> None:
+    """Completes the settings, prints the plan and runs the script.
+
+    Args:
+        arguments: Of the command line.
+        kind: Of the command, for the name of the folder.
+        script: Module of hubgen.training.
+        stands_for: Settings that the command stands for, by dotted name.
+        captioned: Whether pictures have captions of their own; else all are given the same words.
+    """
+    from hubgen.data.sources import open_examples
+
+    out: Path = arguments.out or Path("runs") / f"{Path(arguments.data).resolve().name}-{kind}"
+    given = {"data.source": arguments.data, "run.output_dir": str(out), **stands_for, **options_of(arguments)}
+    further = further_of(arguments.settings)
+    asked = settings_of(script, given, further)  # what is wrong with it is said at once
+    base = asked.base.model or BUNDLED
+    folder = find_model(base, "--base", single_files=False)
+    pipe = bare_pipeline(read_index(base, None, folder, "--base"), base, None, folder, "--base")
+    data = asked.data
+    options = {"on_error": data.on_bad_picture, "max_pixels": data.max_pixels, "cache_dir": data.cache_dir}
+    column_of_captions = data.caption_column if captioned else None
+    examples = open_examples(data.source, data.split, caption_column=column_of_captions, **options)
+    material, known = Material(base, pipe, examples, captioned), {*given, *further}
+    settings = settings_of(script, {**completed(asked, known, material), **given}, further)
+    check_out(settings.run.output_dir)
+    say("\n".join(column(plan(settings, known, material))))
+    run(script, settings)
+
+
+def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings that the options stand for."""
+    names = {
+        "base": "base.model",
+        "steps": "run.max_train_steps",
+        "rank": "adapter.rank",
+        "learning_rate": "optim.learning_rate",
+        "batch_size": "run.batch_size",
+        "size": "data.size",
+        "seed": "run.seed",
+        "push": "publish.push_to_hub",
+    }
+    values = {name: getattr(arguments, option) for option, name in names.items()}
+    if arguments.base is not None:  # the scripts know the bundled model as none, and no ~
+        values["base.model"] = None if arguments.base == BUNDLED else os.path.expanduser(arguments.base)
+    if arguments.prompt:
+        values["validation.prompts"] = [check_words("--prompt", prompt) for prompt in arguments.prompt]
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def further_of(texts: Sequence[str]) -> dict[str, list[str]]:
+    """The settings of --set, each with the words of its value; several of a list, `[a, b]`."""
+    import yaml
+
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip():
+            raise ValueError(f"--set {text}: expected GROUP.NAME=VALUE, such as optim.learning_rate=1e-4")
+        words: Any = [value]
+        if value.startswith("["):
+            try:
+                words = yaml.safe_load(value)
+            except yaml.YAMLError as error:
+                raise ValueError(
+                    f"--set {text}: expected a list such as [a, b] ({' '.join(str(error).split())})"
+                ) from error
+        found[name.strip().replace("-", "_")] = [str(word) for word in words]
+    return found
+
+
+def settings_of(script: Any, values: Mapping[str, Any], further: Mapping[str, Sequence[str]]) -> Any:
+    """The settings of a script, as its own command line would have read them.
+
+    Args:
+        script: Module of hubgen.training.
+        values: By dotted name, what stands for a recipe.
+        further: What wins over it.
+
+    Raises:
+        SettingsError: One is unknown, or none of its kind.
+    """
+    import yaml
+
+    from hubgen.training.kit.parse import SettingsError, parse_settings
+
+    argv = []
+    for name, words in further.items():
+        argv += [f"--{name}={words[0]}"] if len(words) == 1 else [f"--{name}", *words]
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = Path(folder) / "recipe.yaml"
+        recipe.write_text(yaml.safe_dump(dict(values), allow_unicode=True), encoding="utf-8")
+        try:
+            return parse_settings(script.Settings, ["--config", str(recipe), *argv])
+        except SettingsError as error:
+            text = str(error).replace(f" in {recipe}", "").replace("on the command line", "of --set")
+            raise SettingsError(text) from None
+
+
+def check_push(repo: str | None) -> None:
+    """Raises ValueError where nothing can be sent to the Hub, before the training and not after it."""
+    if repo is None:
+        return
+    from huggingface_hub import constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        raise ValueError(f"--push {repo}: the network is off (HF_HUB_OFFLINE=1), expected it on")
+    if get_token() is None:
+        raise ValueError(f"--push {repo}: needs a login: `hf auth login`, or a token in HF_TOKEN")
+
+
+# ---- the run ----
+
+
+def run(script: Any, settings: Any) -> None:
+    """Runs a script in this process, and leaves its settings as a recipe; exit statuses are the script's own."""
+    import yaml
+
+    from hubgen.errors import one_line
+    from hubgen.formats.atomic import written
+    from hubgen.training.kit.finite import NonFiniteError
+    from hubgen.training.kit.parse import settings_to_dict
+    from hubgen.training.kit.script import NON_FINITE_ERROR, UNFINISHED_ERROR, UnfinishedError
+    from hubgen.training.kit.signals import Interrupted
+
+    def leave_recipe() -> None:
+        with written(settings.run.output_dir / "recipe.yaml") as temporary:
+            text = yaml.safe_dump(settings_to_dict(settings), sort_keys=False, allow_unicode=True)
+            temporary.write_text(text, encoding="utf-8")
+
+    if not (settings.run.output_dir / "recipe.yaml").exists():
+        leave_recipe()  # while it runs, and if it is killed
+    try:
+        script.main(settings)
+    except Interrupted as stop:
+        leave_recipe()
+        say(f"\nhubgen: stopped: {stop}")
+        raise SystemExit(stop.exit_code) from stop
+    except (NonFiniteError, UnfinishedError) as error:
+        say(f"hubgen: error: {one_line(error)}")
+        code = NON_FINITE_ERROR if isinstance(error, NonFiniteError) else UNFINISHED_ERROR
+        raise SystemExit(code) from error
+    leave_recipe()
