@@ -189,7 +189,8 @@ class AdapterMixin(LoraBaseMixin):
         """
         if not safe_serialization:
             raise ValueError("`safe_serialization`: got False, expected True; pickles are not written.")
-        tensors, metadata = {}, {}
+        tensors: dict[str, Any] = {}
+        metadata: dict[str, Any] = {}
         for key, value in layers.items():
             kind = next((one for one in ("_lora_layers", "_lora_adapter_metadata") if key.endswith(one)), None)
             component = key.removesuffix(kind or "")

@@ -13,6 +13,8 @@ holds an adapter, or `output_dir/pipeline` the whole pipeline.
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
+import torch
+
 from hubgen.data.order import seed_of
 from hubgen.hub.card import TEXT_TO_IMAGE
 from hubgen.training.kit import bases
@@ -20,7 +22,6 @@ from hubgen.training.kit.adapters import (
     Asked,
     backbone_name,
     check_texts,
-    in_place_of_base,
     publish_adapter,
     whole,
     with_adapters,
@@ -69,7 +70,7 @@ def main(settings: Settings) -> None:
 
     # What learns, and what it is given
     has_prior = check_prior(s.prior, run.batch_size)
-    check_texts(s.adapter.text_encoder, s.data)
+    check_texts(s.adapter, s.data)
     pipe = bases.adapted_base(s.base)
     options: dict[str, Any] = {"run": run, "guidance_scale": s.base.guidance_scale}
     subject = PromptedPictures(pipe, s.data, s.data.split, prompt=s.instance.prompt, **options)
@@ -122,8 +123,8 @@ def main(settings: Settings) -> None:
                 objective.loss(prediction, sample, one.mask)  # (B,)
                 for prediction, sample, one in zip(predictions, samples, shown, strict=True)
             ]
-            loss = sum(weight * loss.mean() for weight, loss in zip(weights, losses, strict=False))
-            trained.backward(loss, subject.names(draws))
+            total = torch.stack([weight * loss.mean() for weight, loss in zip(weights, losses, strict=False)]).sum()
+            trained.backward(total, subject.names(draws))
             run.window.note_losses(losses[0], samples[0].t)
             if has_prior:
                 run.window.note("prior_loss", losses[1].detach().sum(), len(losses[1]))
@@ -136,7 +137,7 @@ def main(settings: Settings) -> None:
     else:
         header = {"hubgen_prompt": s.instance.prompt}
         prompts = s.validation.prompts or (s.instance.prompt,)
-        publish_adapter(run, adapted, record, s.publish, in_place_of_base(s.base.model), prompts, header)
+        publish_adapter(run, adapted, record, s.publish, s.base.model, prompts, header)
     run.finish()
 
 

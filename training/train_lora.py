@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from hubgen.training.kit import bases
-from hubgen.training.kit.adapters import Asked, check_texts, in_place_of_base, publish_adapter, with_adapters
+from hubgen.training.kit.adapters import Asked, check_texts, publish_adapter, with_adapters
 from hubgen.training.kit.bases import AdaptedBase
 from hubgen.training.kit.conditioned import told_pictures
 from hubgen.training.kit.grids import draw_prompts
@@ -54,7 +54,7 @@ def main(settings: Settings) -> None:
     s, run = settings, Run(settings.run)
 
     # What the adapter is put on, and what it is given
-    check_texts(s.adapter.text_encoder, s.data)
+    check_texts(s.adapter, s.data)
     pipe = bases.adapted_base(s.base)
     pictures = told_pictures(pipe, s.data, s.data.split, run, s.base.guidance_scale, train=True)
     others = None
@@ -104,8 +104,7 @@ def main(settings: Settings) -> None:
     trained.settle()
     record = record_of(run, "hubgen.training.train_lora", s, pictures.pictures, s.data.source, "held_out_loss")
     header = {"hubgen_prefix": s.data.caption_prefix} if s.data.caption_prefix else {}
-    base_model = in_place_of_base(s.base.model)
-    publish_adapter(run, adapted, record, s.publish, base_model, s.validation.prompts, header)
+    publish_adapter(run, adapted, record, s.publish, s.base.model, s.validation.prompts, header)
     run.finish()
 
 

@@ -155,6 +155,7 @@ def adapter_card(
     parameters: int,
     prompts: Sequence[str] = (),
     samples: Sequence[str] = (),
+    words: Sequence[str] = (),
     repo: str | None = None,
     licence: str | None = None,
 ) -> str:
@@ -169,6 +170,7 @@ def adapter_card(
         parameters: How many numbers it has.
         prompts: Of the pictures.
         samples: Files of pictures beside it, before and after.
+        words: That text encoders learned beside it.
         repo: Where it will be; its title if not given.
         licence: Identifier as the Hub knows it; left out of the metadata if not given.
     """
@@ -195,6 +197,7 @@ def adapter_card(
         "",
         f"pipe = {pipeline}.from_pretrained({loaded})",
         f'pipe.load_lora_weights("{repo or name}")',
+        *([f'pipe.load_textual_inversion("{repo or name}", token="{words[0]}")'] if len(words) == 1 else []),
         f'pipe({json.dumps(prompts[0] if prompts else "a red apple")}).images[0].save("picture.png")',
         "```",
         "",

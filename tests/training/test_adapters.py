@@ -18,6 +18,7 @@ from hubgen.adaptation.adapters import AdapterShape, add_adapter, targets
 from hubgen.training import train_dreambooth, train_lora
 from hubgen.training.kit.adapters import NAME, Asked, with_adapters
 from hubgen.training.kit.groups import Adapter
+from hubgen.training.kit.new_words import NewRows
 from hubgen.training.kit.parse import SettingsError, parse_settings
 from tests import models
 from tests.parity import first_output
@@ -253,23 +254,71 @@ def test_text_encoders_learn_beside_the_backbone(run: Callable[..., Path], offic
         assert parts == {"transformer" if family == "flux-dev" else "unet", *encoders}
 
 
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_word_is_learned_beside_an_adapter_and_both_load_in_diffusers(
+    run: Callable[..., Path], official: Official, family: str, tmp_path: Path
+) -> None:
+    base = official(family)
+    words = {"adapter.new_words": ["<zog>"], "adapter.word_vectors": 2, "adapter.word_start": "cat"}
+    changes = {"instance.prompt": "a <zog> cat", "data.cache_texts": False, "validation.prompts": ["a <zog>"]}
+    folder = run("dreambooth", {"base.model": str(base), **words, **changes}) / "lora"
+    ours, theirs = (opened(cls, base) for cls in (hubgen.TextToImagePipeline, diffusers.DiffusionPipeline))
+    table = ours.text_encoder.get_input_embeddings().weight.detach().clone()
+    held = load_file(folder / "learned_embeds.safetensors")
+    ours.load_lora_weights(folder)
+    ours.load_textual_inversion(str(folder), token="<zog>")
+    theirs.load_lora_weights(folder)
+    if family == "sd1":
+        theirs.load_textual_inversion(str(folder), token="<zog>")
+        assert held["<zog>"].shape == (2, table.shape[1])
+    else:
+        for key, number in (("clip_l", ""), ("clip_g", "_2")):
+            encoder, tokenizer = getattr(theirs, f"text_encoder{number}"), getattr(theirs, f"tokenizer{number}")
+            theirs.load_textual_inversion(held[key], token="<zog>", text_encoder=encoder, tokenizer=tokenizer)
+    grown = ours.text_encoder.get_input_embeddings().weight
+    assert torch.equal(grown[: len(table)], table) and len(grown) == len(table) + 2
+
+    def drawn(pipe: Any) -> np.ndarray:
+        generator = torch.Generator().manual_seed(0)
+        options = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "np"}
+        return pipe("a <zog>", generator=generator, **options).images
+
+    np.testing.assert_allclose(drawn(theirs), drawn(ours), atol=1e-4)
+
+
+def test_only_new_rows_of_a_table_learn() -> None:
+    table = torch.nn.Embedding(6, 3)
+    before = table.weight.detach().clone()
+    rows = NewRows(table, 2)
+    ids = torch.tensor([[0, 5, 4], [4, 3, 1]])
+    assert torch.equal(rows(ids), before[ids]) and torch.equal(rows.weight, before)
+    rows(ids).square().sum().backward()
+    assert table.weight.grad is None and [key for key, one in rows.named_parameters() if one.grad is not None] == [
+        "rows"
+    ]
+
+
 @pytest.mark.parametrize(
     ("script", "changes", "message"),
     [
+        ("lora", {"adapter.new_words": ["<x>"]}, "'adapter.new_words': got .*with data.cache_texts"),
+        ("lora", {"adapter.new_words": ["cat"], "data.cache_texts": False}, "'adapter.new_words': got the word 'cat'"),
+        ("lora", {"adapter.new_words": ["<x>"], "adapter.word_start": "zzz", "data.cache_texts": False},
+         "'adapter.word_start': got 'zzz', expected words that text_encoder knows"),
         ("lora", {"adapter.targets": "nothing"}, "`targets`: got 'nothing', which no layer of SD3Transformer2DModel"),
         ("lora", {"adapter.targets": "("}, r"`targets`: got '\(', expected a regular expression"),
         ("lora", {"adapter.rank": 200}, "`rank`: got 200 for .*, expected at most its width, 32"),
         ("lora", {"adapter.ranks": {"zzz": 2}}, "`ranks`: got 'zzz', which none of the layers matches"),
         ("lora", {"adapter.kind": "loha", "adapter.decomposed": True}, "`decomposed`: got True with loha"),
         ("lora", {"adapter.init": "pissa", "adapter.decomposed": True}, "`init`: got 'pissa' with `decomposed`"),
-        ("lora", {"adapter.text_encoder": True}, "'adapter.text_encoder': got true with data.cache_texts"),
+        ("lora", {"adapter.text_encoder": True}, "'adapter.text_encoder': got True with data.cache_texts"),
         ("lora", {"base.model": "/nowhere"}, "'base.model': /nowhere: "),
         ("lora", {"adapter.rnk": 3}, "unknown setting 'adapter.rnk'.*rank"),
         ("dreambooth", {"prior.prompt": None}, "'prior.prompt': got none with prior.weight 1, expected words"),
         ("dreambooth", {"prior.pictures": 1}, "'prior.pictures': got 1, expected at least 2"),
         ("dreambooth", {"data.source": "/nowhere"}, "/nowhere: no such folder"),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_is_said_in_one_line_before_the_first_step(
     run: Callable[..., Path], tmp_path: Path, script: str, changes: dict[str, Any], message: str
 ) -> None:

@@ -1,6 +1,6 @@
 """Adapters of a run: put on a pipeline, called with it, published as a file of their own."""
 
-import json
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +20,7 @@ from hubgen.conditioning.predict import predict
 from hubgen.formats.atomic import sweep, written
 from hubgen.hub.card import TrainingRecord, adapter_card
 from hubgen.training.kit.groups import Adapter, Data, Publish
+from hubgen.training.kit.new_words import NewWords
 from hubgen.training.kit.parse import SettingsError
 from hubgen.training.kit.publishing import push
 from hubgen.training.kit.run import Run
@@ -90,13 +91,15 @@ def backbone_name(pipe: Any) -> str:
     return "unet" if getattr(pipe, "unet", None) is not None else "transformer"
 
 
-def check_texts(text_encoder: bool, data: Data) -> None:
+def check_texts(adapter: Adapter, data: Data) -> None:
     """Raises SettingsError where a text encoder learns while what it said before is kept."""
-    if text_encoder and data.cache and data.cache_texts:
-        raise SettingsError(
-            "setting 'adapter.text_encoder': got true with data.cache_texts, which keeps what the text encoder said "
-            "before it learnt; expected data.cache_texts false."
-        )
+    learns = {"text_encoder": adapter.text_encoder, "new_words": list(adapter.new_words)}
+    for name, value in learns.items():
+        if value and data.cache and data.cache_texts:
+            raise SettingsError(
+                f"setting 'adapter.{name}': got {value} with data.cache_texts, which keeps what the text encoder said "
+                "before it learnt; expected data.cache_texts false."
+            )
 
 
 def with_adapters(pipe: Any, adapter: Adapter) -> "Adapted":
@@ -129,7 +132,11 @@ def with_adapters(pipe: Any, adapter: Adapter) -> "Adapted":
             add_adapter(getattr(pipe, name), NAME, shape, layers)
     except ValueError as error:
         raise SettingsError(f"settings of 'adapter': {error}") from error
-    return Adapted(pipe, Learner(pipe, parts), adapter.init in RESIDUAL)
+    words = None
+    if adapter.new_words:
+        words = NewWords(pipe, adapter.new_words, adapter.word_vectors, adapter.word_start)
+        parts += [name for name in words.parts if name not in parts]
+    return Adapted(pipe, Learner(pipe, parts), list(chosen), adapter.init in RESIDUAL, words)
 
 
 def whole(pipe: Any, text_encoder: bool) -> Learner:
@@ -148,16 +155,20 @@ class Adapted:
     Args:
         pipe: The pipeline.
         learner: What of it learns.
+        parts: Names of the components that have an adapter.
         residual: Whether the adapters took a part of the weights when they were made; then what they add is what they
             are more than at that time.
+        words: That text encoders learn beside it.
     """
 
-    def __init__(self, pipe: Any, learner: Learner, residual: bool) -> None:
-        self.pipe, self.learner = pipe, learner
+    def __init__(
+        self, pipe: Any, learner: Learner, parts: Sequence[str], residual: bool, words: NewWords | None = None
+    ) -> None:
+        self.pipe, self.learner, self.parts, self.words = pipe, learner, list(parts), words
         self._first: Layers = self._now() if residual else {}
 
     def _now(self) -> Layers:
-        found = {name: layers_of(model, NAME) for name, model in self.learner.models.items()}
+        found = {name: layers_of(getattr(self.pipe, name), NAME) for name in self.parts}
         return {name: {layer: _copied(value) for layer, value in layers.items()} for name, layers in found.items()}
 
     def layers(self) -> Layers:
@@ -186,7 +197,7 @@ def publish_adapter(
     adapted: Adapted,
     record: TrainingRecord,
     publish: Publish,
-    base_model: str | None,
+    base: str | None,
     prompts: Sequence[str],
     header: Mapping[str, str],
 ) -> None:
@@ -197,7 +208,7 @@ def publish_adapter(
         adapted: With the weights as they are published.
         record: How they came about.
         publish: The settings.
-        base_model: Repository or name of the base.
+        base: Folder or repository of the base; `None` for the model of the package.
         prompts: Of the pictures in the grids.
         header: More for the file's header.
     """
@@ -209,9 +220,13 @@ def publish_adapter(
         sweep(folder.parent)
         with written(folder) as temporary:
             temporary.mkdir()
-            tensors, metadata = as_diffusers(adapted.layers(), header)
+            base_model = in_place_of_base(base)
+            named = {} if base_model is None else {"hubgen_base": base_model}
+            tensors, metadata = as_diffusers(adapted.layers(), {**named, **header})
             dtype = getattr(torch, publish.dtype)
             save_file({key: value.to(dtype) for key, value in tensors.items()}, temporary / FILE, metadata)
+            if adapted.words is not None:
+                adapted.words.save(temporary)
             grids = sorted((run.options.output_dir / "validation").glob("step-*.png"))
             samples = {"before.png": grids[0], "after.png": grids[-1]} if len(grids) > 1 else {}
             for name, grid in samples.items():
@@ -229,13 +244,15 @@ def publish_adapter(
                 prompts=prompts,
                 samples=list(samples),
                 repo=publish.push_to_hub,
+                words=[] if adapted.words is None else adapted.words.words,
                 licence=publish.license,
             )
             (temporary / "README.md").write_text(card, encoding="utf-8")
         run.print(f"adapter written to {folder}")
         if prompts:
-            model = "" if base_model is None else f" --model {base_model}"
-            run.print(f"to use it: hubgen generate {json.dumps(prompts[0])}{model} --lora {folder / FILE}")
+            options = [] if base is None else ["--model", base]
+            command = ["hubgen", "generate", prompts[0], *options, "--lora", str(folder)]
+            run.print(f"to use it: {shlex.join(command)}")
     if len(run.survived.failures) == before:
         push(run, folder, publish)
 

@@ -308,6 +308,15 @@ class Adapter:
     text_encoder: bool = False
     """Whether the text encoders learn too."""
 
+    new_words: tuple[str, ...] = ()
+    """Words that the text encoders do not know and learn, such as <zog>; captions and prompts name them."""
+
+    word_vectors: Annotated[int, Range(1)] = 1
+    """Vectors of each of them."""
+
+    word_start: str = ""
+    """Known words whose meaning they begin with."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prior:

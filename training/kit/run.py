@@ -53,6 +53,9 @@ Batch = tuple[list[Draw], T]
 # How many processes launchers say that there are.
 SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 
+SHORT = 30
+"""Seconds that are not worth a word"""
+
 PATIENCE = timedelta(hours=4)
 """How long a process waits for the others, while one of them writes or validates"""
 
@@ -211,9 +214,12 @@ class Run:
             for step in range(first + 1, last + 1):
                 for trained in self._trained:
                     trained.begin(step)
+                self._begun = time.perf_counter()
                 self._step = step
                 yield step
                 self.progress.update()
+                if step == first + 2:  # the first one also warms up
+                    self._say_how_long(last - step)
                 if step % self.options.log_steps == 0 or step == last:
                     self._log(step)
                 stop = requested_anywhere(interruption, self.accelerator)
@@ -275,6 +281,12 @@ class Run:
         if self.world_size == 1:
             return value
         return broadcast_object_list([value])[0]
+
+    def _say_how_long(self, steps: int) -> None:
+        """Says what the steps that are left take, by the last one."""
+        seconds = steps * (time.perf_counter() - self._begun)
+        if seconds > SHORT:
+            self.print(f"about {max(seconds / 60, 1):.0f} minutes for {steps} more steps, beside validations")
 
     def _log(self, step: int) -> None:
         count, self._logged = step - self._logged, step
