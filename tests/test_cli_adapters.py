@@ -526,7 +526,7 @@ def test_the_bundled_model_learns_without_a_base_being_named(train_: Command) ->
     result = train_("lora", "pictures", "--base", "bundled", *few)
     assert result.status == 0, result.err
     assert planned(result)["base"].startswith("the bundled model: SD3Transformer2DModel, 6,5")
-    assert 'hubgen generate "a cat" --lora runs/pictures-lora/lora/' in result.out
+    assert "hubgen generate 'a cat' --lora runs/pictures-lora/lora" in result.out
 
 
 def test_a_run_that_is_interrupted_or_cannot_draw_has_the_exit_status_of_its_script(

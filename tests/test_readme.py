@@ -21,7 +21,8 @@ SNIPPETS = [text for _, language, text in BLOCKS if language == "python"]
 # Marked blocks install the package; .ci/run runs those two, in a clean virtual environment.
 MARKED = {mark: text for mark, _, text in BLOCKS if mark}
 COMMANDS = [line for mark, language, text in BLOCKS if language == "bash" and not mark for line in text.splitlines()]
-TRAINING = next(text for _, language, text in BLOCKS if language == "bash" and "accelerate launch" in text).splitlines()
+TRAINING = [text.splitlines() for _, language, text in BLOCKS if language == "bash" and "accelerate launch" in text]
+"""The blocks that train: models from scratch, and an adapter"""
 
 ON_THE_HUB = '"stable-diffusion-v1-5/stable-diffusion-v1-5", variant="fp16"'
 
@@ -29,6 +30,7 @@ ON_THE_HUB = '"stable-diffusion-v1-5/stable-diffusion-v1-5", variant="fp16"'
 SMALL = {
     "hubgen.training.train_autoencoder": "--run.max_train_steps 2 --run.batch_size 4",
     "hubgen.training.train_text_to_image": "--run.max_train_steps 2 --run.batch_size 4",
+    "hubgen.training.train_lora": "--run.max_train_steps 2 --run.batch_size 4 --validation.inference_steps 2",
 }
 
 
@@ -72,7 +74,8 @@ def test_every_snippet_runs(
 
 def test_the_generate_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    commands = [line for line in COMMANDS if line.startswith("hubgen generate") and line not in TRAINING]
+    trained = [line for block in TRAINING for line in block]
+    commands = [line for line in COMMANDS if line.startswith("hubgen generate") and line not in trained]
     assert commands
     for line in commands:
         words = shlex.split(line)
@@ -80,12 +83,12 @@ def test_the_generate_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert Path(words[words.index("--out") + 1]).is_file()
 
 
-def test_the_data_command_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("hubgen data")])
+def test_the_data_commands_run(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The one command of the README that needs the npm registry, unless the archives are in the cache already."""
+    """The commands of the README that need the npm registry, unless the archives are in the cache already."""
     monkeypatch.chdir(tmp_path)
-    (command,) = (line for line in COMMANDS if line.startswith("hubgen data"))
     words = shlex.split(command)
     status = main(words[1:])
     error = capsys.readouterr().err
@@ -101,8 +104,9 @@ def test_the_training_commands_make_a_model_that_draws(tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "training").mkdir()
     shutil.copytree(ROOT / "training" / "recipes", tmp_path / "training" / "recipes")
-    write_coloured_squares(tmp_path / "data" / "fluent")
-    for line in TRAINING:
+    for style in ("fluent", "noto"):
+        write_coloured_squares(tmp_path / "data" / style)
+    for line in (line for block in TRAINING for line in block):
         words = shlex.split(line)
         if words[:2] == ["hubgen", "data"]:
             assert (tmp_path / words[words.index("--out") + 1]).is_dir()
