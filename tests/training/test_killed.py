@@ -99,8 +99,8 @@ def settings_of(script: str, recipe: dict[str, Any], problem: dict[str, str]) ->
         ("train_class_to_image", 1, 20),
         ("train_unconditional", 1, 20),
         ("train_autoencoder", 1, 20),
-        ("train_lora", 1, 20),
-        ("train_dreambooth", 1, 20),
+        ("train_lora", 1, 8),
+        ("train_dreambooth", 1, 8),
         ("train_text_to_image", 2, 8),
     ],
 )
