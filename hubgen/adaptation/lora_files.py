@@ -30,6 +30,7 @@ from hubgen.adaptation.spellings import (
     Names,
     Place,
     comfyui_encoder,
+    is_clip,
     kohya_encoders,
     names_of,
     original_names,
@@ -311,7 +312,8 @@ def family_header(models: Mapping[str, nn.Module]) -> dict[str, str]:
             version, architecture = ("sd_v2", "stable-diffusion-v2-512")
         if config.get("addition_embed_type") == "text_time":
             version, architecture = ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base")
-    if not version:
+    own = "text_encoder" in models and not is_clip(models["text_encoder"])  # hubgen's, which no other program knows
+    if not version or own:
         return {}
     return {
         "ss_base_model_version": version,
