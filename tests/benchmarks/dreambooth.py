@@ -42,7 +42,7 @@ from tests.benchmarks.bundled_model import generate
 RESULTS = Path(__file__).parent / "results" / "dreambooth"
 RECIPE = Path(__file__).parents[2] / "training" / "recipes" / "dreambooth-emoji.yaml"
 INSTANCE, CLASS = "a zog monster", "a monster"
-CONTEXTS = ("a happy {}", "a {} with a red heart", "a {} in the rain")
+CONTEXTS = ("a green {}", "a {} on a red heart", "a {} with a santa hat")
 PICTURES = 64
 FIRST_SEED = 10_000
 DRAWS = 4
