@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,16 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 from hubgen.autoencoders.autoencoder_kl import AutoencoderKL
 from hubgen.autoencoders.efficientnet import EfficientNetLite0
 from hubgen.paths.path import RectifiedFlowPath, VariancePreservingPath
-from tests.benchmarks import bundled_model, inference, linear_denoiser, measures, picture_fuzz, report
+from tests.benchmarks import (
+    bundled_model,
+    dreambooth,
+    inference,
+    linear_denoiser,
+    measures,
+    picture_fuzz,
+    report,
+    second_style,
+)
 
 COLOURS = {"red": (215, 40, 60), "green": (40, 170, 60), "blue": (40, 90, 220)}
 SHAPES = ("ball", "box")
@@ -375,3 +385,30 @@ def test_damaged_pictures_are_counted_by_door_and_what_is_no_named_error_is_a_fa
     assert picture_fuzz.faults(found) == []
     assert picture_fuzz.outcome(lambda: 1 / 0) == "ZeroDivisionError: division by zero"
     assert picture_fuzz.faults({"PNG": {"pipeline": {"KeyError: 1": 2}}}) == ["PNG, pipeline: KeyError: 1"]
+
+
+def test_a_picture_counts_as_of_the_style_that_it_is_more_like() -> None:
+    ours, theirs = torch.eye(3)[:2], torch.eye(3)[1:]
+    features = torch.nn.functional.normalize(torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0]]), dim=1)
+    assert second_style.nearer(features, ours, theirs).tolist() == [True, False]
+
+
+def test_a_subject_has_four_poses_that_differ() -> None:
+    pictures = dreambooth.as_pixels([dreambooth.subject(pose) for pose in range(4)])
+    assert pictures.shape == (4, 3, 64, 64) and pictures.min() >= -1 and pictures.max() <= 1
+    distances = torch.cdist(pictures.flatten(1), pictures.flatten(1)) + 100 * torch.eye(4)
+    assert distances.min() > 5
+
+
+def test_what_is_asked_of_a_subject_is_a_fall_and_two_shares() -> None:
+    rows = {"base": (2.0, 1.0, 0.0), "with class pictures": (1.0, 1.1, 0.1), "without": (0.5, 1.4, 0.4)}
+    keys = ("subject_loss", "class_loss", "layout_distance")
+    found = dreambooth.verdicts({name: dict(zip(keys, row, strict=True)) for name, row in rows.items()})
+    assert [round(value, 6) for value in found.values()] == [0.5, 0.25, 0.25]
+
+
+@pytest.mark.parametrize("module", [second_style, dreambooth])
+def test_a_stored_page_is_that_of_the_stored_figures(module: Any) -> None:
+    name = module.__name__.rpartition(".")[2]
+    stored = json.loads((module.RESULTS / f"{name}.json").read_text())
+    assert (module.RESULTS / f"{name}.md").read_text() == module.to_markdown(stored)

@@ -129,7 +129,7 @@ def measured(adapters: dict[str, Path], output: Path) -> dict[str, Any]:
         results[name] = {
             "subject_loss": loss_of(pipeline, own, INSTANCE),
             "class_loss": loss_of(pipeline, classes, CLASS),
-            "layout_distance": (1 - (features * layout).sum(1)).mean().item(),
+            "layout_distance": (1 - (features * layout).sum(1)).mean().clamp(min=0).item(),
         }
         words = INSTANCE.removeprefix("a ")
         asked = [INSTANCE, CLASS, *(context.format(words) for context in CONTEXTS)]
