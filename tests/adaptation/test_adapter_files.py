@@ -178,3 +178,23 @@ def test_a_file_of_kohyas_layout_says_what_it_is_for(
         header = file.metadata()
     assert header["ss_base_model_version"] == version and header["modelspec.architecture"] == architecture
     assert (header["ss_network_dim"], header["ss_network_alpha"], header["modelspec.title"]) == ("2", "3", "mine")
+
+
+def test_a_hot_swap_compiles_nothing_again(both: dict[str, tuple[Any, Any, Path]], official: Official) -> None:
+    """A second adapter of the same layers, other ranks and another scale, in a network that torch has compiled."""
+    pipe = opened(hubgen.TextToImagePipeline, official("sd1"))
+    pipe.unet.enable_lora_hotswap(target_rank=4)
+    pipe.load_lora_weights(both["sd1, alpha"][2], adapter_name="one")
+    pipe.load_lora_weights(both["sd1, rslora"][2], adapter_name="one", hotswap=True)
+    swapped = picture(pipe)
+    np.testing.assert_allclose(swapped, both["sd1, rslora"][0], atol=1e-4)
+    pipe.load_lora_weights(both["sd1, alpha"][2], adapter_name="one", hotswap=True)
+    torch._dynamo.reset()
+    pipe.unet.compile(backend="eager")
+    try:
+        np.testing.assert_allclose(picture(pipe), both["sd1, alpha"][0], atol=1e-4)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            pipe.load_lora_weights(both["sd1, rslora"][2], adapter_name="one", hotswap=True)
+            np.testing.assert_allclose(picture(pipe), both["sd1, rslora"][0], atol=1e-4)
+    finally:
+        torch._dynamo.reset()
