@@ -53,8 +53,9 @@ def class_pictures(run: Run, pipe: Any, prior: Prior, folder: Path, side: int) -
         side: Height and width in pixels.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    numbers = [number for number in range(prior.pictures) if not (folder / file_name(number)).is_file()]
-    own = numbers[run.rank :: run.world_size]
+    # By number, not by what is missing now: the others may have begun already.
+    numbers = range(run.rank, prior.pictures, run.world_size)
+    own = [number for number in numbers if not (folder / file_name(number)).is_file()]
     options: dict[str, Any] = {"num_inference_steps": prior.inference_steps, "guidance_scale": prior.guidance_scale}
     pipe.set_progress_bar_config(disable=True)
     with tqdm(total=len(own), desc="class pictures", disable=not run.writer or not own) as progress:
