@@ -111,13 +111,7 @@ def pipeline_card(
         tags=["hubgen", usage.task, "diffusers"],
     )
     lines = [
-        "---",
-        metadata.to_yaml(),
-        "---",
-        f"# {name}",
-        "",
-        summary.strip(),
-        "",
+        *heading(metadata, name, summary),
         "```python",
         f"from hubgen import {usage.pipeline}",
         "",
@@ -143,6 +137,11 @@ def pipeline_card(
     for part, record in records.items():
         lines += [f"### `{part}`", "", *(describe_record(record) if record else ["Not recorded."]), ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def heading(metadata: ModelCardData, name: str, summary: str) -> list[str]:
+    """The first lines of a card: what the Hub reads, title and first paragraph."""
+    return ["---", metadata.to_yaml(), "---", f"# {name}", "", summary.strip(), ""]
 
 
 def adapter_card(
@@ -185,13 +184,7 @@ def adapter_card(
     imported = [f"from hubgen import {pipeline}"]
     imported += ["from hubgen.hub.bundled import bundled_model"] if base_model is None else []
     lines = [
-        "---",
-        metadata.to_yaml(),
-        "---",
-        f"# {name}",
-        "",
-        summary.strip(),
-        "",
+        *heading(metadata, name, summary),
         "```python",
         *imported,
         "",

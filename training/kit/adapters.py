@@ -91,6 +91,12 @@ def backbone_name(pipe: Any) -> str:
     return "unet" if getattr(pipe, "unet", None) is not None else "transformer"
 
 
+def parts_that_learn(pipe: Any, text_encoder: bool) -> list[str]:
+    """Names of a pipeline's backbone and, if they are to learn too, of its text encoders."""
+    encoders = [name for name in ENCODERS if getattr(pipe, name, None) is not None]
+    return [backbone_name(pipe), *(encoders if text_encoder else [])]
+
+
 def check_texts(adapter: Adapter, data: Data) -> None:
     """Raises SettingsError where a text encoder learns while what it said before is kept."""
     learns = {"text_encoder": adapter.text_encoder, "new_words": list(adapter.new_words)}
@@ -112,9 +118,7 @@ def with_adapters(pipe: Any, adapter: Adapter) -> "Adapted":
     Raises:
         SettingsError: Settings that do not go together, or do not suit the model.
     """
-    parts = [backbone_name(pipe)]
-    if adapter.text_encoder:
-        parts += [name for name in ENCODERS if getattr(pipe, name, None) is not None]
+    parts = parts_that_learn(pipe, adapter.text_encoder)
     try:
         shape = AdapterShape(
             kind=adapter.kind,
@@ -141,9 +145,7 @@ def with_adapters(pipe: Any, adapter: Adapter) -> "Adapted":
 
 def whole(pipe: Any, text_encoder: bool) -> Learner:
     """What learns of a pipeline without adapters: its backbone, and its text encoders if they are to, in float32."""
-    parts = [backbone_name(pipe)]
-    if text_encoder:
-        parts += [name for name in ENCODERS if getattr(pipe, name, None) is not None]
+    parts = parts_that_learn(pipe, text_encoder)
     for name in parts:
         getattr(pipe, name).to(torch.float32).requires_grad_(True)
     return Learner(pipe, parts)
