@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, inject_adapter_in_model
+from peft.functional import cast_adapter_dtype
 from torch import nn
 
-from hubgen.adaptation.attach import adaptable, detach, pattern
+from hubgen.adaptation.attach import adaptable, detach, is_quantised, pattern
 
 ATTENTION = (
     r"(to_[qkv]|to_out\.0|to_(added_)?qkv|add_[qkv]_proj|to_add_out|[qkv]_proj|out_proj"
@@ -103,6 +104,8 @@ def targets(model: nn.Module, wanted: str) -> list[str]:
 def add_adapter(model: Any, adapter: str, shape: AdapterShape, layers: Sequence[str]) -> None:
     """Puts a fresh adapter on layers of a model; all else of the model is frozen.
 
+    The adapter is float32 on a model of any precision: a step of training is smaller than what bfloat16 can tell apart.
+
     Args:
         model: Of hubgen, diffusers or transformers, without an adapter of that name.
         adapter: Its name.
@@ -111,8 +114,13 @@ def add_adapter(model: Any, adapter: str, shape: AdapterShape, layers: Sequence[
 
     Raises:
         ValueError: A rank is larger than its layer, a pattern means none of the layers, or the adapter is of a kind
-            that some layer does not take.
+            that some layer does not take; OFT, PiSSA or OLoRA on a quantised model, whose weights stay as they are.
     """
+    if is_quantised(model):
+        if shape.kind == "oft":
+            raise ValueError("`kind`: got oft for a quantised model, expected lora, loha or lokr.")
+        if shape.init in RESIDUAL:
+            raise ValueError(f"`init`: got {shape.init} for a quantised model, whose weights it cannot change.")
     ranks, alphas = by_layer(shape, layers)
     known = adaptable(model)
     for name in layers:
@@ -129,6 +137,7 @@ def add_adapter(model: Any, adapter: str, shape: AdapterShape, layers: Sequence[
     except (ValueError, TypeError) as error:
         detach(model, adapter)
         raise ValueError(f"`kind`: no {shape.kind} can be made of these layers: {error}") from error
+    cast_adapter_dtype(model, adapter)
     model._hf_peft_config_loaded = True
 
 

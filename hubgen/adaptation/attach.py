@@ -52,6 +52,11 @@ def weight_of(layer: nn.Module) -> torch.Tensor:
     return dequantize_module_weight(layer)
 
 
+def is_quantised(model: Any) -> bool:
+    """Whether a package of quantisation holds a model's weights."""
+    return getattr(model, "hf_quantizer", None) is not None
+
+
 def plain(name: str) -> str:
     """The name of a layer without what adapters put around it."""
     return ".".join(part for part in name.split(".") if part != BASE)

@@ -298,6 +298,70 @@ def test_only_new_rows_of_a_table_learn() -> None:
     ]
 
 
+QUANTIZED = {"transformer": "torchao-8bit", "text_encoder": "torchao-8bit"}
+
+
+def test_an_adapter_learns_on_a_base_in_8_bits_and_loads_on_the_whole_one(
+    run: Callable[..., Path], official: Official
+) -> None:
+    pytest.importorskip("torchao")
+    base = official("flux-dev")
+    settings = {"base.model": str(base), "run.report_to": "none", "run.output_dir": str(base.parent / "packed")}
+    folder = run("lora", {**settings, "base.quantization": QUANTIZED})
+    learnt = load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
+    plain = run("lora", {**settings, "run.output_dir": str(base.parent / "plain")})
+    likewise = load_file(plain / "lora" / "pytorch_lora_weights.safetensors")
+    assert learnt.keys() == likewise.keys()
+    for name, value in learnt.items():  # eight bits tell a weight to one part in 127
+        assert not torch.equal(value, likewise[name]), name
+        assert torch.cosine_similarity(value.flatten(), likewise[name].flatten(), 0) > 0.9, name
+    pipe = opened(hubgen.TextToImagePipeline, base)
+    before = picture(pipe)
+    pipe.load_lora_weights(folder / "lora")
+    assert np.abs(picture(pipe) - before).max() > 1e-4
+    with pytest.raises(ValueError, match="settings.base.quantization.transformer: .torchao-8bit. in the checkpoint, None now"):
+        run("lora", {**settings, "run.max_train_steps": 4})
+
+
+@pytest.mark.parametrize(
+    ("script", "changes", "message"),
+    [
+        ("lora", {"adapter.kind": "oft", "adapter.rank": 4}, "`kind`: got oft for a quantised model, expected lora"),
+        ("lora", {"adapter.init": "pissa"}, "`init`: got pissa for a quantised model, whose weights it cannot change"),
+        ("dreambooth", {"learns": "all", "prior.prompt": None, "prior.weight": 0}, "the transformer is quantised"),
+        ("lora", {"base.quantization": {"unet": "torchao-8bit"}},
+         "'base.quantization': got unet, expected components of the base: scheduler, text_encoder, tokenizer, trans"),
+        ("lora", {"base.quantization": {"transformer": "8bit"}},
+         "'base.quantization' in .*: got .*transformer.*, expected mapping to one of bitsandbytes-4bit, "),
+        ("lora", {"base.quantization": {"transformer": "bitsandbytes-4bit"}}, "a machine without a GPU, expected torc"),
+    ],
+)  # fmt: skip
+def test_what_a_quantised_base_cannot_do_is_said(
+    run: Callable[..., Path], tmp_path: Path, script: str, changes: dict[str, Any], message: str
+) -> None:
+    pytest.importorskip("torchao")
+    if torch.cuda.is_available() and "bitsandbytes-4bit" in str(changes):
+        pytest.skip("there is a GPU")
+    base = {"base.model": str(models.saved_pipeline(tmp_path / "base")), "base.quantization": QUANTIZED}
+    with pytest.raises((SettingsError, ValueError), match=message):
+        run(script, {**base, **changes})
+
+
+def test_an_adapter_is_float32_on_a_model_of_half_precision() -> None:
+    pipe = models.pipeline()
+    pipe.transformer.to(torch.bfloat16)
+    adapted = with_adapters(pipe, Adapter(rank=2))
+    parameters = list(adapted.learner.parameters())
+    assert {one.dtype for one in parameters if one.requires_grad} == {torch.float32}
+    assert {one.dtype for one in parameters if not one.requires_grad} == {torch.bfloat16}
+    inputs = {
+        name: value.to(torch.bfloat16) if value.is_floating_point() else value
+        for name, value in models.NETWORKS["SD 3"].inputs().items()
+    }
+    first_output(pipe.transformer(**inputs)).float().square().mean().backward()
+    assert any(one.grad is not None and one.grad.any() for one in parameters if one.requires_grad)
+
+
 @pytest.mark.parametrize(
     ("script", "changes", "message"),
     [

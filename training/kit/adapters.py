@@ -23,6 +23,7 @@ from hubgen.training.kit.groups import Adapter, Data, Publish
 from hubgen.training.kit.new_words import NewWords
 from hubgen.training.kit.parse import SettingsError
 from hubgen.training.kit.publishing import push
+from hubgen.training.kit.quantization import refuse_quantised
 from hubgen.training.kit.run import Run
 
 NAME = "default"
@@ -144,9 +145,14 @@ def with_adapters(pipe: Any, adapter: Adapter) -> "Adapted":
 
 
 def whole(pipe: Any, text_encoder: bool) -> Learner:
-    """What learns of a pipeline without adapters: its backbone, and its text encoders if they are to, in float32."""
+    """What learns of a pipeline without adapters: its backbone, and its text encoders if they are to, in float32.
+
+    Raises:
+        SettingsError: One of them is quantised.
+    """
     parts = parts_that_learn(pipe, text_encoder)
     for name in parts:
+        refuse_quantised(name, getattr(pipe, name))
         getattr(pipe, name).to(torch.float32).requires_grad_(True)
     return Learner(pipe, parts)
 

@@ -33,6 +33,7 @@ from hubgen.pipelines.text_to_image import TextToImagePipeline
 from hubgen.pipelines.unconditional import UnconditionalPipeline
 from hubgen.training.kit.groups import Objective, Validation
 from hubgen.training.kit.parse import FREE, Range, SettingsError
+from hubgen.training.kit.quantization import Packing, quantization, refuse_quantised
 
 TEXT_BACKBONES: dict[str, Any] = {
     "mmdit": SD3Transformer2DModel,
@@ -152,6 +153,9 @@ class AdaptedBase:
     frozen_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of all that does not learn."""
 
+    quantization: dict[str, Packing] = field(default_factory=dict)
+    """Component and how its frozen weights are packed: transformer: bitsandbytes-4bit."""
+
     guidance_scale: Annotated[float, Range(0)] = 1.0
     """Guidance that a model is told which takes it as an input (FLUX dev), while it is trained."""
 
@@ -164,10 +168,14 @@ def adapted_base(base: AdaptedBase) -> Any:
     """
     model = bundled_model() if base.model is None else base.model
     try:
-        name = TextToImagePipeline.load_config(model)["_class_name"]
-        of_classes = name in (ClassToImagePipeline.__name__, *ClassToImagePipeline.reads)
+        index = TextToImagePipeline.load_config(model)
+        of_classes = index["_class_name"] in (ClassToImagePipeline.__name__, *ClassToImagePipeline.reads)
         cls = ClassToImagePipeline if of_classes else TextToImagePipeline
-        pipeline = cls.from_pretrained(model, torch_dtype=getattr(torch, base.frozen_dtype))
+        dtype = getattr(torch, base.frozen_dtype)
+        packed = quantization(base.quantization, index, dtype)
+        pipeline = cls.from_pretrained(model, torch_dtype=dtype, quantization_config=packed)
+    except SettingsError:
+        raise
     except Exception as error:
         raise SettingsError(f"setting 'base.model': {model}: {one_line(error)}") from error
     for part in pipeline.components.values():
@@ -286,6 +294,7 @@ def loaded(cls: Any, base: Base) -> Any:
 def frozen(pipeline: Any, base: Base) -> Any:
     """A pipeline whose parts do not learn; all but the backbone in the precision of the settings."""
     backbone = pipeline.backbone if hasattr(pipeline, "backbone") else pipeline.unet
+    refuse_quantised("backbone", backbone)
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
             part.eval().requires_grad_(False)

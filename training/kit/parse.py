@@ -360,7 +360,12 @@ def _convert(value: Any, expected: Any, key: str, where: str, *, from_text: bool
                 raise mismatch from None
         if not isinstance(value, dict):
             raise mismatch
-        return value
+        if not arguments or arguments[1] is Any:
+            return value
+        try:
+            return {name: _convert(one, arguments[1], key, where, from_text=False) for name, one in value.items()}
+        except SettingsError:
+            raise mismatch from None
     if expected is bool:
         if isinstance(value, bool):
             return value
@@ -418,5 +423,6 @@ def _name(expected: Any) -> str:
     if origin is tuple:
         return f"list of {len(arguments)}: {', '.join(_name(option) for option in arguments)}"
     if origin is dict or expected is dict:
-        return "mapping"
+        free = not arguments or arguments[1] is Any
+        return "mapping" if free else f"mapping to {_name(arguments[1])}"
     return {Path: "path"}.get(expected, getattr(expected, "__name__", str(expected)))
