@@ -16,8 +16,10 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import hubgen as hubgen_
+from hubgen.adaptation.textual_inversion import save_embeddings
 from hubgen.cli import plan, train
-from hubgen.cli.arguments import file_and_weight
+from hubgen.cli.arguments import file_and_weight, file_and_word
 from hubgen.hub.provenance import read_request
 from tests import models, test_cli
 from tests.adaptation import dialects
@@ -107,6 +109,66 @@ def test_adapters_change_a_picture_which_names_them_and_is_repeated_with_them(
     assert taken.status == 0 and differ("both.png", "new.png")
 
 
+def test_a_file_and_its_word_are_told_apart_by_the_last_equals_sign(tmp_path: Path) -> None:
+    odd = tmp_path / "size=2"
+    odd.write_bytes(b"")
+    for text, expected in {
+        "frog.safetensors": ("frog.safetensors", None),
+        "frog.safetensors=<zog>": ("frog.safetensors", "<zog>"),
+        "owner/name=zog": ("owner/name", "zog"),
+        str(odd): (str(odd), None),
+        f"{odd}=zog": (str(odd), "zog"),
+    }.items():
+        assert file_and_word(text) == expected
+    for text in ("=<zog>", "", "frog.safetensors=", "frog.safetensors= "):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected a file or owner/name, and =WORD behind it"):
+            file_and_word(text)
+
+
+def test_a_learned_word_changes_pictures_of_prompts_that_say_it(hubgen: Command, tiny_model: Path) -> None:
+    encoder = hubgen_.TextToImagePipeline.from_pretrained(tiny_model).text_encoder
+    width = encoder.get_input_embeddings().weight.shape[1]
+    vectors = 3 * torch.randn(2, width, generator=torch.Generator().manual_seed(0))
+    save_embeddings("learned.safetensors", {"<zog>": vectors}, layout="a1111")
+    Path("folder").mkdir()
+    save_embeddings("folder/frog.safetensors", {"<frog>": -vectors})
+
+    def draw(prompt: str, *options: object) -> np.ndarray:
+        result = hubgen("generate", prompt, "--model", tiny_model, *FEW, *options, "--out", "c.png")
+        assert result.status == 0, result.err
+        return pixels("c.png")
+
+    told = ("--embedding", "learned.safetensors", "--embedding", "folder=<toad>")
+    word = draw("a <zog>", *told)
+    assert (word != draw("a <zog>")).any() and np.array_equal(draw("a cat", *told), draw("a cat"))
+    assert (draw("a <toad>", *told) != draw("a <toad>")).any()
+    assert np.array_equal(draw("a <frog>", *told), draw("a <frog>"))  # its word is another now
+
+    result = hubgen("generate", "a <zog>", "--model", tiny_model, *FEW, *told, "--out", "c.png")
+    assert "learned.safetensors: the word <zog>" in result.err and "folder: the word <toad>" in result.err
+    used = read_request(Path("c.png"))[0].embedding or []
+    assert [(one.file, one.word) for one in used] == [("learned.safetensors", None), ("folder", "<toad>")]
+    assert hubgen("generate", "--from", "c.png", "--out", "again.png").status == 0
+    assert not differ("c.png", "again.png")
+    assert hubgen("generate", "--from", "c.png", "--embedding", "none", "--out", "none.png").status == 0
+    assert differ("c.png", "none.png") and read_request(Path("none.png"))[0].embedding is None
+    assert said(hubgen("inspect", "learned.safetensors"))["use"].endswith("--embedding learned.safetensors")
+
+    write_lora(Path("lora.safetensors"))
+    save_embeddings("wide.safetensors", {"<zog>": torch.ones(1, width + 1)})
+    for options, words in {
+        ("--embedding", "no.safetensors"): "--embedding no.safetensors: no such file, expected a .safetensors file",
+        ("--embedding", "lora.safetensors"): "--embedding lora.safetensors: got the tensors [",
+        ("--embedding", "wide.safetensors"): f"--embedding wide.safetensors: got {width + 1} features for '<zog>', ex",
+        ("--embedding", "learned.safetensors=cat"): "got the word 'cat', expected another",
+        ("--embedding", "learned.safetensors="): "argument --embedding: got 'learned.safetensors='",
+    }.items():
+        assert words in refused(hubgen("generate", "a <zog>", "--model", tiny_model, *FEW, *options))
+    save_embeddings("learned.safetensors", {"<zog>": -vectors}, layout="a1111")
+    line = refused(hubgen("generate", "--from", "c.png"))
+    assert "--from c.png: its --embedding learned.safetensors: got a file with the sha256 " in line
+
+
 def test_an_adapter_on_the_hub_is_found_in_the_cache_and_named_with_its_commit(
     hubgen: Command,
     tiny_model: Path,
@@ -183,6 +245,19 @@ def test_a_model_that_draws_without_prompts_takes_no_adapter(hubgen: Command, of
     write_lora(Path("one.safetensors"))
     line = refused(hubgen("generate", "--model", official("ddpm"), "--lora", "one.safetensors", "--out", "c.png"))
     assert f"--lora: {official('ddpm')} is a DDPMPipeline, which does not take it" in line
+
+
+@pytest.mark.parametrize(
+    "embedding",
+    [
+        [],
+        [{"file": "a", "weight": 1, "sha256": "0" * 64, "revision": None}],
+        [{"file": "a", "word": 1, "sha256": "0" * 64, "revision": None}],
+    ],
+)
+def test_damaged_words_in_a_picture_are_told_in_one_line(hubgen: Command, embedding: Any) -> None:
+    write_chunk(Path("cat.png"), json.dumps({"request": {**vars(REQUEST), "embedding": embedding}, "versions": {}}))
+    assert "cat.png: its settings hold a bad embedding" in refused(hubgen("generate", "--from", "cat.png"))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 
+from hubgen.adaptation.header_keys import PROMPT
 from hubgen.data.order import seed_of
 from hubgen.hub.card import TEXT_TO_IMAGE
 from hubgen.training.kit import bases
@@ -135,7 +136,7 @@ def main(settings: Settings) -> None:
     if adapted is None:
         publish_pipeline(run, pipe, {backbone_name(pipe): record}, TEXT_TO_IMAGE, s.publish)
     else:
-        header = {"hubgen_prompt": s.instance.prompt}
+        header = {PROMPT: s.instance.prompt}
         prompts = s.validation.prompts or (s.instance.prompt,)
         publish_adapter(run, adapted, record, s.publish, s.base.model, prompts, header)
     run.finish()

@@ -13,6 +13,7 @@ ComfyUI and other programs load, with a card and pictures before and after.
 from dataclasses import dataclass
 from typing import Annotated
 
+from hubgen.adaptation.header_keys import PREFIX
 from hubgen.training.kit import bases
 from hubgen.training.kit.adapters import Asked, check_texts, publish_adapter, with_adapters
 from hubgen.training.kit.bases import AdaptedBase
@@ -103,7 +104,7 @@ def main(settings: Settings) -> None:
 
     trained.settle()
     record = record_of(run, "hubgen.training.train_lora", s, pictures.pictures, s.data.source, "held_out_loss")
-    header = {"hubgen_prefix": s.data.caption_prefix} if s.data.caption_prefix else {}
+    header = {PREFIX: s.data.caption_prefix} if s.data.caption_prefix else {}
     publish_adapter(run, adapted, record, s.publish, s.base.model, s.validation.prompts, header)
     run.finish()
 

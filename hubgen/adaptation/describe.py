@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from hubgen.adaptation.header_keys import ALPHAS, BASE, METADATA, PEFT_CONFIG, PREFIX, PROMPT, WORD
 from hubgen.adaptation.kinds import ROLES, kind_of
 from hubgen.formats.headers import TensorHeader, read_header, read_metadata
 from hubgen.formats.layouts import LAYOUTS
@@ -61,16 +62,13 @@ ENCODERS = {768: "sd1", 1024: "sd2"}
 """By the width of the only text encoder that a file is for"""
 EMOJI = "hubgen's own emoji model"
 
-WORDS = ("modelspec.trigger_phrase", "hubgen_prompt", "hubgen_prefix", "ss_tag_frequency")
+WORDS = ("modelspec.trigger_phrase", PROMPT, PREFIX, "ss_tag_frequency")
 """Where headers have the words that an adapter was trained with"""
 NAMED_BASES = (
-    *("base_model_name_or_path", "hubgen_base", "base_model", "ss_base_model_version", "ss_sd_model_name"),
+    *("base_model_name_or_path", BASE, "base_model", "ss_base_model_version", "ss_sd_model_name"),
     *("modelspec.architecture", "modelspec.base_model"),
 )
 """Where headers name the base"""
-CONFIG, ALPHAS = "lora_adapter_metadata", "hubgen_alpha"
-"""Where headers have PEFT's config, and hubgen's alphas before they went into the factors"""
-PEFT_CONFIG = "adapter_config.json"
 TAGS = 12
 """Of the tags of a data set, as many as are named"""
 
@@ -107,6 +105,8 @@ class EmbeddingDescription:
     """Word, or text encoder -> vectors and features of each"""
     base: str
     """The models that they are for; empty if the widths do not tell"""
+    word: str
+    """What prompts call the first of them"""
 
 
 def describe_adapter(path: Path) -> AdapterDescription | None:
@@ -160,8 +160,9 @@ def describe_embeddings(path: Path) -> EmbeddingDescription | None:
     else:
         widths = {width for _, width in sizes.values()}
         base = LAYOUTS[ENCODERS[width]].title if len(widths) == 1 and (width := widths.pop()) in ENCODERS else ""
-    words = {path.stem if key == "emb_params" else key: size for key, size in sizes.items()}
-    return EmbeddingDescription(words, base)
+    name = str(read_metadata(path).get(WORD) or path.stem)
+    words = {name if key == "emb_params" else key: size for key, size in sizes.items()}
+    return EmbeddingDescription(words, base, name if "clip_g" in sizes else next(iter(words)))
 
 
 def base_of(path: Path) -> str:
@@ -302,7 +303,7 @@ def alphas_of(
         return tuple(
             sorted({float(one) for layers in trained.values() if isinstance(layers, dict) for one in numbers(layers)})
         )
-    config = json_of(header, CONFIG)
+    config = json_of(header, METADATA)
     found = {value for key, value in config.items() if key.rpartition(".")[2] in ("lora_alpha", "alpha")}
     for key, value in config.items():
         if key.rpartition(".")[2] == "alpha_pattern" and isinstance(value, dict):
@@ -327,9 +328,9 @@ def header_of(path: Path) -> dict[str, Any]:
     """A file's header; beside a file of PEFT's lies its config, which then stands in it too."""
     header: dict[str, Any] = dict(read_metadata(path))
     beside = path.with_name(PEFT_CONFIG)
-    if CONFIG not in header and beside.is_file():
-        header[CONFIG] = beside.read_text(encoding="utf-8", errors="replace")
-    base = json_of(header, CONFIG).get("base_model_name_or_path")
+    if METADATA not in header and beside.is_file():
+        header[METADATA] = beside.read_text(encoding="utf-8", errors="replace")
+    base = json_of(header, METADATA).get("base_model_name_or_path")
     return {**({"base_model_name_or_path": base} if isinstance(base, str) else {}), **header}
 
 

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hubgen.adaptation.lora_files import METADATA, AdapterError
+from hubgen.adaptation.header_keys import METADATA, PEFT_CONFIG
+from hubgen.adaptation.lora_files import AdapterError
 from hubgen.formats.headers import PICKLED, read_header
 from hubgen.formats.loading import fetch
 from hubgen.formats.single_file import find_file
@@ -13,7 +14,6 @@ from hubgen.formats.single_file import find_file
 PEFT_FILE = "adapter_model.safetensors"
 USUAL = ("pytorch_lora_weights.safetensors", PEFT_FILE)
 """Names of diffusers' and of PEFT's files"""
-PEFT_CONFIG = "adapter_config.json"
 
 
 def find_adapter(

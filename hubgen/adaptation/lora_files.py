@@ -20,6 +20,7 @@ from torch import nn
 
 from hubgen.adaptation import low_rank
 from hubgen.adaptation.attach import adaptable, config_of, shape_of, weight_of
+from hubgen.adaptation.header_keys import ALPHAS, METADATA
 from hubgen.adaptation.kinds import ROLES, Said, decomposed, low_rank_from
 from hubgen.adaptation.low_rank import LowRank
 from hubgen.adaptation.spellings import (
@@ -43,10 +44,6 @@ from hubgen.formats.key_maps import SWAPPED, leading
 Layers = dict[str, dict[str, LowRank]]
 """Component -> layer -> what is added to it"""
 Tensors = Mapping[str, torch.Tensor]
-
-METADATA = "lora_adapter_metadata"
-"""Under which diffusers' files have PEFT's config, as JSON, in their header"""
-
 
 SD2_WIDTH = 1024
 """Features of Stable Diffusion 2's text; 1 has 768"""
@@ -257,7 +254,7 @@ def as_diffusers(layers: Layers, header: Mapping[str, str] | None = None) -> tup
                 tensors[f"{key}.lora_magnitude_vector"] = layer.magnitude
             if layer.bias is not None:
                 tensors[f"{key}.lora_B.bias"] = layer.bias
-    extra = {"hubgen_alpha": json.dumps(alphas, sort_keys=True)} if any(alphas.values()) else {}
+    extra = {ALPHAS: json.dumps(alphas, sort_keys=True)} if any(alphas.values()) else {}
     return contiguous(tensors), {
         "format": "pt",
         METADATA: json.dumps(config, sort_keys=True),

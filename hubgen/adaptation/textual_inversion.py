@@ -3,9 +3,9 @@
 A word of n vectors is n tokens, `<cat>`, `<cat>_1`, ...; prompts name the first (`hubgen.conditioning.text`). Files:
 
     diffusers           {word: (n, D)}
-    A1111               {"emb_params": (n, D)}; the word is the file's name
+    A1111               {"emb_params": (n, D)}; the word is the file's name, or `name` of its header
     several encoders    {"clip_l": (n, D), "clip_g": (n, E)}, as A1111, ComfyUI and diffusers' scripts have it for SDXL;
-                        T5's part is "t5xxl" or "t5"; the word is the file's name
+                        T5's part is "t5xxl" or "t5"; the word is named as in A1111's
 
 Shapes: n vectors of D (or E) features, as wide as the encoder's table.
 """
@@ -21,11 +21,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from hubgen.adaptation.header_keys import WORD
 from hubgen.conditioning.prompts import T5
 from hubgen.conditioning.text import tokens_of
 from hubgen.diffusers_contract import forget_tokens
 from hubgen.formats.atomic import written
-from hubgen.formats.headers import HOW_TO_CONVERT, PICKLED, read_header
+from hubgen.formats.headers import HOW_TO_CONVERT, PICKLED, read_header, read_metadata
 from hubgen.formats.loading import fetch
 from hubgen.formats.single_file import find_file
 
@@ -207,7 +208,7 @@ def opened(
             return "the state dict", {A1111: source["string_to_param"]["*"]}, source.get("name")
         return "the state dict", dict(source), None
     path = find_embeddings(source, weight_name, subfolder, hub)
-    return str(path), load_embeddings(path), path.stem
+    return str(path), load_embeddings(path), read_metadata(path).get(WORD) or path.stem
 
 
 def find_embeddings(
@@ -304,7 +305,7 @@ def save_embeddings(
         tensors = {token if layout == "diffusers" else A1111: value}
     tensors = {key: as_vectors(one, key, "`embeddings`").clone().contiguous() for key, one in tensors.items()}
     with written(Path(path)) as temporary:
-        save_file(tensors, temporary, {"format": "pt"})
+        save_file(tensors, temporary, {"format": "pt", WORD: token})
 
 
 # ---- onto text encoders ----

@@ -113,6 +113,16 @@ def file_and_weight(text: str) -> tuple[str, float]:
     return file, number
 
 
+def file_and_word(text: str) -> tuple[str, str | None]:
+    """`frog.safetensors=<zog>` to the file and what prompts are to call its word; `None` for the file's own name."""
+    file, equals, word = text.rpartition("=")
+    if not equals or Path(text).exists():
+        file, word = text, ""
+    if not file or (equals and not word.strip() and not Path(text).exists()):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a file or owner/name, and =WORD behind it or not")
+    return file, word or None
+
+
 def positive_number(text: str) -> float:
     """Above 0, and finite."""
     number = finite(text)

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hubgen.adaptation.header_keys import BASE, PREFIX, PROMPT
+from hubgen.cli.added import find_added, stay_offline
 from hubgen.cli.arguments import add_command
-from hubgen.cli.loras import find_lora, stay_offline
 from hubgen.cli.messages import quiet_libraries, say
 from hubgen.cli.models import BUNDLED, bare_parts, find_model, is_text_to_image, read_index
 from hubgen.hub.provenance import DTYPES
@@ -36,11 +37,11 @@ exit status:
   0 done, 2 bad arguments or files (one line says what), 130 interrupted, 1 a fault in hubgen
 """
 
-KEPT = ("hubgen_prefix", "hubgen_prompt", "modelspec.", "ss_")
+KEPT = (PREFIX, PROMPT, "modelspec.", "ss_")
 """Beginnings of what stays of a header"""
 DROPPED = ("ss_network_", "modelspec.hash_sha256", "modelspec.implementation")
 """... but for what is another in the new file"""
-NAMED = ("base_model_name_or_path", "hubgen_base", "base_model", "ss_sd_model_name", "modelspec.base_model")
+NAMED = ("base_model_name_or_path", BASE, "base_model", "ss_sd_model_name", "modelspec.base_model")
 """Where headers may name a folder of the base"""
 
 
@@ -117,7 +118,7 @@ def check_out(out: Path) -> Path:
 def find(file: str) -> Path:
     """The safetensors file that is to be converted."""
     try:
-        return find_lora(file)
+        return find_added("lora", file)
     except ValueError as error:
         raise ValueError(str(error).removeprefix("--lora ")) from error
 

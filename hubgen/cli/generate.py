@@ -14,11 +14,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hubgen.cli.arguments import add_command, count, file_and_weight, finite, fraction, positive, seed, size
-from hubgen.cli.loras import NO_LORA, check_loras, find_again, find_loras, put_on, stay_offline
+from hubgen.cli.added import (
+    NONE,
+    asked_embeddings,
+    asked_loras,
+    check_loras,
+    find_again,
+    put_on,
+    stay_offline,
+    words_of,
+)
+from hubgen.cli.arguments import (
+    add_command,
+    count,
+    file_and_weight,
+    file_and_word,
+    finite,
+    fraction,
+    positive,
+    seed,
+    size,
+)
 from hubgen.cli.messages import quiet_libraries, say
 from hubgen.cli.models import BACKBONES, BUNDLED, bare_parts, find_model, read_index
-from hubgen.hub.provenance import DTYPES, FORMATS, LARGEST_SEED, Request, read_request, versions, write_picture
+from hubgen.hub.provenance import DTYPES, FORMATS, LARGEST_SEED, USED, Request, read_request, versions, write_picture
 
 if TYPE_CHECKING:
     import torch
@@ -123,6 +142,14 @@ def add_generate(commands: Any) -> None:
         help="an adapter: a .safetensors file, a folder with one, or owner/name on the Hub; may be given several times "
         "(default weight: 1; none: none, beside --from)",
     )
+    parser.add_argument(
+        "--embedding",
+        type=file_and_word,
+        action="append",
+        metavar="FILE[=WORD]",
+        help="a learned word (textual inversion) that prompts may use: a .safetensors file, a folder with one, or "
+        "owner/name on the Hub; may be given several times (default word: the file's own; none: none, beside --from)",
+    )
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what the picture should not show (default: nothing)")
     parser.add_argument(
         "-n",
@@ -183,12 +210,19 @@ def generate(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--config {config}: for single .safetensors files; {model} is none")
     if folder is not None and arguments.revision is not None:
         raise ValueError(f"--revision {arguments.revision}: for models on the Hub; {model} is here")
-    asked = arguments.lora if arguments.lora != NO_LORA else []
-    used = source.lora if source is not None and asked is None else None
-    files = [one.file for one in used or []] + [file for file, _ in asked or []]
+    asked = {name: getattr(arguments, name) for name in ("lora", "embedding")}
+    asked = {name: [] if files and files[0][0] == NONE else files for name, files in asked.items()}
+    used = {name: (getattr(source, name, None) or []) if files is None else [] for name, files in asked.items()}
+    files = [one.file for some in used.values() for one in some]
+    files += [file for some in asked.values() for file, _ in some or []]
     if folder is not None and (not single_file or Path(config or "").expanduser().is_dir()):
         stay_offline(files)
-    loras = find_again(used or [], told) if asked is None else find_loras(asked)
+    loras = find_again(used["lora"], told) if asked["lora"] is None else asked_loras(asked["lora"])
+    embeddings = find_again(used["embedding"], told)
+    if asked["embedding"] is not None:
+        embeddings = asked_embeddings(asked["embedding"])
+    for embedding in embeddings:
+        words_of(embedding)  # a damaged file is told before the model is loaded
     if folder is not None and not prompts:
         for kind in KINDS:  # what can be said without loading anything is said at once
             if kind.draws and read_index(model, None, folder)["_class_name"] == kind.pipeline:
@@ -219,6 +253,7 @@ def generate(arguments: argparse.Namespace) -> None:
         strength=chosen("strength"),
         config=config,
         lora=[lora.used for lora in loras] or None,
+        embedding=[one.used for one in embeddings] or None,
     )
     with quiet_libraries():
         index = read_index(model, request.revision, folder)
@@ -227,7 +262,7 @@ def generate(arguments: argparse.Namespace) -> None:
         if loras and not single_file:
             check_loras(loras, bare_parts(index, model, request.revision, folder))
         pipe = load_pipeline(kind, request, folder)
-        put_on(pipe, loras)
+        put_on(pipe, loras, embeddings)
         pipe = pipe.to(request.device)
         request = complete(kind, request, pipe)
         if folder is None:
@@ -352,7 +387,7 @@ KINDS = (
     Kind(
         "TextToImagePipeline",
         'say what to draw, such as hubgen generate "a smiling cat" --out cat.png',
-        ("negative_prompt", "guidance_scale", "height", "width", "image", "mask", "strength", "lora"),
+        ("negative_prompt", "guidance_scale", "height", "width", "image", "mask", "strength", "lora", "embedding"),
     ),
     Kind("ClassToImagePipeline", "name a class or its number", ("guidance_scale", "height", "width")),
     Kind("UnconditionalPipeline", "", ()),
@@ -468,7 +503,8 @@ def sample(kind: Kind, pipe: Any, request: Request, opened: dict[str, Any]) -> l
     prompts = [word for word in words for _ in range(request.n)]
     seeds = [request.seed + j for _ in words for j in range(request.n)]
     options = {name: getattr(request, name) for name in kind.options if getattr(request, name) is not None}
-    options = {name: value for name, value in options.items() if name not in ("image", "mask", "lora")} | opened
+    beside = ("image", "mask", *(used.option for used in USED))  # opened, or on the pipeline already
+    options = {name: value for name, value in options.items() if name not in beside} | opened
     pictures: list[Image.Image] = []
     for start in range(0, len(prompts), request.batch_size):
         batch = slice(start, start + request.batch_size)

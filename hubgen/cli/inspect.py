@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -156,6 +157,8 @@ def file_lines(path: Path) -> Lines:
     yield "file", str(path)
     if embeddings is not None:
         yield from embedding_lines(embeddings)
+        model = "" if embeddings.base.startswith("hubgen") else " --model MODEL"
+        yield "use", f"hubgen generate {shlex.quote(f'a {embeddings.word}')}{model} --embedding {path}"
     elif adapter is not None:
         yield from adapter_lines(adapter)
     else:

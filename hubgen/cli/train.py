@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hubgen.cli.added import stay_offline
 from hubgen.cli.arguments import add_command, count, positive, positive_number, repository, seed
 from hubgen.cli.data import check_out
-from hubgen.cli.loras import stay_offline
 from hubgen.cli.messages import quiet_libraries, say
 from hubgen.cli.models import BUNDLED, HUB_ID, bare_pipeline, find_model, read_index
 from hubgen.cli.plan import Material, column, completed, plan

@@ -11,7 +11,7 @@ import json
 import re
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hubgen.checks import is_number, is_whole
 from hubgen.formats.atomic import written
@@ -26,18 +26,59 @@ LARGEST_SIDE = 8192  # pixels; above it a typing error is likelier than a wish
 LARGEST_SEED = 2**63 - 1
 
 
-@dataclasses.dataclass(frozen=True)
-class UsedLora:
-    """An adapter that a picture was drawn with."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UsedFile:
+    """A file that was put on the model for a picture."""
 
+    option: ClassVar[str]
+    """Of the command line, which names it"""
     file: str
     """Its file, a folder with it, or owner/name on the Hub"""
-    weight: float
-    """How much it counts; 1 as it was trained"""
     sha256: str
     """Of its file, in hexadecimal"""
     revision: str | None = None
     """The commit of a repository on the Hub"""
+
+    @classmethod
+    def is_valid(cls, value: Any) -> bool:
+        """Whether a stored value has these fields, each of its type."""
+        if not isinstance(value, dict) or value.keys() != {field.name for field in dataclasses.fields(cls)}:
+            return False
+        texts = isinstance(value["file"], str) and isinstance(value["sha256"], str)
+        commit = value["revision"] is None or isinstance(value["revision"], str)
+        return texts and commit and bool(re.fullmatch("[0-9a-f]{64}", value["sha256"]))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UsedLora(UsedFile):
+    """An adapter that a picture was drawn with."""
+
+    option = "lora"
+    weight: float
+    """How much it counts; 1 as it was trained"""
+
+    @classmethod
+    def is_valid(cls, value: Any) -> bool:
+        """See `UsedFile`."""
+        return super().is_valid(value) and is_number(value["weight"])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UsedEmbedding(UsedFile):
+    """A learned word that a picture was drawn with (textual inversion)."""
+
+    option = "embedding"
+    word: str | None
+    """What prompts call it; the file's own name for it if `None`"""
+
+    @classmethod
+    def is_valid(cls, value: Any) -> bool:
+        """See `UsedFile`."""
+        return super().is_valid(value) and (value["word"] is None or isinstance(value["word"], str))
+
+
+USED: tuple[type[UsedFile], ...] = (UsedLora, UsedEmbedding)
+"""Each is a field of `Request` by the name of its option"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +118,8 @@ class Request:
     """Folder or repository with what `model` lacks, where that is a single file."""
     lora: list[UsedLora] | None = None
     """Adapters on the model, in their order."""
+    embedding: list[UsedEmbedding] | None = None
+    """Learned words that its text encoders know, in their order."""
 
 
 def versions() -> dict[str, str]:
@@ -137,8 +180,9 @@ def read_request(path: Path) -> tuple[Request, dict[str, str]]:
     for name, value in fields.items():
         if not is_valid(name, value):
             raise ValueError(f"{path}: its settings hold a bad {name}: {value!r}")
-    if fields.get("lora") is not None:
-        fields["lora"] = [UsedLora(**one) for one in fields["lora"]]
+    for kind in USED:
+        if fields.get(kind.option) is not None:
+            fields[kind.option] = [kind(**one) for one in fields[kind.option]]
     return Request(**fields), {str(name): str(number) for name, number in made_with.items()}
 
 
@@ -151,8 +195,9 @@ def is_valid(name: str, value: Any) -> bool:
             return isinstance(value, str)
         case "negative_prompt" | "revision" | "image" | "mask" | "config":
             return value is None or isinstance(value, str)
-        case "lora":
-            return value is None or (isinstance(value, list) and bool(value) and all(map(is_used_lora, value)))
+        case "lora" | "embedding":
+            (kind,) = (one for one in USED if one.option == name)
+            return value is None or (isinstance(value, list) and bool(value) and all(map(kind.is_valid, value)))
         case "dtype":
             return value in DTYPES
         case "guidance_scale":
@@ -167,12 +212,3 @@ def is_valid(name: str, value: Any) -> bool:
             return value is None or is_whole(value)
         case _:
             return is_whole(value)
-
-
-def is_used_lora(value: Any) -> bool:
-    """Whether it has the fields of `UsedLora`, each of its type."""
-    if not isinstance(value, dict) or value.keys() != {field.name for field in dataclasses.fields(UsedLora)}:
-        return False
-    texts = isinstance(value["file"], str) and isinstance(value["sha256"], str)
-    commit = value["revision"] is None or isinstance(value["revision"], str)
-    return texts and commit and is_number(value["weight"]) and bool(re.fullmatch("[0-9a-f]{64}", value["sha256"]))

@@ -13,6 +13,7 @@ from torch import nn
 
 from hubgen.adaptation.adapters import RESIDUAL, AdapterShape, add_adapter, targets
 from hubgen.adaptation.attach import layers_of
+from hubgen.adaptation.header_keys import BASE
 from hubgen.adaptation.lora_files import Layers, as_diffusers
 from hubgen.adaptation.low_rank import LowRank
 from hubgen.conditioning.condition import Condition
@@ -229,12 +230,11 @@ def publish_adapter(
         with written(folder) as temporary:
             temporary.mkdir()
             base_model = in_place_of_base(base)
-            named = {} if base_model is None else {"hubgen_base": base_model}
+            named = {} if base_model is None else {BASE: base_model}
             tensors, metadata = as_diffusers(adapted.layers(), {**named, **header})
             dtype = getattr(torch, publish.dtype)
             save_file({key: value.to(dtype) for key, value in tensors.items()}, temporary / FILE, metadata)
-            if adapted.words is not None:
-                adapted.words.save(temporary)
+            files = [] if adapted.words is None else adapted.words.save(temporary)
             grids = sorted((run.options.output_dir / "validation").glob("step-*.png"))
             samples = {"before.png": grids[0], "after.png": grids[-1]} if len(grids) > 1 else {}
             for name, grid in samples.items():
@@ -259,6 +259,7 @@ def publish_adapter(
         run.print(f"adapter written to {folder}")
         if prompts:
             options = [] if base is None else ["--model", base]
+            options += [text for name in files for text in ("--embedding", str(folder / name))]
             command = ["hubgen", "generate", prompts[0], *options, "--lora", str(folder)]
             run.print(f"to use it: {shlex.join(command)}")
     if len(run.survived.failures) == before:

@@ -1,4 +1,4 @@
-"""Frozen parts of a base in 4 or 8 bits, so that an adapter of a large model learns on a small card (QLoRA, 2305.14314).
+"""Frozen parts of a base in 4 or 8 bits, so that a large model is adapted on a small card (QLoRA, 2305.14314).
 
 The packages that pack the weights are called through the configs of diffusers and transformers. bitsandbytes packs on
 GPUs alone; torchao on CPUs too.
@@ -36,12 +36,12 @@ def quantization(
     models = {name: value[0] for name, value in index.items() if isinstance(value, list) and value[0] is not None}
     for name, packing in wanted.items():
         if name not in models:
-            raise SettingsError(
-                f"setting 'base.quantization': got {name}, expected components of the base: {', '.join(sorted(models))}."
-            )
+            names = ", ".join(sorted(models))
+            raise SettingsError(f"setting 'base.quantization': got {name}, expected components of the base: {names}.")
         if packing.startswith("bitsandbytes") and not (torch.cuda.is_available() or torch.xpu.is_available()):
             raise SettingsError(
-                f"setting 'base.quantization': got {packing} for {name} on a machine without a GPU, expected torchao-8bit."
+                f"setting 'base.quantization': got {packing} for {name} on a machine without a GPU, expected "
+                "torchao-8bit."
             )
     try:
         return PipelineQuantizationConfig(

@@ -1,28 +1,31 @@
-"""Adapters that the command line names by --lora: found, checked against a model before that is loaded, put on it."""
+"""Files that the command line puts on a model, by --lora and --embedding: found, checked, put on it."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from hubgen.cli.messages import say
 from hubgen.cli.models import HUB_ID
-from hubgen.hub.provenance import UsedLora
+from hubgen.hub.provenance import UsedEmbedding, UsedFile, UsedLora
 
 WEB = ("http://", "https://")
-NO_LORA = [("none", 1.0)]
-"""What --lora none is read as"""
+NONE = "none"
+"""What --lora and --embedding say beside --from where there shall be none"""
+HOLDS = {"lora": "those of an adapter", "embedding": "learned words"}
+"""What the files of each option hold, for messages"""
+Used = TypeVar("Used", bound=UsedFile)
 
 
 @dataclasses.dataclass(frozen=True)
-class Lora:
-    """An adapter that was found."""
+class Added(Generic[Used]):
+    """A file that was found."""
 
-    used: UsedLora
+    used: Used
     path: Path
     """Of its safetensors file"""
     told: str = ""
@@ -31,11 +34,11 @@ class Lora:
     def error(self, problem: object) -> ValueError:
         """The error that says what is wrong with it."""
         text = str(problem).removeprefix(f"{self.path}: ")
-        return ValueError(f"{self.told}--lora {self.used.file}: {text}")
+        return ValueError(f"{self.told}--{self.used.option} {self.used.file}: {text}")
 
 
 def is_local(file: str) -> bool:
-    """Whether a name of --lora is that of a file or folder here."""
+    """Whether a name on the command line is that of a file or folder here."""
     return Path(file).expanduser().exists()
 
 
@@ -45,21 +48,28 @@ def stay_offline(files: Sequence[str]) -> None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def find_loras(asked: Sequence[tuple[str, float]]) -> list[Lora]:
+def asked_loras(asked: Sequence[tuple[str, float]]) -> list[Added[UsedLora]]:
     """The files that --lora names, with weights, in their order.
 
     Raises:
         ValueError: One is nowhere, or it is a pickle or damaged.
     """
-    found = []
-    for file, weight in asked:
-        path = find_lora(file)
-        revision = None if is_local(file) else snapshot_of(path)
-        found.append(Lora(UsedLora(file, weight, sha256_of(path), revision), path))
-    return found
+    return [found("lora", file, lambda marks, w=weight: UsedLora(weight=w, **marks)) for file, weight in asked]
 
 
-def find_again(used: Sequence[UsedLora], told: str) -> list[Lora]:
+def asked_embeddings(asked: Sequence[tuple[str, str | None]]) -> list[Added[UsedEmbedding]]:
+    """The files that --embedding names, with the words that they are to be, in their order; see `asked_loras`."""
+    return [found("embedding", file, lambda marks, w=word: UsedEmbedding(word=w, **marks)) for file, word in asked]
+
+
+def found(option: str, file: str, used: Callable[[dict[str, Any]], Used]) -> Added[Used]:
+    """A file of the command line, and what tells it from others of its name."""
+    path = find_added(option, file)
+    revision = None if is_local(file) else snapshot_of(path)
+    return Added(used({"file": file, "sha256": sha256_of(path), "revision": revision}), path)
+
+
+def find_again(used: Sequence[Used], told: str) -> list[Added[Used]]:
     """The files that a picture was drawn with.
 
     Args:
@@ -69,23 +79,24 @@ def find_again(used: Sequence[UsedLora], told: str) -> list[Lora]:
     Raises:
         ValueError: One is nowhere, or is another than it was.
     """
-    found = []
+    again = []
     for one in used:
-        lora = Lora(one, find_lora(one.file, one.revision, told), told)
-        digest = sha256_of(lora.path)
+        added = Added(one, find_added(one.option, one.file, one.revision, told), told)
+        digest = sha256_of(added.path)
         if digest != one.sha256:
-            raise lora.error(
+            raise added.error(
                 f"got a file with the sha256 {digest}, expected {one.sha256}, that of the one that the picture was "
-                "drawn with; --lora FILE takes another"
+                f"drawn with; --{one.option} FILE takes another"
             )
-        found.append(lora)
-    return found
+        again.append(added)
+    return again
 
 
-def find_lora(file: str, revision: str | None = None, told: str = "") -> Path:
+def find_added(option: str, file: str, revision: str | None = None, told: str = "") -> Path:
     """The safetensors file that a name means.
 
     Args:
+        option: lora or embedding.
         file: A file, a folder with one, its address on the Hub, owner/name, or owner/name/FILE.
         revision: Of a repository.
         told: What messages say before its name.
@@ -95,7 +106,7 @@ def find_lora(file: str, revision: str | None = None, told: str = "") -> Path:
     """
     from hubgen.formats.headers import PICKLED, read_header
 
-    path, name = Path(file).expanduser(), f"{told}--lora {file}"
+    path, name = Path(file).expanduser(), f"{told}--{option} {file}"
     repo, inside = "/".join(file.split("/")[:2]), "/".join(file.split("/")[2:])
     in_repo = bool(HUB_ID.fullmatch(repo)) and (inside or repo).endswith(".safetensors") == bool(inside)
     on_hub = file.startswith(WEB) or in_repo
@@ -104,17 +115,16 @@ def find_lora(file: str, revision: str | None = None, told: str = "") -> Path:
             f"{name}: no such file, expected a .safetensors file, a folder with one, or owner/name on the Hub"
         )
     try:
-        if not path.is_file():  # imports the libraries of adapters, which take a while
-            from hubgen.adaptation.locate import find_adapter
-
+        if not path.is_file():
+            look = finder(option)
             if path.is_dir():
-                path = find_adapter(path, None, None, {})
+                path = look(path, None, None, {})
             elif file.startswith(WEB):
-                path = find_adapter(file, None, None, {})
+                path = look(file, None, None, {})
             else:
-                path = find_adapter(repo, inside or None, None, {"revision": revision})
+                path = look(repo, inside or None, None, {"revision": revision})
         if not read_header(path):
-            raise ValueError("holds no tensors, expected those of an adapter")
+            raise ValueError(f"holds no tensors, expected {HOLDS[option]}")
     except (OSError, ValueError) as error:
         from hubgen.errors import one_line
 
@@ -122,6 +132,17 @@ def find_lora(file: str, revision: str | None = None, told: str = "") -> Path:
         text = one_line(error).removeprefix(f"{path}: ").removeprefix(f"{file}: ")
         raise ValueError(f"{name}: {where}{text.replace('`weight_name`', f'{file}/FILE')}") from error
     return path
+
+
+def finder(option: str) -> Callable[..., Path]:
+    """What finds the file in a folder or repository; its libraries take a while to import."""
+    if option == "lora":
+        from hubgen.adaptation.locate import find_adapter
+
+        return find_adapter
+    from hubgen.adaptation.textual_inversion import find_embeddings
+
+    return find_embeddings
 
 
 def snapshot_of(path: Path) -> str | None:
@@ -136,7 +157,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_loras(loras: Sequence[Lora], parts: Mapping[str, Any]) -> None:
+def check_loras(loras: Sequence[Added[UsedLora]], parts: Mapping[str, Any]) -> None:
     """Raises ValueError for an adapter that is for other models, or damaged, before the weights of a model are read.
 
     Args:
@@ -158,14 +179,35 @@ def check_loras(loras: Sequence[Lora], parts: Mapping[str, Any]) -> None:
             raise lora.error(f"looks like an adapter for {base}, and {error}" if base else error) from error
 
 
-def put_on(pipe: Any, loras: Sequence[Lora]) -> None:
-    """Loads adapters onto a pipeline with their weights, and says how many tensors went where."""
+def words_of(added: Added[UsedEmbedding]) -> list[str]:
+    """What prompts call the words of a file.
+
+    Raises:
+        ValueError: It holds no learned words, or they cannot have that name.
+    """
+    from hubgen.adaptation.textual_inversion import read_words
+
+    try:
+        words = read_words(added.path, None if added.used.word is None else [added.used.word])
+    except ValueError as error:
+        raise added.error(error) from error
+    return list(dict.fromkeys(word.token for word in words))
+
+
+def put_on(pipe: Any, loras: Sequence[Added[UsedLora]], embeddings: Sequence[Added[UsedEmbedding]]) -> None:
+    """Loads adapters with their weights and learned words onto a pipeline, and says what went where."""
     names = [f"lora_{number}" for number in range(1, len(loras) + 1)]
     for name, lora in zip(names, loras, strict=True):
         try:
-            found = pipe.load_lora_weights(os.fspath(lora.path), adapter_name=name)
+            report = pipe.load_lora_weights(os.fspath(lora.path), adapter_name=name)
         except ValueError as error:
             raise lora.error(error) from error
-        say(f"{lora.used.file}, weight {lora.used.weight:g}: {found}")
+        say(f"{lora.used.file}, weight {lora.used.weight:g}: {report}")
     if names:
         pipe.set_adapters(names, [lora.used.weight for lora in loras])
+    for one in embeddings:
+        try:
+            pipe.load_textual_inversion(os.fspath(one.path), token=one.used.word)
+        except ValueError as error:
+            raise one.error(error) from error
+        say(f"{one.used.file}: the word {', '.join(words_of(one))}")
