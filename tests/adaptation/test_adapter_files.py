@@ -123,7 +123,8 @@ def test_our_file_is_the_same_picture_in_diffusers_and_again_in_ours(
     assert np.array_equal(picture(pipe), plain)
     pipe.enable_lora()
     pipe.fuse_lora()
-    np.testing.assert_allclose(picture(pipe), ours, atol=1e-4)
+    fused = np.abs(picture(pipe) - ours)  # weights are rounded once more, which a sampler carries on
+    assert fused.mean() < 1e-5 and fused.max() < 2e-5
     pipe.unfuse_lora()
     pipe.unload_lora_weights()
     np.testing.assert_allclose(picture(pipe), plain, atol=1e-4)
