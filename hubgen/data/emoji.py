@@ -16,35 +16,54 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from tqdm.auto import tqdm
 
 from hubgen.checks import is_whole
-from hubgen.data.emoji_captions import Candidate, choose_held_out, clean_label, wordings
+from hubgen.data.emoji_captions import Candidate, choose_held_out, wordings
+from hubgen.data.emoji_sources import (
+    FLUENT,
+    NAMES,
+    NOTO,
+    NOTO_PACKAGE_SIZE,
+    SYSTEM_FONTS,
+    Emoji,
+    EmojiSource,
+    key_of,
+    open_source,
+    packages_here,
+    read_names,
+)
+from hubgen.data.emoji_variants import (
+    COMPARED_SIDE,
+    SAME_PICTURE,
+    VARIANTS,
+    Material,
+    Variant,
+    compared,
+    hold_out_combinations,
+    packages_of,
+    variants_of,
+)
 from hubgen.data.errors import DataError
-from hubgen.data.packages import DEB_MAGIC, NpmPackage, fetch, file_digest, read_deb_member, read_members
-from hubgen.data.pictures import decode_picture, on_white, pad_to_square, scale
+from hubgen.data.packages import fetch, file_digest
+from hubgen.data.pictures import on_white, pad_to_square, scale
 from hubgen.formats.atomic import TEMPORARY, sweep, written
 
 STYLES = ("fluent", "noto")
-TRAIN, HELD_OUT = "train", "test"  # folder names that `datasets` recognises as splits
+TRAIN, VALIDATION, HELD_OUT = "train", "validation", "test"  # folder names that `datasets` recognises as splits
 MARKER = "build.json"
 FORMAT = 1  # of the folder: raised when the same inputs would give other files
 
-# Two pictures are the same where the root mean square of their difference, over the pixels and channels of their 64×64
-# renderings on white (0 to 255), is below SAME_PICTURE: in the Fluent set that joins "pilot" and "man pilot" (7.4), of
-# which one is a retouched copy of the other, and keeps apart faces that differ by the mouth (9 and more), clock faces
-# (15 and more) and flags (14 and more). A picture can be held out only where no other is nearer than DISTINCT_PICTURE.
-COMPARED_SIZE = 64
-SAME_PICTURE = 8.0
 DISTINCT_PICTURE = 12.0
+"""A picture can be held out only where no other is nearer, in the measure of `SAME_PICTURE`"""
 
 # Territories that fly another country's flag: of the two labels, the country's is the one to keep.
 BORROWED_FLAGS = frozenset(
@@ -62,41 +81,6 @@ BORROWED_FLAGS = frozenset(
     )
 )
 
-MAX_SOURCE_PIXELS = 4096 * 4096
-
-FLUENT = NpmPackage(
-    name="@lobehub/fluent-emoji-3d",
-    version="1.1.0",
-    license="MIT",
-    integrity="sha512-Wlq2lVStTnr8BDpIJ0pEnTKO4LuDxxqTEhTvRtD1DLRF0me7ogeRQjKoehDHXuVJ2Qaecgl5wRBv60lUAG3h7g==",
-    max_bytes=32 * 2**20,
-    option="--archive",
-)
-NAMES = NpmPackage(
-    name="emojibase-data",
-    version="17.0.0",
-    license="MIT",
-    integrity="sha512-Yvgb5AWoHViHV/gq1qr5ZAarcBip+B27/ZLRsUJkbgAEaLlZ/fof9g882LTpmEpyhBNEC0m2SEmItljHsTygjA==",
-    max_bytes=32 * 2**20,
-    option="--names-archive",
-)
-NOTO = NpmPackage(
-    name="emoji-datasource-google",
-    version="16.0.0",
-    license="Apache-2.0",
-    integrity="sha512-ZRexfzs7MVoLnmzZmNsO4TKhnAJp5D++Vm6PpUpH/jEQQlemp3l88CjZ+DoZ2faM9R4QxZkOPJCoT8DlPhfQ3A==",
-    max_bytes=128 * 2**20,
-    option="--archive",
-    otherwise=", or a font: --font NotoColorEmoji.ttf",
-)
-NOTO_PACKAGE_SIZE = 64  # pixels of the pictures in that package
-NOTO_FONT_SIZE = 109  # the one bitmap size in NotoColorEmoji.ttf: glyphs of 136×128 pixels
-SYSTEM_FONTS = (
-    "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",  # Debian, Ubuntu
-    "/usr/share/fonts/google-noto-color-emoji-fonts/NotoColorEmoji.ttf",  # Fedora
-    "/usr/share/fonts/noto/NotoColorEmoji.ttf",  # Arch
-)
-
 
 @dataclass(frozen=True)
 class EmojiBuild:
@@ -107,6 +91,9 @@ class EmojiBuild:
     size: int
     train: int
     held_out: int
+    validation: int
+    variants: Mapping[str, int]
+    """how many pictures of each kind are among those for training"""
     same_pictures: tuple[tuple[str, str], ...]
     """(caption left out, caption of the same picture that is kept)"""
     same_captions: tuple[str, ...]
@@ -120,30 +107,12 @@ class EmojiBuild:
         lines = [
             f"{first}: {self.path}",
             f"{self.train} training and {self.held_out} held-out pictures, {self.size}x{self.size}, style {self.style}",
+            *([f"{self.validation} pictures for validation"] if self.validation else []),
+            *(f"{count} of the training pictures are {kind}" for kind, count in self.variants.items()),
             f"left out: {len(self.same_pictures)} (nearly) identical pictures, {len(self.same_captions)} repeated "
             f"captions, {self.not_in_source} emoji that the source does not draw",
         ]
         return "\n".join(lines + [f"from {source}" for source in self.sources])
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Pictures by code points (lower case, joined by "-", without FE0F), each opened when called."""
-
-    pictures: dict[str, Callable[[], Image.Image]]
-    record: dict[str, str]
-    licence: str
-    look: str
-
-
-@dataclass(frozen=True)
-class _Emoji:
-    label: str
-    tags: tuple[str, ...]
-    emoji: str
-    hexcode: str
-    group: str
-    subgroup: str
 
 
 def build_emoji_dataset(
@@ -154,8 +123,11 @@ def build_emoji_dataset(
     archive: str | os.PathLike[str] | None = None,
     names_archive: str | os.PathLike[str] | None = None,
     font: str | os.PathLike[str] | None = None,
+    variants: Sequence[str] = (),
+    more_archives: Sequence[str | os.PathLike[str]] = (),
     seed: int = 0,
     held_out: int = 110,
+    validation: int = 0,
     progress: bool = True,
 ) -> EmojiBuild:
     """Build the image-text folder `output_dir` of `size`×`size` emoji; the same arguments give the same files.
@@ -163,52 +135,87 @@ def build_emoji_dataset(
     `archive` and `names_archive` take the npm archives of pictures and names by path, `font` a colour bitmap font
     (NotoColorEmoji.ttf, style "noto" only); what is not given is downloaded once and kept in the cache. `held_out` is
     the number of captions in the test split, chosen by `seed` (`choose_held_out`); with 0 there is no such split.
+    `validation` is likewise that of a split to choose by, so that the test split judges what was chosen.
+
+    `variants` are further pictures of the training split (`hubgen.data.emoji_variants`); rows say which in "variant",
+    and the colour that a picture was turned to in "colour". Of recoloured ones some combinations of colour and thing
+    are held out in each other split. `more_archives` takes the archives of their packages by path.
 
     Every file is written beside its name and renamed, the metadata after the pictures and `build.json` last: an
     interrupted build is finished by the same call, and a finished folder is recognised. Raises `DataError` for an
     unusable option, archive or font, where a download fails, and where `output_dir` holds anything else.
     """
     _check_options(style, size, seed, held_out, archive, font)
+    _check_variants(style, variants, validation)
     output = Path(output_dir)
     settings = _settings(style, size, seed, held_out, archive, names_archive, font)
+    settings |= {"variants": list(variants), "validation": validation} if variants or validation else {}
     finished = _check_folder(output, settings)
     if finished is not None:
         return finished
 
     names_path = Path(names_archive) if names_archive is not None else fetch(NAMES, progress)
-    emoji, names_licence, names_version = _read_names(names_path)
-    source = _open_source(style, archive, font, emoji, progress)
-    present = [one for one in emoji if _key(one.hexcode) in source.pictures]
+    emoji, names_licence, names_version = read_names(names_path)
+    source = open_source(style, archive, font, emoji, progress)
+    present = [one for one in emoji if key_of(one.hexcode) in source.pictures]
     if not present:
         raise DataError(f"{source.record['from']}: holds no picture that the names know, expected an emoji package")
 
+    packages = packages_here(packages_of(variants), more_archives, progress)
+
     output.mkdir(parents=True, exist_ok=True)
     _write(output / MARKER, _json({"finished": False, "settings": settings}))
-    splits = (TRAIN, HELD_OUT) if held_out else (TRAIN,)
+    counts = {TRAIN: len(present), VALIDATION: validation, HELD_OUT: held_out}
+    splits = [split for split, count in counts.items() if count]
     for split in splits:
         (output / split).mkdir(exist_ok=True)
         sweep(output / split)
 
     kept, pictures, distinct, same_pictures, same_captions = _render(present, source, size, progress)
     candidates = [Candidate(one.label, one.subgroup, far) for one, far in zip(kept, distinct, strict=True)]
-    test = set(choose_held_out(candidates, held_out, seed))
+    split_of = dict.fromkeys(choose_held_out(candidates, held_out, seed), HELD_OUT)
+    others = [index for index in range(len(kept)) if index not in split_of]
+    chosen = choose_held_out([candidates[index] for index in others], validation, seed + 1)
+    split_of |= {others[number]: VALIDATION for number in chosen}
 
     rows: dict[str, list[dict[str, Any]]] = {split: [] for split in splits}
     bar = tqdm(enumerate(zip(kept, pictures, strict=True)), total=len(kept), desc="write", disable=not progress)
     for index, (one, picture) in bar:
-        split = HELD_OUT if index in test else TRAIN
-        row = _row(one, source.look)
+        split = split_of.get(index, TRAIN)
+        row = _row(one, source.look) | (ORIGINAL if variants else {})
         _write(output / split / row["file_name"], picture, durable=False)
         rows[split].append(row)
+    if variants:
+        opened = [Image.open(io.BytesIO(picture)) for picture in pictures]
+        material = Material(
+            train=[(one, opened[index]) for index, one in enumerate(kept) if index not in split_of],
+            held=[opened[index] for index in split_of],
+            labels=[one.label for one in emoji],
+            look=source.look,
+            packages=packages,
+            progress=progress,
+        )
+        for split, found in _variants(variants, material, [one for one in splits if one != TRAIN], held_out, seed):
+            row = _variant_row(found, source.look)
+            _write(output / split / row["file_name"], encoded(found.picture), durable=False)
+            rows[split].append(row)
 
     record = {
         "finished": True,
         "settings": settings,
-        "sources": [source.record, {"from": f"npm emojibase-data {names_version}", "sha512": file_digest(names_path)}],
+        "sources": [
+            source.record,
+            {"from": f"npm emojibase-data {names_version}", "sha512": file_digest(names_path)},
+            *(
+                {"from": f"npm {one.name} {one.version}", "sha512": one.sha512, "license": one.license}
+                for one in packages
+            ),
+        ],
         "rows": {split: len(rows[split]) for split in rows},
         "same_pictures": same_pictures,
         "same_captions": same_captions,
         "not_in_source": len(emoji) - len(present),
+        "variants": {kind: sum(row["variant"] == kind for row in rows[TRAIN]) for kind in variants},
     }
     build = _build_of(output, record, already_built=False)
     _write(output / "LICENSE", _licence(source, names_licence).encode())
@@ -246,6 +253,16 @@ def _check_options(style: str, size: int, seed: int, held_out: int, archive: Any
             f"`size`: got {size}, expected at most {NOTO_PACKAGE_SIZE}, the pixels of {NOTO.name}'s pictures; "
             f"larger ones are drawn from the font: --font {here}"
         )
+
+
+def _check_variants(style: str, variants: Sequence[str], validation: int) -> None:
+    unknown = sorted(set(variants) - set(VARIANTS))
+    if unknown or len(set(variants)) < len(variants):
+        raise DataError(f"`variants`: got {', '.join(variants)}, expected some of {', '.join(VARIANTS)}, each once")
+    if style != "fluent" and packages_of(variants):
+        raise DataError(f"`variants`: got {', '.join(variants)} with style {style!r}, expected mirrored or recoloured")
+    if not is_whole(validation, 0, 10**6):
+        raise DataError(f"`validation`: got {validation!r}, expected an integer from 0 to {10**6}")
 
 
 def _settings(style: str, size: int, seed: int, held_out: int, archive: Any, names: Any, font: Any) -> dict[str, Any]:
@@ -314,6 +331,8 @@ def _build_of(output: Path, record: dict[str, Any], already_built: bool) -> Emoj
         size=record["settings"]["size"],
         train=record["rows"][TRAIN],
         held_out=record["rows"].get(HELD_OUT, 0),
+        validation=record["rows"].get(VALIDATION, 0),
+        variants=record.get("variants", {}),
         same_pictures=tuple((left_out, kept) for left_out, kept in record["same_pictures"]),
         same_captions=tuple(record["same_captions"]),
         not_in_source=record["not_in_source"],
@@ -334,136 +353,29 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-# ---- names -------------------------------------------------------------------------------------------------------
-
-
-def _key(hexcode: str) -> str:
-    """Code points without the presentation selector FE0F, which packages write or omit at will."""
-    return "-".join(point for point in hexcode.lower().split("-") if point != "fe0f")
-
-
-def _read_names(path: Path) -> tuple[list[_Emoji], str, str]:
-    """Emoji in CLDR order, the package's licence and its version."""
-    wanted = {"package/en/data.json", "package/en/messages.json", "package/LICENSE", "package/package.json"}
-    found = {name: content for name, content in read_members(path, NAMES.option, "package/") if name in wanted}
-    missing = sorted(wanted - found.keys())
-    if missing:
-        raise DataError(f"{NAMES.option}: {path}: holds no {missing[0]}, expected an archive of {NAMES.name}")
-    try:
-        data = json.loads(found["package/en/data.json"])
-        messages = json.loads(found["package/en/messages.json"])
-        groups = {group["order"]: group["message"] for group in messages["groups"]}
-        subgroups = {group["order"]: group["key"] for group in messages["subgroups"]}
-        emoji = [
-            _Emoji(
-                label=clean_label(entry["label"]),
-                tags=tuple(entry.get("tags", ())),
-                emoji=entry["emoji"],
-                hexcode=entry["hexcode"],
-                group=groups[entry["group"]],
-                subgroup=subgroups[entry["subgroup"]],
-            )
-            for entry in sorted(data, key=lambda entry: entry.get("order", 0))
-            if "group" in entry  # the others are regional indicators, letters that make up flags
-        ]
-        version = str(json.loads(found["package/package.json"])["version"])
-    except (ValueError, KeyError, TypeError, AttributeError) as problem:
-        raise DataError(
-            f"{NAMES.option}: {path}: data.json is not as expected of {NAMES.name} {NAMES.version} ({problem!r})"
-        ) from problem
-    return emoji, found["package/LICENSE"].decode("utf-8", "replace"), version
-
-
 # ---- pictures ----------------------------------------------------------------------------------------------------
 
 
-def _open_source(style: str, archive: Any, font: Any, emoji: list[_Emoji], progress: bool) -> _Source:
-    if font is not None:
-        return _font_source(Path(font), emoji)
-    package = FLUENT if style == "fluent" else NOTO
-    path = Path(archive) if archive is not None else fetch(package, progress)
-    if style == "fluent":
-        look, prefix = "3D icon", "package/assets/"
-        copyright_line = "Copyright (c) Microsoft Corporation (Fluent Emoji)\nCopyright (c) 2023 LobeHub (packaging)"
-    else:
-        look, prefix = "flat icon", f"package/img/google/{NOTO_PACKAGE_SIZE}/"
-        copyright_line = "Copyright Google LLC (Noto Emoji)\nCopyright (c) 2013 Cal Henderson (packaging, MIT)"
-    pictures: dict[str, Callable[[], Image.Image]] = {}
-    for name, content in read_members(path, package.option, prefix):
-        stem, extension = os.path.splitext(name.removeprefix(prefix))
-        if extension in (".webp", ".png") and re.fullmatch(r"[0-9A-Fa-f]+(-[0-9A-Fa-f]+)*", stem):
-            pictures[_key(stem)] = _opener(f"{package.option}: {path}: {name}", content)
-    if not pictures:
-        raise DataError(
-            f"{package.option}: {path}: holds no pictures below {prefix}, expected an archive of {package.name}"
-        )
-    digest = file_digest(path)
-    version = package.version if digest == package.sha512 else "(archive by path, other than the pinned version)"
-    record = {"from": f"npm {package.name} {version}", "sha512": digest, "license": package.license}
-    return _Source(pictures, record, copyright_line, look)
-
-
-def _opener(name: str, content: bytes) -> Callable[[], Image.Image]:
-    return lambda: decode_picture(content, name, MAX_SOURCE_PIXELS)
-
-
-def _font_source(path: Path, emoji: list[_Emoji]) -> _Source:
-    """Glyphs of a colour bitmap font; an emoji counts as drawn where the font has one glyph for all its code points."""
-    content = path.read_bytes()
-    if content.startswith(DEB_MAGIC):
-        content = read_deb_member(path, "--font", "/NotoColorEmoji.ttf")
-    try:
-        font = ImageFont.truetype(io.BytesIO(content), NOTO_FONT_SIZE)
-    except (OSError, ValueError) as problem:
-        raise DataError(f"--font: {path}: not a font with bitmaps of {NOTO_FONT_SIZE} pixels ({problem})") from problem
-    smiling = _glyph(font, "\N{GRINNING FACE}")
-    if smiling is None or len(smiling.convert("RGB").getcolors(2**16) or ()) < 3:
-        raise DataError(f"--font: {path}: draws no emoji in colour, expected NotoColorEmoji.ttf with bitmaps (CBDT)")
-    pictures: dict[str, Callable[[], Image.Image]] = {}
-    for one in emoji:
-        glyph = _glyph(font, one.emoji)
-        if glyph is not None:
-            pictures[_key(one.hexcode)] = glyph.copy
-    record = {"from": f"font {path.name}", "sha512": file_digest(path), "license": "OFL-1.1"}
-    return _Source(pictures, record, "Copyright Google LLC (Noto Color Emoji)", "flat icon")
-
-
-def _glyph(font: ImageFont.FreeTypeFont, text: str) -> Image.Image | None:
-    """RGBA picture of a text that the font draws as one glyph, else None.
-
-    Without the shaping library (raqm, part of most Pillow builds) joined emoji fall apart into several glyphs.
-    """
-    left, top, right, bottom = font.getbbox(text)
-    one = font.getbbox("\N{GRINNING FACE}")
-    if right <= left or bottom <= top or right - left > 1.5 * (one[2] - one[0]):
-        return None
-    picture = Image.new("RGBA", (int(right - left), int(bottom - top)))
-    ImageDraw.Draw(picture).text((-left, -top), text, font=font, embedded_color=True)
-    return picture if picture.getbbox() else None
-
-
 def _render(
-    emoji: list[_Emoji], source: _Source, size: int, progress: bool
-) -> tuple[list[_Emoji], list[bytes], list[bool], list[tuple[str, str]], list[str]]:
+    emoji: list[Emoji], source: EmojiSource, size: int, progress: bool
+) -> tuple[list[Emoji], list[bytes], list[bool], list[tuple[str, str]], list[str]]:
     """Kept emoji, their PNG files, whether each stands apart from all others, and what was left out and why."""
-    drawn: list[_Emoji] = []
-    encoded: list[bytes] = []
+    drawn: list[Emoji] = []
+    files: list[bytes] = []
     same_captions: list[str] = []
     captions: set[str] = set()
-    compared = np.empty((len(emoji), COMPARED_SIZE * COMPARED_SIZE * 3), dtype=np.float32)
+    values = np.empty((len(emoji), 3 * COMPARED_SIDE**2), dtype=np.float32)
     for one in tqdm(emoji, desc=f"draw {source.look}s", disable=not progress):
         if one.label.casefold() in captions:
             same_captions.append(one.label)
             continue
         captions.add(one.label.casefold())
-        picture = pad_to_square(on_white(source.pictures[_key(one.hexcode)]()))
-        compared[len(drawn)] = np.asarray(scale(picture, COMPARED_SIZE), dtype=np.float32).reshape(-1)
-        buffer = io.BytesIO()
-        scale(picture, size).save(buffer, format="PNG", optimize=True)
-        encoded.append(buffer.getvalue())
+        picture = pad_to_square(on_white(source.pictures[key_of(one.hexcode)]()))
+        values[len(drawn)] = compared(picture)
+        files.append(encoded(scale(picture, size)))
         drawn.append(one)
 
-    distance = _distances(compared[: len(drawn)])  # (N, N)
+    distance = _distances(values[: len(drawn)])  # (N, N)
     kept: list[int] = []
     same_pictures: list[tuple[str, str]] = []
     for index in sorted(range(len(drawn)), key=lambda index: (drawn[index].label in BORROWED_FLAGS, index)):
@@ -475,7 +387,40 @@ def _render(
     kept.sort()
     nearest = distance[np.ix_(kept, kept)].min(axis=1)
     distinct = [bool(one >= DISTINCT_PICTURE) for one in nearest]
-    return [drawn[index] for index in kept], [encoded[index] for index in kept], distinct, same_pictures, same_captions
+    return [drawn[index] for index in kept], [files[index] for index in kept], distinct, same_pictures, same_captions
+
+
+def encoded(picture: Image.Image) -> bytes:
+    """A picture as a PNG file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _variants(
+    kinds: Sequence[str], material: Material, others: Sequence[str], count: int, seed: int
+) -> Iterator[tuple[str, Variant]]:
+    """All variants with the split that each belongs to.
+
+    Args:
+        kinds: Which.
+        material: What they are made of.
+        others: The splits beside that for training.
+        count: Of the combinations that each of them holds out.
+        seed: Of the choice.
+    """
+    for kind in kinds:
+        found = variants_of(kind, material)
+        if kind != "recoloured":
+            yield from ((TRAIN, one) for one in found)
+            continue
+        by_emoji: dict[str, list[Variant]] = {}
+        for one in found:
+            by_emoji.setdefault(one.emoji.hexcode, []).append(one)
+        held = hold_out_combinations(list(by_emoji.values()), count, len(others), seed)
+        split_of = {one.file_stem: split for split, some in zip(others, held, strict=True) for one in some}
+        for some in by_emoji.values():
+            yield from ((split_of.get(one.file_stem, TRAIN), one) for one in some)
 
 
 def _distances(pictures: np.ndarray) -> np.ndarray:
@@ -491,7 +436,18 @@ def _distances(pictures: np.ndarray) -> np.ndarray:
 # ---- what is written beside the pictures -------------------------------------------------------------------------
 
 
-def _row(one: _Emoji, look: str) -> dict[str, Any]:
+ORIGINAL = {"variant": "", "colour": None}
+"""Columns of a picture as it is drawn, in folders with variants"""
+
+
+def _variant_row(one: Variant, look: str) -> dict[str, Any]:
+    row = _row(one.emoji, look)
+    captions = list(one.captions or row["captions"])
+    name = f"{row['file_name'].removesuffix('.png')}-{one.name}.png"
+    return {**row, "file_name": name, "text": one.text, "captions": captions, "variant": one.kind, "colour": one.colour}
+
+
+def _row(one: Emoji, look: str) -> dict[str, Any]:
     ascii_label = unicodedata.normalize("NFKD", one.label).encode("ascii", "ignore").decode().lower()
     slug = re.sub(r"[^a-z0-9]+", "-", ascii_label.replace("'", "")).strip("-")[:60].strip("-") or "emoji"
     return {
@@ -509,7 +465,7 @@ def _licence_text(name: str) -> str:
     return (files("hubgen.data") / "licenses" / f"{name}.txt").read_text(encoding="utf-8")
 
 
-def _licence(source: _Source, names_licence: str) -> str:
+def _licence(source: EmojiSource, names_licence: str) -> str:
     rule = "\n" + "=" * 80 + "\n\n"
     return (
         f"The pictures come from {source.record['from']}, under the {source.record['license']} licence:\n\n"
@@ -519,7 +475,7 @@ def _licence(source: _Source, names_licence: str) -> str:
     )
 
 
-def _card(build: EmojiBuild, settings: dict[str, Any], source: _Source) -> str:
+def _card(build: EmojiBuild, settings: dict[str, Any], source: EmojiSource) -> str:
     left_out = "".join(f"- {left_out} (as {kept})\n" for left_out, kept in build.same_pictures) or "- none\n"
     sources = "".join(f"- {source}\n" for source in build.sources)
     return f"""---

@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hubgen.data.colours import COLOURS
 from hubgen.data.errors import DataError
 
-COLOUR_WORDS = frozenset(("red", "blue", "green", "yellow", "orange", "purple", "brown", "black", "white", "pink"))
+COLOUR_WORDS = frozenset(COLOURS)
 
 # Labels of these kinds name something that the words alone do not describe (a country's flag, a key's sign), so that
 # no model could draw them unseen; a family's members are the exception: their labels differ only by counts.
