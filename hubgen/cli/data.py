@@ -20,6 +20,7 @@ EMOJI_EPILOG = """\
 examples:
   hubgen data emoji --style fluent --size 64 --out data/fluent
   hubgen data emoji --style noto --size 128 --out data/noto --font NotoColorEmoji.ttf
+  hubgen data emoji --size 128 --variants mirrored recoloured frame flat --validation 60 --out data/rich
   hubgen data emoji --style fluent --out data/fluent --archive fluent-emoji-3d.tgz --names-archive emojibase-data.tgz
 
 The art and the names come from the npm registry; without a network, give the files by path. --style noto above 64
@@ -49,9 +50,23 @@ def add_data(commands: Any) -> None:
     emoji.add_argument("--archive", type=Path, metavar="FILE", help="the art's package (.tgz) if it is already here")
     emoji.add_argument("--names-archive", type=Path, metavar="FILE", help="the names' package (.tgz), likewise")
     emoji.add_argument("--font", type=Path, metavar="FILE", help="the colour font for --style noto, likewise")
+    emoji.add_argument(
+        "--variants",
+        nargs="+",
+        default=[],
+        choices=("mirrored", "recoloured", "frame", "flat"),
+        help="further pictures to train on: mirrored, turned to seven named colours, frames of the animated emoji (a "
+        "download of 730 MB), the flat ones (needs hubgen[emoji])",
+    )
+    emoji.add_argument(
+        "--more-archives", nargs="+", type=Path, default=[], metavar="FILE", help="the variants' packages, likewise"
+    )
     emoji.add_argument("--seed", type=seed, metavar="N", help="seed of the split (default: the builder's, fixed)")
     emoji.add_argument(
         "--held-out", type=positive, metavar="N", help="how many captions to hold out (default: the builder's)"
+    )
+    emoji.add_argument(
+        "--validation", type=positive, metavar="N", help="captions of a further split to choose by (default: none)"
     )
     emoji.set_defaults(run=data_emoji)
 
@@ -79,6 +94,9 @@ def data_emoji(arguments: argparse.Namespace) -> None:
         "font": arguments.font,
         "seed": arguments.seed,
         "held_out": arguments.held_out,
+        "variants": arguments.variants,
+        "more_archives": arguments.more_archives,
+        "validation": arguments.validation,
     }
     for name in ("archive", "names_archive", "font"):
         path = options[name]
@@ -89,7 +107,8 @@ def data_emoji(arguments: argparse.Namespace) -> None:
     try:
         print(build_emoji_dataset(arguments.style, arguments.size, arguments.out, **given))
     except DataError as error:  # which names the arguments of Python
-        raise DataError(str(error).replace("output_dir: ", "--out ", 1)) from error
+        text = str(error).replace("output_dir: ", "--out ", 1).replace("more_archives: ", "--more-archives ", 1)
+        raise DataError(text) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -216,7 +216,8 @@ def disk_needed(settings: Any, material: Material, numbers: int) -> int:
     cached = 0
     if settings.data.cache:
         _, channels, height, width = pipe.latent_space.shape(1, (side, side))
-        views = max(settings.data.random_crops, 1) * (1 + settings.data.mirror)
+        data = settings.data
+        views = max(data.random_crops, 1) * (data.random_moves + 1) * (1 + data.mirror)
         cached = (len(material.examples) * views + made) * 2 * channels * height * width * 4  # mean and deviation
         wordings = {one for some in material.examples.captions for one in some} if material.captioned else {1, 2}
         config = pipe.backbone.config

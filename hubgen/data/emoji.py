@@ -36,10 +36,11 @@ from hubgen.data.emoji_sources import (
     SYSTEM_FONTS,
     Emoji,
     EmojiSource,
+    given_packages,
     key_of,
     open_source,
-    packages_here,
     read_names,
+    record_of,
 )
 from hubgen.data.emoji_variants import (
     COMPARED_SIDE,
@@ -146,10 +147,15 @@ def build_emoji_dataset(
     unusable option, archive or font, where a download fails, and where `output_dir` holds anything else.
     """
     _check_options(style, size, seed, held_out, archive, font)
-    _check_variants(style, variants, validation)
+    _check_variants(style, variants, more_archives, validation)
     output = Path(output_dir)
     settings = _settings(style, size, seed, held_out, archive, names_archive, font)
     settings |= {"variants": list(variants), "validation": validation} if variants or validation else {}
+    wanted = packages_of(variants)
+    given = given_packages(wanted, more_archives)
+    if wanted:
+        digests = {one.name: file_digest(given[one]) if one in given else one.sha512 for one in wanted}
+        settings["packages_sha512"] = digests
     finished = _check_folder(output, settings)
     if finished is not None:
         return finished
@@ -161,7 +167,7 @@ def build_emoji_dataset(
     if not present:
         raise DataError(f"{source.record['from']}: holds no picture that the names know, expected an emoji package")
 
-    packages = packages_here(packages_of(variants), more_archives, progress)
+    packages = {package: given.get(package) or fetch(package, progress) for package in wanted}
 
     output.mkdir(parents=True, exist_ok=True)
     _write(output / MARKER, _json({"finished": False, "settings": settings}))
@@ -206,10 +212,7 @@ def build_emoji_dataset(
         "sources": [
             source.record,
             {"from": f"npm emojibase-data {names_version}", "sha512": file_digest(names_path)},
-            *(
-                {"from": f"npm {one.name} {one.version}", "sha512": one.sha512, "license": one.license}
-                for one in packages
-            ),
+            *(record_of(package, path) for package, path in packages.items()),
         ],
         "rows": {split: len(rows[split]) for split in rows},
         "same_pictures": same_pictures,
@@ -255,12 +258,15 @@ def _check_options(style: str, size: int, seed: int, held_out: int, archive: Any
         )
 
 
-def _check_variants(style: str, variants: Sequence[str], validation: int) -> None:
+def _check_variants(style: str, variants: Sequence[str], archives: Sequence[Any], validation: int) -> None:
     unknown = sorted(set(variants) - set(VARIANTS))
     if unknown or len(set(variants)) < len(variants):
         raise DataError(f"`variants`: got {', '.join(variants)}, expected some of {', '.join(VARIANTS)}, each once")
     if style != "fluent" and packages_of(variants):
         raise DataError(f"`variants`: got {', '.join(variants)} with style {style!r}, expected mirrored or recoloured")
+    for path in archives:
+        if not Path(path).is_file():
+            raise DataError(f"more_archives: {path}: no such file")
     if not is_whole(validation, 0, 10**6):
         raise DataError(f"`validation`: got {validation!r}, expected an integer from 0 to {10**6}")
 

@@ -163,10 +163,7 @@ def open_source(style: str, archive: Any, font: Any, emoji: list[Emoji], progres
         raise DataError(
             f"{package.option}: {path}: holds no pictures below {prefix}, expected an archive of {package.name}"
         )
-    digest = file_digest(path)
-    version = package.version if digest == package.sha512 else "(archive by path, other than the pinned version)"
-    record = {"from": f"npm {package.name} {version}", "sha512": digest, "license": package.license}
-    return EmojiSource(pictures, record, copyright_line, look)
+    return EmojiSource(pictures, record_of(package, path), copyright_line, look)
 
 
 def _opener(name: str, content: bytes) -> Callable[[], Image.Image]:
@@ -211,25 +208,39 @@ def drawn_glyph(font: ImageFont.FreeTypeFont, text: str) -> Image.Image | None:
 # ---- pictures of variants ----
 
 
-def packages_here(
-    wanted: Sequence[NpmPackage], given: Sequence[str | os.PathLike[str]], progress: bool
-) -> dict[NpmPackage, Path]:
-    """Where the archives of packages are: those that are given, told by their bytes; the others are downloaded.
+def given_packages(wanted: Sequence[NpmPackage], given: Sequence[str | os.PathLike[str]]) -> dict[NpmPackage, Path]:
+    """Which of the wanted packages are given by path, told by the name inside.
 
     Raises:
-        DataError: One that is given is none of them, or a download fails.
+        DataError: One that is given is none of them.
     """
-    by_digest = {package.sha512: package for package in wanted}
+    by_name = {package.name: package for package in wanted}
     found: dict[NpmPackage, Path] = {}
     for path in map(Path, given):
-        if not path.is_file():
-            raise DataError(f"{MORE}: {path}: no such file")
-        package = by_digest.get(file_digest(path))
+        package = by_name.get(name_inside(path))
         if package is None:
-            names = ", ".join(f"{one.name} {one.version}" for one in wanted) or "none, for these variants"
-            raise DataError(f"{MORE}: {path}: got another file, expected one of the packages {names}")
+            names = ", ".join(by_name) or "none, for these variants"
+            raise DataError(f"{MORE}: {path}: got {name_inside(path) or 'no npm package'}, expected {names}")
         found[package] = path
-    return {package: found.get(package) or fetch(package, progress) for package in wanted}
+    return found
+
+
+def name_inside(path: Path) -> str:
+    """What an npm package says of its name; empty where it says none."""
+    for name, content in read_members(path, MORE, "package/package.json"):
+        if name == "package/package.json":
+            try:
+                return str(json.loads(content)["name"])
+            except (ValueError, KeyError, TypeError):
+                return ""
+    return ""
+
+
+def record_of(package: NpmPackage, path: Path) -> dict[str, str]:
+    """What build.json says of a source."""
+    digest = file_digest(path)
+    version = package.version if digest == package.sha512 else "(archive by path, other than the pinned version)"
+    return {"from": f"npm {package.name} {version}", "sha512": digest, "license": package.license}
 
 
 def assets(package: NpmPackage, path: Path, extension: str) -> Iterator[tuple[str, str, bytes]]:

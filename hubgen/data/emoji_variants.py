@@ -10,6 +10,7 @@ Only the emoji that are trained on have variants.
 
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,7 +153,8 @@ def hold_out_combinations(
 ) -> list[list[Variant]]:
     """Colours of emoji that training never shows together, of as many emoji for each split, one colour of each.
 
-    Colours take turns, so that each is held out about as often as the others.
+    Colours take turns, so that each is held out about as often as the others, and of no more than a third of its
+    things.
 
     Args:
         by_emoji: The recoloured pictures of each emoji.
@@ -162,12 +164,14 @@ def hold_out_combinations(
     """
     rows = [list(variants) for variants in by_emoji if len(variants) > LEAST_COLOURS]
     random.Random(seed).shuffle(rows)
+    total = Counter(one.name for variants in by_emoji for one in variants)
+    often: Counter[str] = Counter()
     chosen: list[Variant] = []
-    often: dict[str, int] = dict.fromkeys(HUES, 0)
-    for variants in rows[: count * splits]:
-        taken = min(variants, key=lambda one: often[one.name])
-        often[taken.name] += 1
-        chosen.append(taken)
+    for variants in rows:
+        possible = [one for one in variants if often[one.name] < total[one.name] // 3]
+        if possible and len(chosen) < count * splits:
+            chosen.append(min(possible, key=lambda one: often[one.name]))
+            often[chosen[-1].name] += 1
     return [chosen[split::splits] for split in range(splits)]
 
 

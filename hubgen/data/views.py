@@ -1,18 +1,18 @@
-"""How a picture is shown to a network: scaled until it covers a size, cropped to it, mirrored or not; never stretched.
+"""How a picture is shown to a network: scaled until it covers a size, cropped to it, moved, mirrored; never stretched.
 
-A picture has a finite number of views (places of the crop, each mirrored or not), so that what an encoder makes of them
-can be kept. Which of them a training step takes is drawn at each use.
+A picture has a finite number of views (places of the crop, moves, each mirrored or not), so that what an encoder makes
+of them can be kept. Which of them a training step takes is drawn at each use.
 
 Sizes are (height, width) in pixels.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from hubgen.checks import whole
 from hubgen.conditioning.micro import MicroConditioning
@@ -20,6 +20,9 @@ from hubgen.data.errors import DataError
 from hubgen.data.order import generator_of
 
 Size = tuple[int, int]
+TURN, SHIFT, ZOOM = 10.0, 0.06, 0.12
+"""Of moved views, at most: degrees; part of the side; part by which it is larger or smaller"""
+WHITE: dict[str, int | tuple[int, int, int]] = {"RGB": (255, 255, 255), "L": 255}
 
 
 @dataclass(frozen=True)
@@ -29,14 +32,22 @@ class View:
     original: Size
     """Of the picture"""
     box: tuple[float, float, float, float]
-    """(left, top, right, bottom) of the part in the picture's pixels, of the same aspect ratio as `size`"""
+    """(left, top, right, bottom) of the part in the picture's pixels, of the same aspect ratio as `size`; what lies
+    outside of the picture is white"""
     size: Size
     """That the part is brought to"""
     mirrored: bool = False
+    turn: float = 0.0
+    """Degrees, counterclockwise, that the picture is turned by around its middle"""
 
     def of(self, picture: Image.Image) -> Image.Image:
         """The view of a picture, or of a mask of the same size."""
         left, top, right, bottom = self.box
+        if self.turn or left < 0 or top < 0 or right > picture.width or bottom > picture.height:
+            border = max(picture.size) // 4
+            picture = ImageOps.expand(picture, border, fill=WHITE[picture.mode])
+            picture = picture.rotate(self.turn, Image.Resampling.BICUBIC, fillcolor=WHITE[picture.mode])
+            left, top, right, bottom = (one + border for one in self.box)
         # Pixels outside of the part must not blend into its border.
         outer = (math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom))
         if outer != (0, 0, *picture.size):
@@ -55,7 +66,8 @@ class View:
         left, top, right, bottom = self.box
         scale = self.size[0] / (bottom - top)
         first = self.original[1] - right if self.mirrored else left
-        return MicroConditioning(self.original, (round(top * scale), round(first * scale)), self.size)
+        corner = (max(round(top * scale), 0), max(round(first * scale), 0))
+        return MicroConditioning(self.original, corner, self.size)
 
 
 def square_view(original: Size, side: int) -> View:
@@ -110,6 +122,8 @@ class Views:
         buckets: Sizes that pictures are brought to, each to the one of the nearest aspect ratio.
         crops: Places of the crop, drawn for each picture; 0 is one crop, in the middle.
         mirror: Whether half of the uses are mirrored.
+        moves: Views beside the plain one that are turned, shifted and of another scale, by as much as `TURN`, `SHIFT`
+            and `ZOOM` say; what comes in at the border is white.
         upscale: Whether pictures smaller than their size are enlarged.
         seed: Of the crops.
         names: Of the pictures, for the message.
@@ -126,12 +140,13 @@ class Views:
         *,
         crops: int = 0,
         mirror: bool = False,
+        moves: int = 0,
         upscale: bool = False,
         seed: int = 0,
         names: Sequence[str] | None = None,
     ) -> None:
         self.sizes, self.digests, self.seed = sizes, digests, seed
-        self.crops, self.mirror = whole("crops", crops, 0), mirror
+        self.crops, self.mirror, self.moves = whole("crops", crops, 0), mirror, whole("moves", moves, 0)
         self.buckets = [bucket_of(size, buckets) for size in sizes]
         """Of each picture, the size that it is brought to"""
         for row, (size, bucket) in enumerate(zip(sizes, self.buckets, strict=True)):
@@ -145,7 +160,7 @@ class Views:
     @property
     def count(self) -> int:
         """Views of each picture."""
-        return max(self.crops, 1) * (2 if self.mirror else 1)
+        return max(self.crops, 1) * (self.moves + 1) * (2 if self.mirror else 1)
 
     def drawn(self, seed: int, place: int) -> int:
         """The number of the view that is shown at a place of the endless row."""
@@ -154,6 +169,7 @@ class Views:
     def view(self, row: int, number: int) -> View:
         """A view of the picture in a row; `number` is below `count`."""
         number, crop = divmod(number, max(self.crops, 1))
+        mirrored, move = divmod(number, self.moves + 1)
         height, width = self.sizes[row]
         size = self.buckets[row]
         scale = max(size[0] / height, size[1] / width)
@@ -165,10 +181,23 @@ class Views:
             down, right = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
         # Whole pixels: a crop that is not scaled is not blurred either.
         top, left = int(down * (height - part[0])), int(right * (width - part[1]))
-        return View((height, width), (left, top, left + part[1], top + part[0]), size, bool(number))
+        plain = View((height, width), (left, top, left + part[1], top + part[0]), size, bool(mirrored))
+        return self._moved(plain, row, move) if move else plain
+
+    def _moved(self, view: View, row: int, number: int) -> View:
+        """A view that is turned, shifted and of another scale."""
+        generator = generator_of(self.seed, int(self.digests[row][:12], 16), f"move {number}")
+        turn, zoom, down, right = (2 * torch.rand(4, generator=generator, dtype=torch.float64) - 1).tolist()
+        left, top, end, bottom = view.box
+        width, height = end - left, bottom - top
+        middle = ((left + end) / 2 + right * SHIFT * width, (top + bottom) / 2 + down * SHIFT * height)
+        half = (width / 2 / (1 + zoom * ZOOM), height / 2 / (1 + zoom * ZOOM))
+        box = (middle[0] - half[0], middle[1] - half[1], middle[0] + half[0], middle[1] + half[1])
+        return replace(view, box=box, turn=turn * TURN)
 
     def key(self, row: int, number: int) -> str:
         """What names the pixels of a view: the picture's bytes, part, size."""
         view = self.view(row, number)
         box = ",".join(f"{value:.4f}" for value in view.box)
-        return f"{self.digests[row]} {box} {view.size[0]}x{view.size[1]}{' mirrored' if view.mirrored else ''}"
+        turned = f" turned {view.turn:.4f}" if view.turn else ""
+        return f"{self.digests[row]} {box} {view.size[0]}x{view.size[1]}{' mirrored' if view.mirrored else ''}{turned}"

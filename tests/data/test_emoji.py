@@ -13,9 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from hubgen.data import emoji
+from hubgen.data.colours import COLOURS, colour_shares, colour_words
 from hubgen.data.emoji import build_emoji_dataset
 from hubgen.data.emoji_captions import COLOUR_WORDS, Candidate, choose_held_out, noun_phrase, wordings, words_of
 from hubgen.data.errors import DataError
@@ -333,3 +335,153 @@ def test_flags_keys_and_pictures_with_a_twin_are_never_held_out():
     assert choose_held_out(candidates, 0, seed=0) == []
     with pytest.raises(DataError, match="only 0 of 13 can be held out"):
         choose_held_out(candidates, 1, seed=0)
+
+
+# ---- variants ----
+
+ANIMATED = FIXTURES / "fluent-emoji-anim-1-reduced.tgz"
+FLAT = FIXTURES / "fluent-emoji-flat-reduced.tgz"
+ALL = ("mirrored", "recoloured", "frame", "flat")
+
+
+def package(path: Path, name: str, files: dict[str, bytes] | None = None) -> Path:
+    """An npm package."""
+    content = {"package/package.json": json.dumps({"name": name}).encode(), **(files or {})}
+    with tarfile.open(path, "w:gz") as archive:
+        for member, one in content.items():
+            header = tarfile.TarInfo(member)
+            header.size = len(one)
+            archive.addfile(header, io.BytesIO(one))
+    return path
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("archives")
+    empty = [package(folder / f"{n}.tgz", f"@lobehub/fluent-emoji-anim-{n}") for n in (2, 3, 4)]
+    return [ANIMATED, *empty, FLAT]
+
+
+@pytest.fixture(scope="module")
+def varied(tmp_path_factory: pytest.TempPathFactory, archives: list[Path]) -> Path:
+    pytest.importorskip("resvg_py")
+    folder = tmp_path_factory.mktemp("varied") / "fluent-32"
+    report = build(folder, variants=ALL, more_archives=archives, validation=2)
+    assert report.variants == {kind: len(of_kind(folder, kind)) for kind in ALL} and all(report.variants.values())
+    assert "pictures for validation" in str(report) and "of the training pictures are flat" in str(report)
+    return folder
+
+
+def of_kind(folder: Path, kind: str, split: str = "train") -> list[dict]:
+    return [row for row in rows(folder, split) if row["variant"] == kind]
+
+
+def pixels(folder: Path, row: dict, split: str = "train") -> np.ndarray:
+    with Image.open(folder / split / row["file_name"]) as picture:
+        assert (picture.size, picture.mode) == ((32, 32), "RGB")
+        return np.asarray(picture).astype(float)
+
+
+def apart(one: np.ndarray, other: np.ndarray) -> float:
+    return float(np.sqrt(np.mean((one - other) ** 2)))
+
+
+def test_no_variant_is_of_an_emoji_that_is_held_out_or_says_its_words(varied: Path, built: Path):
+    assert [row["text"] for row in of_kind(varied, "", "test")] == [row["text"] for row in rows(built, "test")]
+    held = [row for split in ("validation", "test") for row in of_kind(varied, "", split)]
+    codes, said = ({row["hexcode"] for row in held}, {one.lower() for row in held for one in row["captions"]})
+    assert len(held) == HELD_OUT + 2
+    train = rows(varied, "train")
+    assert not codes & {row["hexcode"] for row in train}
+    assert not said & {one.lower() for row in train for one in row["captions"]}
+    far = {
+        row["hexcode"]: pixels(varied, row, split)
+        for split in ("validation", "test")
+        for row in of_kind(varied, "", split)
+    }
+    for row in train:
+        if row["variant"]:
+            assert min(apart(pixels(varied, row), one) for one in far.values()) > 4, row["file_name"]
+
+
+def test_combinations_of_colour_and_thing_that_are_held_out_are_never_trained_on(varied: Path):
+    held = [row for split in ("validation", "test") for row in of_kind(varied, "recoloured", split)]
+    train = of_kind(varied, "recoloured")
+    assert held and not {row["text"] for row in held} & {row["text"] for row in rows(varied, "train")}
+    for row in held:
+        assert sum(one["hexcode"] == row["hexcode"] for one in train) >= 3
+        assert any(one["colour"] == row["colour"] for one in train)
+
+
+def test_a_recoloured_picture_shows_the_colour_that_its_caption_names(varied: Path):
+    labels = {row["text"] for split in ("train", "validation", "test") for row in of_kind(varied, "", split)}
+    found = of_kind(varied, "recoloured")
+    for row in found:
+        assert row["text"].split()[0] == row["colour"] and row["captions"][0] == row["text"]
+        assert row["text"] not in labels and colour_words(row["text"]) == [row["colour"]]
+        values = torch.from_numpy(pixels(varied, row)).permute(2, 0, 1)[None].float() / 127.5 - 1
+        assert colour_shares(values)[0, COLOURS.index(row["colour"])] >= 0.25
+    assert any(row["text"].endswith(" dog") for row in found)
+    assert not any("flag" in row["text"] or "keycap" in row["text"] for row in found)
+
+
+def test_mirrored_pictures_are_of_things_without_a_direction(varied: Path):
+    original = {row["hexcode"]: row for row in of_kind(varied, "")}
+    for row in of_kind(varied, "mirrored"):
+        assert np.array_equal(pixels(varied, row)[:, ::-1], pixels(varied, original[row["hexcode"]]))
+        assert row["captions"] == original[row["hexcode"]]["captions"]
+    texts = {row["text"] for row in of_kind(varied, "mirrored")}
+    assert "dog" in texts and not texts & {"flag: Romania", "keycap: 1", "three o'clock"}
+
+
+def test_frames_are_far_from_each_other_and_flat_pictures_say_so(varied: Path):
+    original = {row["hexcode"]: row for row in of_kind(varied, "")}
+    by_emoji: dict[str, list[np.ndarray]] = {}
+    for row in of_kind(varied, "frame"):
+        by_emoji.setdefault(row["text"], [pixels(varied, original[row["hexcode"]])]).append(pixels(varied, row))
+    assert by_emoji and "grapes" not in by_emoji
+    for some in by_emoji.values():
+        assert len(some) <= 5 and min(apart(a, b) for n, a in enumerate(some) for b in some[:n]) >= 11
+    for row in of_kind(varied, "flat"):
+        assert row["text"].startswith("flat ") and all("flat" in one for one in row["captions"])
+    assert "flat grapes" in {row["text"] for row in of_kind(varied, "flat")} | {
+        f"flat {row['text']}" for split in ("validation", "test") for row in of_kind(varied, "", split)
+    }
+
+
+def test_a_build_with_variants_is_the_same_again(varied: Path, archives: list[Path], tmp_path: Path):
+    options = {"variants": ALL, "more_archives": archives, "validation": 2}
+    build(tmp_path / "again", **options)
+    assert contents(tmp_path / "again") == contents(varied)
+    assert build(tmp_path / "again", **options).already_built
+    with pytest.raises(DataError, match="was built with packages_sha512"):
+        build(tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"variants": ["blurred"]}, "`variants`: got blurred, expected some of mirrored, recoloured, frame, flat"),
+        ({"variants": ["flat", "flat"]}, "`variants`: got flat, flat, expected some of .*, each once"),
+        ({"variants": ["flat"], "more_archives": ["no.tgz"]}, "more_archives: no.tgz: no such file"),
+        ({"variants": ["flat"], "more_archives": [NAMES]}, "got emojibase-data, expected @lobehub/fluent-emoji-flat"),
+        ({"more_archives": [FLAT]}, "got @lobehub/fluent-emoji-flat, expected none, for these variants"),
+        ({"validation": -1}, "`validation`: got -1, expected an integer from 0"),
+    ],
+)
+def test_variants_that_cannot_be_are_named_on_one_line(tmp_path: Path, options: dict, message: str):
+    with pytest.raises(DataError, match=message) as caught:
+        build(tmp_path / "out", **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_pictures_of_variants_are_named(tmp_path: Path):
+    broken = {"package/assets/1f347.svg": b"<svg"}
+    archive = package(tmp_path / "flat.tgz", "@lobehub/fluent-emoji-flat", broken)
+    with pytest.raises(DataError, match=r"flat.tgz: package/assets/1f347.svg: not readable as SVG"):
+        build(tmp_path / "out", variants=["flat"], more_archives=[archive], held_out=0)
+
+
+def test_other_styles_have_no_animations(tmp_path: Path):
+    with pytest.raises(DataError, match="`variants`: got frame with style 'noto', expected mirrored or recoloured"):
+        build_emoji_dataset("noto", 64, tmp_path, archive=NOTO_PICTURES, names_archive=NAMES, variants=["frame"])

@@ -6,7 +6,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from hubgen.data.errors import DataError
-from hubgen.data.views import Views, bucket_of, bucket_sizes, pixels_of, square_view
+from hubgen.data.views import SHIFT, TURN, ZOOM, Views, bucket_of, bucket_sizes, pixels_of, square_view
 
 
 def kohya(side: int, smallest: int, largest: int, step: int) -> list[tuple[int, int]]:
@@ -91,3 +91,28 @@ def test_the_square_view_is_the_central_square() -> None:
     picture = disc(200, 120)
     crop = picture.crop((40, 0, 160, 120)).resize((64, 64), Image.Resampling.LANCZOS)
     assert torch.equal(pixels_of(square_view((120, 200), 64).of(picture)), pixels_of(crop))
+
+
+def test_moved_views_are_turned_shifted_and_scaled_a_little_on_white() -> None:
+    side = 200
+    picture = disc(side, side)
+    views = Views([(side, side)], ["ab" * 32], [(100, 100)], moves=20, mirror=True, seed=3)
+    assert views.count == 42 and len({views.key(0, number) for number in range(42)}) == 42
+    plain = Views([(side, side)], ["ab" * 32], [(100, 100)])
+    assert views.view(0, 0) == plain.view(0, 0), "the first is the plain one"
+    places = []
+    for number in range(1, 21):
+        view = views.view(0, number)
+        assert 0 < abs(view.turn) <= TURN and not view.mirrored
+        shown = np.asarray(view.of(picture).convert("L"))
+        assert shown.shape == (100, 100) and (shown[[0, 0, -1, -1], [0, -1, 0, -1]] == 255).all()
+        down, right = np.nonzero(shown < 128)
+        diameter = np.ptp(down) + 1
+        assert abs(diameter - (np.ptp(right) + 1)) <= 2 and abs(diameter / 60 - 1) <= ZOOM + 0.05
+        places.append((down.mean() - 49.5, right.mean() - 49.5))
+        assert views.view(0, 21 + number).mirrored
+        again = np.asarray(views.view(0, 21 + number).of(picture).convert("L"))
+        assert np.array_equal(again, shown[:, ::-1])
+    assert 0.5 < np.abs(places).max() <= 100 * SHIFT * (1 + ZOOM) + 1
+    black = Image.new("L", (side, side), 0)
+    assert any(np.asarray(views.view(0, number).of(black)).max() == 255 for number in range(1, 21))

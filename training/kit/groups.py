@@ -36,6 +36,9 @@ class Data:
     random_crops: Annotated[int, Range(0)] = 0
     """Places of the crop of each picture, drawn at random; 0 is one in the middle."""
 
+    random_moves: Annotated[int, Range(0)] = 0
+    """Views of each picture beside the plain one that are a little turned, shifted and scaled, on white."""
+
     mirror: bool = False
     """Show half of the pictures mirrored."""
 

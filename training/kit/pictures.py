@@ -138,6 +138,7 @@ def open_pictures(
         examples.digests,
         sizes,
         crops=data.random_crops if train else 0,
+        moves=data.random_moves if train else 0,
         mirror=data.mirror and train,
         upscale=data.upscale,
         seed=seed,
