@@ -16,7 +16,7 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -44,6 +44,7 @@ from hubgen.data.emoji_sources import (
 )
 from hubgen.data.emoji_variants import (
     COMPARED_SIDE,
+    RULES,
     SAME_PICTURE,
     VARIANTS,
     Material,
@@ -54,7 +55,7 @@ from hubgen.data.emoji_variants import (
     variants_of,
 )
 from hubgen.data.errors import DataError
-from hubgen.data.packages import fetch, file_digest
+from hubgen.data.packages import NpmPackage, fetch, file_digest
 from hubgen.data.pictures import on_white, pad_to_square, scale
 from hubgen.formats.atomic import TEMPORARY, sweep, written
 
@@ -221,7 +222,7 @@ def build_emoji_dataset(
         "variants": {kind: sum(row["variant"] == kind for row in rows[TRAIN]) for kind in variants},
     }
     build = _build_of(output, record, already_built=False)
-    _write(output / "LICENSE", _licence(source, names_licence).encode())
+    _write(output / "LICENSE", _licence(source, names_licence, packages).encode())
     _write(output / "README.md", _card(build, settings, source).encode())
     for split in splits:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[split])
@@ -467,15 +468,30 @@ def _row(one: Emoji, look: str) -> dict[str, Any]:
     }
 
 
+def _variants_told(build: EmojiBuild) -> str:
+    """What the card says of variants and of the split to choose by; empty where there are none."""
+    told = [f"\n`validation` has {build.validation} further pictures, to choose by.\n"] if build.validation else []
+    if build.variants:
+        lines = "".join(f"- {count} {kind}: {RULES[kind]}\n" for kind, count in build.variants.items())
+        told.append(
+            "\nOf the training pictures, as the column `variant` says (empty: the emoji as it is drawn):\n\n"
+            f"{lines}\nEmoji of the other splits have none, and a variant that looks like one of them is left out. "
+            "Some combinations of colour and thing are in the other splits alone (`colour` names the colour).\n"
+        )
+    return "".join(told)
+
+
 def _licence_text(name: str) -> str:
     return (files("hubgen.data") / "licenses" / f"{name}.txt").read_text(encoding="utf-8")
 
 
-def _licence(source: EmojiSource, names_licence: str) -> str:
+def _licence(source: EmojiSource, names_licence: str, packages: Iterable[NpmPackage]) -> str:
     rule = "\n" + "=" * 80 + "\n\n"
+    names = [package.name for package in packages]
+    beside = f"Frames and flat pictures come from npm {', '.join(names)}, under the same.{rule}" if names else ""
     return (
         f"The pictures come from {source.record['from']}, under the {source.record['license']} licence:\n\n"
-        f"{source.licence}\n\n{_licence_text(source.record['license'])}{rule}"
+        f"{source.licence}\n\n{_licence_text(source.record['license'])}{rule}{beside}"
         "The names, tags and groups come from npm emojibase-data, which derives them from the Unicode CLDR\n"
         f"(https://www.unicode.org/license.txt), under this licence:\n\n{names_licence.strip()}\n"
     )
@@ -498,7 +514,7 @@ size_categories:
 
 {build.train} training pictures (`train`) and {build.held_out} pictures with held-out captions (`test`): RGB on white,
 one emoji each, without variants by skin tone. `text` is the English CLDR name, `captions` are several wordings of it.
-
+{_variants_told(build)}
 ```python
 from datasets import load_dataset
 

@@ -449,6 +449,14 @@ def test_frames_are_far_from_each_other_and_flat_pictures_say_so(varied: Path):
     }
 
 
+def test_the_card_counts_the_variants_and_says_how_they_are_made(varied: Path):
+    card = (varied / "README.md").read_text("utf-8")
+    for kind in ALL:
+        assert f"- {len(of_kind(varied, kind))} {kind}: " in card
+    assert "`validation` has " in card
+    assert "@lobehub/fluent-emoji-anim-3" in (varied / "LICENSE").read_text("utf-8")
+
+
 def test_a_build_with_variants_is_the_same_again(varied: Path, archives: list[Path], tmp_path: Path):
     options = {"variants": ALL, "more_archives": archives, "validation": 2}
     build(tmp_path / "again", **options)
