@@ -306,11 +306,11 @@ MAKERS: dict[str, Callable[[Material], Iterator[Variant]]] = {
 VARIANTS = tuple(MAKERS)
 RULES = {
     "mirrored": "left and right changed, of things without a direction, letter or order",
-    "recoloured": f"pictures in which one hue prevails (the mean of the pixels' hues, weighted by chroma in Oklch, has a "
-    f"length of {LEAST_CONCENTRATION:g} or more), turned to {', '.join(HUES)}, and as light as these are; kept where the "
-    f"colour is {LEAST_SHOWN:.0%} of what is drawn, and no emoji bears that name",
-    "frame": f"at most {MOST_FRAMES} of the animated emoji, {FRAMES_APART:g} of 255 or more from the picture and from each "
-    "other (root mean square)",
+    "recoloured": "pictures in which one hue prevails (the mean of the pixels' hues, weighted by chroma in Oklch, has "
+    f"a length of {LEAST_CONCENTRATION:g} or more), turned to {', '.join(HUES)}, and as light as these are; kept where "
+    f"the colour is {LEAST_SHOWN:.0%} of what is drawn, and no emoji bears that name",
+    "frame": f"at most {MOST_FRAMES} of the animated emoji, {FRAMES_APART:g} of 255 or more from the picture and from "
+    "each other (root mean square)",
     "flat": "drawn without light and shadow; their captions say flat",
 }
 """How each kind is made, for the card"""
