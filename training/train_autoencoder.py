@@ -29,7 +29,7 @@ from hubgen.training.kit.codebook import Codebook
 from hubgen.training.kit.groups import Data, Optim, Publish, RunOptions, Validation, need
 from hubgen.training.kit.parse import FREE, Range, identity_of
 from hubgen.training.kit.pictures import Pictures, open_pictures
-from hubgen.training.kit.publishing import push, record_of
+from hubgen.training.kit.publishing import check_push, push, record_of
 from hubgen.training.kit.reconstructions import measure_latents, reconstruct
 from hubgen.training.kit.run import Run
 from hubgen.training.kit.script import run_script
@@ -155,6 +155,7 @@ class Reconstruction(nn.Module):
 def main(settings: Settings) -> None:
     """Trains from the settings, going on where an earlier run of them stopped."""
     s, run = settings, Run(settings.run)
+    check_push(s.publish)
 
     def opened(split: str, train: bool) -> Pictures:
         return open_pictures(s.data, split, s.run.seed, side=64, multiple=ratio, train=train)

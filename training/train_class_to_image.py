@@ -27,7 +27,7 @@ from hubgen.training.kit.held_out import HeldOut
 from hubgen.training.kit.labels import label_names
 from hubgen.training.kit.objectives import objective_from, sampler_of
 from hubgen.training.kit.parse import FREE, identity_of
-from hubgen.training.kit.publishing import publish_pipeline, record_of
+from hubgen.training.kit.publishing import check_push, publish_pipeline, record_of
 from hubgen.training.kit.run import Run
 from hubgen.training.kit.script import run_script
 
@@ -48,6 +48,7 @@ class Settings:
 def main(settings: Settings) -> None:
     """Trains from the settings, going on where an earlier run of them stopped."""
     s, run = settings, Run(settings.run)
+    check_push(s.publish)
 
     # What training starts from, and what it is given
     start = bases.ClassToImageStart(s.base, s.data.size)

@@ -34,7 +34,7 @@ from hubgen.training.kit.groups import Adapter, Data, Objective, Optim, Prior, P
 from hubgen.training.kit.objectives import objective_from
 from hubgen.training.kit.parse import FREE, identity_of
 from hubgen.training.kit.prior import Unchanged, check_folder, check_prior, class_pictures
-from hubgen.training.kit.publishing import publish_pipeline, record_of
+from hubgen.training.kit.publishing import check_push, publish_pipeline, record_of
 from hubgen.training.kit.run import Run
 from hubgen.training.kit.script import run_script
 
@@ -68,6 +68,7 @@ class Settings:
 def main(settings: Settings) -> None:
     """Trains from the settings, going on where an earlier run of them stopped."""
     s, run = settings, Run(settings.run)
+    check_push(s.publish)
 
     # What learns, and what it is given
     has_prior = check_prior(s.prior, run.batch_size)

@@ -31,7 +31,7 @@ from hubgen.training.kit.groups import (
 from hubgen.training.kit.held_out import HeldOut
 from hubgen.training.kit.objectives import objective_from
 from hubgen.training.kit.parse import FREE, identity_of
-from hubgen.training.kit.publishing import record_of
+from hubgen.training.kit.publishing import check_push, record_of
 from hubgen.training.kit.run import Run
 from hubgen.training.kit.script import run_script
 
@@ -53,6 +53,7 @@ class Settings:
 def main(settings: Settings) -> None:
     """Trains from the settings, going on where an earlier run of them stopped."""
     s, run = settings, Run(settings.run)
+    check_push(s.publish)
 
     # What the adapter is put on, and what it is given
     check_texts(s.adapter, s.data)

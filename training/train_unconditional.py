@@ -28,7 +28,7 @@ from hubgen.training.kit.held_out import HeldOut
 from hubgen.training.kit.objectives import objective_from, sampler_of
 from hubgen.training.kit.parse import FREE, SettingsError, identity_of
 from hubgen.training.kit.pictures import Pictures, open_pictures
-from hubgen.training.kit.publishing import publish_pipeline, record_of
+from hubgen.training.kit.publishing import check_push, publish_pipeline, record_of
 from hubgen.training.kit.run import Run
 from hubgen.training.kit.script import run_script
 
@@ -51,6 +51,7 @@ class Settings:
 def main(settings: Settings) -> None:
     """Trains from the settings, going on where an earlier run of them stopped."""
     s, run = settings, Run(settings.run)
+    check_push(s.publish)
     pipe = bases.unconditional(s.base, s.validation, s.data.size)
     side = pipe.size[0]
 

@@ -18,6 +18,7 @@ from hubgen.cli.convert import add_convert
 from hubgen.cli.data import add_data
 from hubgen.cli.generate import add_generate
 from hubgen.cli.inspect import add_inspect
+from hubgen.cli.publish import add_publish
 from hubgen.cli.train import add_train
 from hubgen.errors import is_expected, one_line
 
@@ -40,6 +41,7 @@ examples:
   hubgen generate "a cat, my style" --lora runs/pictures-lora/lora --out cat.png
   hubgen inspect style.safetensors                   what the file is, and for which model
   hubgen convert lora style.safetensors --to kohya --out kohya.safetensors
+  hubgen publish runs/emoji/pipeline owner/emoji --dry-run
   hubgen data emoji --style fluent --size 64 --out data/fluent
 
 environment:
@@ -106,4 +108,5 @@ def build_parser() -> argparse.ArgumentParser:
     add_inspect(commands)
     add_convert(commands)
     add_data(commands)
+    add_publish(commands)
     return parser

@@ -133,6 +133,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=seed, metavar="N", help="start of the random numbers (default: 0)")
     parser.add_argument("--push", type=repository, metavar="NAME", help="owner/name on the Hub to send the result to")
+    parser.add_argument("--licence", metavar="NAME", help="of the result, as the Hub names it, such as apache-2.0")
     parser.add_argument(
         "--set",
         dest="settings",
@@ -264,6 +265,7 @@ def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
         "size": "data.size",
         "seed": "run.seed",
         "push": "publish.push_to_hub",
+        "licence": "publish.license",
     }
     values = {name: getattr(arguments, option) for option, name in names.items()}
     if arguments.base is not None:  # the scripts know the bundled model as none, and no ~

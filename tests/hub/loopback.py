@@ -1,15 +1,18 @@
-"""A Hub of one process on the loopback address, for the real huggingface_hub client: repositories of models, in memory.
+"""A Hub of one process on the loopback address, for the real huggingface_hub client: repositories in memory.
 
-It serves what loading and publishing a pipeline ask for: a repository's information and files (whole or in ranges),
-and commits of small files and of large ones by LFS. Object ids are true (git's sha1 of a blob, sha256 of a large file),
-so that the client's checks and its "nothing changed" are real.
+It serves what loading and publishing ask for: a repository's information and files (whole or in ranges), branches, and
+commits of small files and of large ones by LFS. Object ids are true (git's sha1 of a blob, sha256 of a large file), so
+that the client's checks and its "nothing changed" are real. On request it is busy, cuts connections, stalls, or takes
+a large file for another.
 """
 
 import base64
 import hashlib
 import json
 import re
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,8 +25,24 @@ LARGE = (".safetensors",)  # what the Hub would keep in LFS
 
 
 @dataclass
+class Trouble:
+    """Something that goes wrong."""
+
+    meant: str
+    """pattern of method and path"""
+    times: int = 1
+    status: int = 0
+    """that is answered; 0 cuts the connection"""
+    retry_after: str = ""
+    stall: float = 0.0
+    """seconds before the answer"""
+    wrong: bool = False
+    """whether a large file arrives as another one"""
+
+
+@dataclass
 class Hub:
-    """Its repositories by owner/name, each a file by its path."""
+    """Its repositories by owner/name, with datasets/ or spaces/ before it if they are that: each a file by its path."""
 
     url: str
     repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -31,6 +50,15 @@ class Hub:
     """large files by sha256"""
     requests: list[str] = field(default_factory=list)
     """method and path of everything that was asked for"""
+    trouble: list[Trouble] = field(default_factory=list)
+    """what goes wrong with the next requests that it means"""
+    created: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """what the client said of each repository that it made"""
+    branches: dict[str, list[str]] = field(default_factory=dict)
+    commits: list[dict[str, Any]] = field(default_factory=list)
+    """of each commit its repository, branch, message and the paths of its files"""
+    token: str | None = None
+    """that requests which change something have to bring; any if not given"""
 
     def add(self, repo: str, folder: Path) -> None:
         """Puts a folder's files in a repository."""
@@ -49,6 +77,13 @@ def oid(data: bytes) -> str:
 
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def known_as(name: str, data: bytes | None) -> str | None:
+    """What a client compares its file with, to see whether it changed."""
+    if data is None:
+        return None
+    return sha256(data) if name.endswith(LARGE) else oid(data)
 
 
 @contextmanager
@@ -89,25 +124,62 @@ class Handler(BaseHTTPRequestHandler):
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append(f"{self.command} {path}")
+        if self.troubled(f"{self.command} {path}"):
+            return None
+        if self.hub.token and self.command in ("POST", "DELETE") and not self.allowed():
+            return self.refuse("Unauthorized", "the token is none that may write", status=401)
+        api, one = r"/api/(models|datasets|spaces)/([^/]+/[^/]+)", r"/((?:datasets/|spaces/)?[^/]+/[^/]+)"
         for pattern, handle in (
-            (r"/api/models/([^/]+/[^/]+)(?:/revision/[^/]+)?", self.information),
-            (r"/api/models/([^/]+/[^/]+)/tree/[^/]+", self.tree),
-            (r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.resolve),
             (r"/api/whoami-v2", self.who_am_i),
             (r"/api/repos/create", self.create),
             (r"/api/validate-yaml", lambda: self.answer({"errors": [], "warnings": []})),
-            (r"/api/models/([^/]+/[^/]+)/preupload/[^/]+", self.preupload),
-            (r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", self.lfs_batch),
+            (rf"{api}(?:/revision/[^/]+)?", self.information),
+            (rf"{api}/tree/[^/]+", self.tree),
+            (rf"{api}/branch/(.+)", self.branch),
+            (rf"{api}/preupload/[^/]+", self.preupload),
+            (rf"{api}/commit/([^/]+)", self.commit),
+            (rf"{one}/resolve/([^/]+)/(.+)", self.resolve),
+            (rf"{one}\.git/info/lfs/objects/batch", self.lfs_batch),
             (r"/lfs/([0-9a-f]{64})", self.lfs_put),
-            (r"/api/models/([^/]+/[^/]+)/commit/[^/]+", self.commit),
         ):
             match = re.fullmatch(pattern, path)
             if match:
-                repo = match[1] if match.groups() else None
-                if repo and "/" in repo and repo not in self.hub.repos:
-                    return self.refuse("RepoNotFound", f"no repository {repo}")
-                return handle(*match.groups())
+                found = list(match.groups())
+                if pattern.startswith(api):
+                    kind = found.pop(0)
+                    found[0] = found[0] if kind == "models" else f"{kind}/{found[0]}"
+                if found and "/" in found[0] and found[0] not in self.hub.repos:
+                    return self.refuse("RepoNotFound", f"no repository {found[0]}")
+                return handle(*found)
         self.refuse("EntryNotFound", f"no endpoint {self.command} {path}")
+
+    def troubled(self, asked: str) -> bool:
+        """Whether something went wrong with this request, which then has its answer, or none."""
+        for trouble in self.hub.trouble:
+            if trouble.times and re.search(trouble.meant, asked):
+                trouble.times -= 1
+                time.sleep(trouble.stall)
+                if trouble.wrong:
+                    self.body += b"damaged"
+                    return False
+                if trouble.status:
+                    headers = {"Retry-After": trouble.retry_after} if trouble.retry_after else {}
+                    self.refuse("Busy", "try again later", headers, trouble.status)
+                elif not trouble.stall:
+                    self.connection.shutdown(socket.SHUT_RDWR)
+                    self.close_connection = True
+                return bool(trouble.status) or not trouble.stall
+        return False
+
+    def allowed(self) -> bool:
+        """Whether the request brings the token that may write; large files need none, and ask before they are sent."""
+        return self.headers.get("Authorization") == f"Bearer {self.hub.token}"
+
+    def branch(self, repo: str, name: str) -> None:
+        known = self.hub.branches.setdefault(repo, [])
+        exists = name in known
+        known += [] if exists else [name]
+        self.answer({}, status=409 if exists else 200)
 
     def information(self, repo: str) -> None:
         files = self.hub.repos[repo]
@@ -126,8 +198,11 @@ class Handler(BaseHTTPRequestHandler):
         data = self.hub.repos[repo].get(name)
         if data is None:
             return self.refuse("EntryNotFound", f"no file {name} in {repo}", {"X-Repo-Commit": self.hub.commit(repo)})
-        etag = sha256(data) if name.endswith(LARGE) else oid(data)
-        headers = {"X-Repo-Commit": self.hub.commit(repo), "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
+        headers = {
+            "X-Repo-Commit": self.hub.commit(repo),
+            "ETag": f'"{known_as(name, data)}"',
+            "Accept-Ranges": "bytes",
+        }
         part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         if not part:
             return self.answer(data, headers)
@@ -141,7 +216,10 @@ class Handler(BaseHTTPRequestHandler):
     def create(self) -> None:
         asked = json.loads(self.body)
         repo = f"{asked.get('organization') or 'tester'}/{asked['name']}"
+        kind = asked.get("type") or "model"
+        repo = repo if kind == "model" else f"{kind}s/{repo}"
         exists = repo in self.hub.repos
+        self.hub.created.setdefault(repo, asked)
         self.hub.repos.setdefault(repo, {})
         self.answer({"url": f"{self.hub.url}/{repo}", "id": repo, "name": repo}, status=409 if exists else 200)
 
@@ -151,7 +229,7 @@ class Handler(BaseHTTPRequestHandler):
                 "path": file["path"],
                 "uploadMode": "lfs" if file["path"].endswith(LARGE) else "regular",
                 "shouldIgnore": False,
-                "oid": oid(self.hub.repos[repo][file["path"]]) if file["path"] in self.hub.repos[repo] else None,
+                "oid": known_as(file["path"], self.hub.repos[repo].get(file["path"])),
             }
             for file in json.loads(self.body)["files"]
         ]
@@ -170,8 +248,19 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.uploads[digest] = self.body
         self.answer({})
 
-    def commit(self, repo: str) -> None:
+    def commit(self, repo: str, branch: str) -> None:
         files = self.hub.repos[repo]
+        rows = [json.loads(line) for line in self.body.splitlines()]
+        said = next(row["value"] for row in rows if row["key"] == "header")
+        paths = [row["value"]["path"] for row in rows if row["key"] != "header"]
+        request = "create_pr=1" in self.path
+        self.hub.commits.append(
+            {"repo": repo, "branch": branch, "message": said["summary"], "paths": paths, "pull_request": request}
+        )
+        if request:
+            url = f"{self.hub.url}/{repo}"
+            made = {"success": True, "commitUrl": f"{url}/commit/0", "commitOid": "0" * 40}
+            return self.answer({**made, "pullRequestUrl": f"{url}/discussions/1"})
         for line in self.body.splitlines():
             row = json.loads(line)
             value = row["value"]

@@ -14,6 +14,8 @@ import yaml
 
 import hubgen
 from hubgen.hub.bundled import bundled_model
+from hubgen.training import train_text_to_image
+from hubgen.training.kit.parse import SettingsError, parse_settings
 from tests.hub.loopback import Hub, loopback_hub
 
 pytestmark = pytest.mark.slow
@@ -61,9 +63,8 @@ def test_a_trained_pipeline_is_sent_and_a_failure_names_the_command_that_tries_a
     done = train(recipe | {"run.output_dir": str(tmp_path / "other")}, tmp_path, hub)
     assert done.returncode == 4 and (tmp_path / "other" / "pipeline" / "model_index.json").is_file()
     last = done.stderr.strip().splitlines()[-1]
-    assert (
-        f"`hf upload {REPO} {tmp_path / 'other' / 'pipeline'}` tries again" in last and "Traceback" not in done.stderr
-    )
+    again = f"`hubgen publish {tmp_path / 'other' / 'pipeline'} {REPO}` tries again"
+    assert again in last and "Traceback" not in done.stderr
 
 
 def test_a_run_begins_from_a_model_on_the_hub(recipe: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
@@ -129,6 +130,7 @@ def test_an_adapter_of_the_bundled_model_goes_round_the_world(problem: dict[str,
         "validation.prompts": ["red apple"],
         "validation.inference_steps": 2,
         "publish.push_to_hub": "tester/red",
+        "publish.license": "apache-2.0",
         "publish.dtype": "float32",
     }
     ours, theirs = tmp_path / "ours.npz", tmp_path / "theirs.npy"
@@ -147,3 +149,29 @@ def test_an_adapter_of_the_bundled_model_goes_round_the_world(problem: dict[str,
     options: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 4.0, "height": 64, "width": 64}
     base = plain("red apple", generator=torch.Generator().manual_seed(0), output_type="np", **options).images
     assert np.abs(base - np.load(theirs)).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"publish.push_to_hub": "red"}, "repository 'red': expected owner/name"),
+        ({"publish.license": None}, "setting 'publish.license': names no licence, expected `license: apache-2.0`"),
+        ({"publish.license": "apache"}, "setting 'publish.license': got the licence 'apache'"),
+        ({}, "repository tester/red: no token of the Hub here"),
+    ],
+)
+def test_what_could_not_be_sent_is_said_before_anything_is_trained(
+    recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    if changes:
+        monkeypatch.setenv("HF_TOKEN", "hf_test")
+    else:
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.setattr("hubgen.hub.publish.get_token", lambda: None)
+    settings = recipe | {"publish.push_to_hub": "tester/red", "publish.license": "mit"} | changes
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    with pytest.raises(SettingsError) as error:
+        train_text_to_image.main(parse_settings(train_text_to_image.Settings, ["--config", str(path)]))
+    assert message in str(error.value)
+    assert not (Path(settings["run.output_dir"]) / "checkpoints").exists()

@@ -7,18 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
 from torch import nn
 
 from hubgen.formats.atomic import sweep, written
 from hubgen.hub.card import TrainingRecord, Usage, describe_data, pipeline_card
+from hubgen.hub.publish import PublishError, check_licence, check_name_and_token, prepare
 from hubgen.training.kit.groups import Publish
-from hubgen.training.kit.parse import settings_to_dict
+from hubgen.training.kit.parse import SettingsError, settings_to_dict
 from hubgen.training.kit.pictures import Pictures
 from hubgen.training.kit.run import Run
 
-SENT = ["*.json", "*.safetensors", "*.txt", "*.model", "*.png", "README.md", "LICENSE*", "*.py"]
-"""What of a result is sent to the Hub: nothing else that may lie there"""
+
+def check_push(publish: Publish) -> None:
+    """Raises SettingsError, before anything is trained, where the result could not be sent to the Hub."""
+    if publish.push_to_hub is None:
+        return
+    try:
+        check_name_and_token(publish.push_to_hub)
+        check_licence({"license": publish.license, "license_name": "own"}, Path("setting 'publish.license'"))
+    except PublishError as error:
+        raise SettingsError(f"setting 'publish.push_to_hub': {error}") from error
 
 
 def record_of(run: Run, script: str, settings: Any, pictures: Pictures, source: str, measured: str) -> TrainingRecord:
@@ -121,8 +129,6 @@ def push(run: Run, folder: Path, publish: Publish) -> None:
     repo = publish.push_to_hub
     if repo is None:
         return
-    with run.survived(f"sending {folder} to {repo} (`hf upload {repo} {folder}` tries again)"):
-        api = HfApi()
-        api.create_repo(repo, private=publish.private, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=SENT, commit_message="Trained with hubgen")
-        run.print(f"sent to {repo}")
+    with run.survived(f"sending {folder} to {repo} (`hubgen publish {folder} {repo}` tries again)"):
+        address = prepare(folder, repo, private=publish.private, message="Trained with hubgen").send()
+        run.print(f"sent to {address}")
