@@ -12,9 +12,11 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from hubgen.autoencoders.autoencoder_kl import AutoencoderKL
 from hubgen.autoencoders.efficientnet import EfficientNetLite0
+from hubgen.data.colours import colour_shares, colour_words
 from hubgen.paths.path import RectifiedFlowPath, VariancePreservingPath
 from tests.benchmarks import (
     bundled_model,
+    compositions,
     dreambooth,
     inference,
     linear_denoiser,
@@ -91,20 +93,20 @@ def test_similar_pictures_have_similar_features():
     ],
 )
 def test_a_colour_fills_what_is_not_background(colour, rgb):
-    shares = dict(zip(measures.COLOURS, measures.colour_shares(filled(*rgb))[0].tolist(), strict=True))
+    shares = dict(zip(measures.COLOURS, colour_shares(filled(*rgb))[0].tolist(), strict=True))
     assert shares[colour] == 1
     assert sum(share > 0 for share in shares.values()) <= 2  # neighbours may overlap, as the words do
 
 
 def test_colours_are_whole_words():
-    assert measures.colour_words("Blue and red boat") == ["red", "blue"]
-    assert measures.colour_words("hundred blueberries") == []
+    assert colour_words("Blue and red boat") == ["red", "blue"]
+    assert colour_words("hundred blueberries") == []
 
 
 def test_the_colour_threshold_parts_pictures_that_name_a_colour_from_others():
     pixels = torch.cat([filled(*COLOURS["red"], count=3), filled(*COLOURS["blue"], count=3)])
     captions = ["red ball"] * 3 + ["blue ball"] * 3
-    shares = measures.colour_shares(pixels)
+    shares = colour_shares(pixels)
     threshold = measures.calibrate_colour_threshold(shares, captions)
     rate, control = measures.colours_shown(shares, [*captions[:5], "ball"], threshold)
     assert (rate.hits, rate.count, control) == (5, 5, 0)
@@ -316,6 +318,8 @@ def test_the_benchmark_of_a_model_measures_and_stores_everything(problem, traine
         train_captions=6,
         held_out_captions=4,
         colour_seeds=1,
+        variety_captions=3,
+        variety_seeds=2,
         network=EfficientNetLite0(),
         num_inference_steps=2,
     )
@@ -325,8 +329,108 @@ def test_the_benchmark_of_a_model_measures_and_stores_everything(problem, traine
     assert results["autoencoder"]["float32"]["psnr_db"] > 0
     assert json.loads((tmp_path / "bundled_model.json").read_text())["retrieval"] == results["retrieval"]
     assert "held-out captions, among all pictures (18)" in (tmp_path / "bundled_model.md").read_text()
-    for name in ("train", "held_out", "reconstruction"):
+    for name in ("train", "held_out", "reconstruction", "variety"):
         assert Image.open(tmp_path / f"{name}.png").size[0] > SIZE
+    # A folder without variants has no combinations, and the page says nothing of them.
+    assert "combinations" not in results["colours"] and "combinations" not in results["retrieval"]
+    assert "combinations" not in (tmp_path / "bundled_model.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def varied(problem: Path) -> Path:
+    """The drawn pictures with variants: training has mirrored ones and frames, the test split recoloured ones."""
+    rows: dict[str, list[dict[str, str]]] = {"train": [], "test": []}
+    for split, source in (("train", "train"), ("test", "held_out")):
+        (problem / "varied" / split).mkdir(parents=True)
+        for line in (problem / "data" / source / "metadata.jsonl").read_text().splitlines()[:6]:
+            row = json.loads(line)
+            picture = Image.open(problem / "data" / source / row["file_name"])
+            shape = row["text"].split()[1]
+            made = {"": (picture, row["text"])}
+            if split == "train":
+                generator = torch.Generator().manual_seed(len(rows[split]))
+                noise = torch.randint(0, 256, (SIZE, SIZE, 3), generator=generator).byte()
+                made["frame"] = (Image.fromarray(noise.numpy()), row["text"])
+                made["mirrored"] = (picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT), row["text"])
+                made["flat"] = (picture, f"flat {row['text']}")
+            else:
+                made["recoloured"] = (Image.new("RGB", (SIZE, SIZE), (130, 70, 190)), f"purple {shape}")
+            for variant, (drawn, text) in made.items():
+                name = f"{variant or 'drawn'}-{row['file_name']}"
+                drawn.save(problem / "varied" / split / name)
+                rows[split].append({"file_name": name, "text": text, "variant": variant})
+        lines = "".join(json.dumps(row) + "\n" for row in rows[split])
+        (problem / "varied" / split / "metadata.jsonl").write_text(lines)
+    return problem / "varied"
+
+
+def test_the_benchmark_of_a_model_measures_variants_beside_and_not_among_the_emoji_as_drawn(varied, trained, tmp_path):
+    from hubgen.pipelines.text_to_image import TextToImagePipeline
+
+    pipeline = TextToImagePipeline.from_pretrained(trained / "mmdit, rectified flow" / "pipeline")
+    train, test = (bundled_model.RealPictures.from_folder(varied, split, SIZE) for split in ("train", "test"))
+    assert (len(train), len(test)) == (24, 12)
+    command = {
+        "prompt": "a smiling cat",
+        "runs": 1,
+        "seconds": 7.25,
+        "seconds_sampling": 1.5,
+        "seconds_of_runs": [7.25],
+        "cores": 2,
+        "load_before": 0.1,
+    }
+    torch.manual_seed(0)
+    results = bundled_model.run(
+        pipeline,
+        train,
+        test,
+        tmp_path,
+        colour_seeds=1,
+        variety_captions=2,
+        variety_seeds=3,
+        network=EfficientNetLite0(),
+        command=command,
+        num_inference_steps=2,
+    )
+    pools = {name: retrieval["real_pictures"] for name, retrieval in results["retrieval"].items()}
+    assert pools == {"train": 6, "held_out": 6, "held_out_among_all": 12, "combinations": 12}
+    assert results["colours"]["combinations"]["real"]["rate"] == 1
+    assert results["colours"]["combinations"]["generated"]["count"] == 2 * 6
+    assert results["variety"]["real"]["pictures"] == 6 * 3  # drawn, frame and mirrored, and not the flat one
+    coverage = results["variety"]["coverage"]
+    assert coverage["captions"] == 2 and 0 <= coverage["at_least_two"]["rate"] <= 1
+    page, card = (tmp_path / "bundled_model.md").read_text(), bundled_model.to_card_section(results)
+    for text in ("colour words of held-out combinations", "split `test`", "**7.2 s** from", "at least 30 %"):
+        assert text in page
+    assert "start to file | 7.2 s | 1.5 s of them sampling" in card and "at least" not in card
+    assert Image.open(tmp_path / "combinations.png").size[0] > SIZE
+
+
+def test_a_composition_is_drawn_judged_and_shown_with_what_somebody_called_it(varied, trained, tmp_path):
+    from hubgen.pipelines.text_to_image import TextToImagePipeline
+
+    pipeline = TextToImagePipeline.from_pretrained(trained / "mmdit, rectified flow" / "pipeline")
+    train = bundled_model.RealPictures.from_folder(varied, "train", SIZE)
+    prompts = [compositions.Composition("a yellow ball", "ball"), compositions.Composition("a pink box", "box")]
+    captions = compositions.captions_of(varied)
+    assert "purple box" in captions and "flat red ball" in captions
+    arguments = (pipeline, train, captions, tmp_path)
+    more = {"seeds": 2, "network": EfficientNetLite0(), "num_inference_steps": 2}
+    results = compositions.run(*arguments, prompts, **more)
+    assert [row["prompt"] for row in results["rows"]] == ["a yellow ball", "a pink box"]
+    assert all(0 <= row["layout"]["pictures"] <= 2 for row in results["rows"])
+    assert Image.open(tmp_path / "compositions.png").height == 2 * (compositions.SHOWN_SIZE + report.GAP)
+    page = (tmp_path / "compositions.md").read_text()
+    assert "a yellow ball" in page and "Nobody has looked" in page
+    (tmp_path / "answers.json").write_text(json.dumps({"1": "a round Ball", "2": "a lamp"}))
+    compositions.main(
+        ["--output", str(tmp_path), "--answers", str(tmp_path / "answers.json"), "--judged-by", "a passer-by"]
+    )
+    page = (tmp_path / "compositions.md").read_text()
+    assert "a round Ball | yes" in page and "a lamp | no" in page
+    assert "**1 of 2** subjects" in page and "a passer-by" in page
+    with pytest.raises(ValueError, match="'purple ball'"):
+        compositions.run(*arguments, [compositions.Composition("a purple ball", "ball")], **more)
 
 
 def test_pictures_do_not_depend_on_the_batch_size(trained):

@@ -1,10 +1,9 @@
-"""The numbers of the benchmarks: retrieval, colours, reconstruction. Pure functions of pixels and captions.
+"""The numbers of the benchmarks: retrieval, variety, colours, reconstruction. Pure functions of pixels and captions.
 
 Pixels are (N, 3, H, W) in [-1, 1] everywhere.
 """
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from hubgen.autoencoders.efficientnet import EfficientNetLite0
+from hubgen.data.colours import COLOURS, colour_words
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Retrieval: is the picture that was asked for among the nearest pictures?
@@ -110,54 +110,77 @@ def asked_and_shuffled(found: torch.Tensor) -> tuple[Rate, float]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Colour words: does the colour show in the pixels?
-
-COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+# Variety: do the pictures of one caption differ?
 
 
-def colour_words(caption: str) -> list[str]:
-    """The colours that a caption names, in `COLOURS`."""
-    words = re.findall(r"[a-z]+", caption.lower())
-    return [colour for colour in COLOURS if colour in words]
+def variety(groups: Sequence[torch.Tensor], resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
+    """How far apart the pictures of one caption are, as a part of how far apart those of different captions are.
 
+    A distance is 1 minus the inner product; each caption counts the same, whatever its number of pictures.
 
-def colour_shares(pixels: torch.Tensor) -> torch.Tensor:
-    """(N, 10): the share of each of `COLOURS` among the pixels that are not background.
+    Args:
+        groups: Unit vectors (S, D) of the pictures of each caption, at least two of them.
+        resamples: Drawings of the captions, with replacement, for the interval.
+        seed: Of those drawings.
 
-    Background is what is almost white. A colour is a box in hue, saturation and value, as the emoji use the word: their
-    black is a dark violet grey, their red leans to pink. Boxes overlap where two words fit; some pixels are in none.
+    Returns:
+        "within" and "between", mean distances, "ratio", the first by the second, and its "interval_95".
     """
-    red, green, blue = ((pixels.float().clamp(-1, 1) + 1) / 2).unbind(dim=1)  # each (N, H, W)
-    value, low = torch.maximum(torch.maximum(red, green), blue), torch.minimum(torch.minimum(red, green), blue)
-    chroma = value - low
-    saturation = chroma / value.clamp(min=1e-6)
-    safe = chroma.clamp(min=1e-6)
-    from_green = torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
-    hue = 60 * (torch.where(value == red, (green - blue) / safe, from_green) % 6)  # degrees
+    counts = torch.tensor([len(group) for group in groups])
+    if counts.min() < 2:
+        raise ValueError(f"groups: got a caption with {counts.min()} pictures, expected at least 2 of each")
+    vectors = torch.cat(list(groups)).double()
+    group_of = torch.repeat_interleave(torch.arange(len(groups)), counts)
+    member = F.one_hot(group_of, len(groups)).double()  # (N, C)
+    sums = member.T @ (1 - vectors @ vectors.T) @ member  # (C, C)
+    within = sums.diagonal() / (counts * (counts - 1))
+    between = sums / (counts[:, None] * counts)
+    between.fill_diagonal_(0)
 
-    foreground = (value < 0.97) | (saturation > 0.05)
-    black = (value < 0.45) & (chroma < 0.16)
-    clear = (saturation >= 0.2) & ~black
-    classes = {
-        "red": _between(hue, 335, 10) & (saturation >= 0.5) & (value >= 0.55),
-        "orange": _between(hue, 2, 40) & (saturation >= 0.5) & (value >= 0.75),
-        "yellow": _between(hue, 28, 68) & (saturation >= 0.4) & (value >= 0.7),
-        "green": _between(hue, 68, 170) & clear,
-        "blue": _between(hue, 170, 255) & clear,
-        "purple": _between(hue, 240, 315) & (saturation >= 0.3) & ~black,
-        "pink": (_between(hue, 315, 340) & clear & (value >= 0.75))
-        | (_between(hue, 335, 15) & clear & (saturation < 0.55) & (value >= 0.85)),
-        "brown": _between(hue, 335, 40) & (saturation >= 0.25) & (value < 0.78) & (chroma < 0.45) & ~black,
-        "black": black,
-        "white": (saturation < 0.2) & (value >= 0.65),
+    def means(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both mean distances, where each caption counts as often as `weights` (R, C) says."""
+        total = weights.sum(dim=1)
+        pairs = total**2 - (weights**2).sum(dim=1)
+        return (weights @ within) / total, ((weights @ between) * weights).sum(dim=1) / pairs
+
+    own, others = means(torch.ones(1, len(groups), dtype=torch.float64))
+    drawn = torch.randint(len(groups), (resamples, len(groups)), generator=torch.Generator().manual_seed(seed))
+    times = torch.stack([torch.bincount(rows, minlength=len(groups)) for rows in drawn])  # (R, C)
+    within_drawn, between_drawn = means(times.double())
+    # A drawing of one caption alone has no ratio: it is nan, and left out.
+    bounds = torch.nanquantile(within_drawn / between_drawn, torch.tensor([0.025, 0.975], dtype=torch.float64))
+    return {
+        "captions": len(groups),
+        "pictures": len(vectors),
+        "within": own.item(),
+        "between": others.item(),
+        "ratio": (own / others).item(),
+        "interval_95": bounds.tolist(),
     }
-    area = foreground.sum(dim=(1, 2)).clamp(min=1)
-    return torch.stack([(classes[colour] & foreground).sum(dim=(1, 2)) / area for colour in COLOURS], dim=1)
 
 
-def _between(hue: torch.Tensor, start: float, end: float) -> torch.Tensor:
-    """Whether the hue lies in [start, end), going round through 0 where start is larger."""
-    return (hue >= start) & (hue < end) if start <= end else (hue >= start) | (hue < end)
+def clearly_apart(features: torch.Tensor, least: float) -> list[int]:
+    """Rows of `features` (N, D), unit vectors, that are `least` apart from each other: the first, and so on."""
+    distances = 1 - features @ features.T
+    kept: list[int] = []
+    for row in range(len(features)):
+        if all(distances[row, other] >= least for other in kept):
+            kept.append(row)
+    return kept
+
+
+def covered(drawn: torch.Tensor, real: torch.Tensor) -> int:
+    """How many of the real pictures (K, D) are the nearest one of some drawn picture (S, D)."""
+    return len((drawn @ real.T).argmax(dim=1).unique())
+
+
+def chance_of_two(pictures: int, draws: int) -> float:
+    """How often `draws` drawings, with replacement, from so many pictures hold at least two different ones."""
+    return 1 - pictures ** (1 - draws)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Colour words: does the colour show in the pixels?
 
 
 def calibrate_colour_threshold(shares: torch.Tensor, captions: Sequence[str]) -> float:
