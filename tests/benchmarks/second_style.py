@@ -22,7 +22,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -78,12 +77,25 @@ def most_alike(captions: Sequence[str], known: Sequence[str]) -> list[int]:
     return [max(range(len(words)), key=lambda number: alike(own, words[number])) for own in asked]
 
 
-def train(noto: Path, work: Path) -> tuple[Path, float]:
-    """The adapter's file, and the seconds of the run (of its last part, where it was stopped in between)."""
-    began = time.perf_counter()
+def train(noto: Path, work: Path) -> Path:
+    """The adapter's file."""
     command = [sys.executable, "-m", "hubgen.training.train_lora", "--config", str(RECIPE)]
     subprocess.run([*command, "--data.source", str(noto), "--run.output_dir", str(work / "noto")], check=True)
-    return work / "noto" / "lora" / "pytorch_lora_weights.safetensors", time.perf_counter() - began
+    return work / "noto" / "lora" / "pytorch_lora_weights.safetensors"
+
+
+def seconds_of(run: Path) -> float | None:
+    """The time that a run's steps took, by its own measure; `None` where its metrics are not at hand."""
+    metrics, settings = run / "metrics.jsonl", run / "lora" / "training.json"
+    if not metrics.is_file() or not settings.is_file():
+        return None
+    batch = json.loads(settings.read_text(encoding="utf-8"))["settings"]["run"]["batch_size"]
+    seconds, last = 0.0, 0
+    for row in map(json.loads, metrics.read_text(encoding="utf-8").splitlines()):
+        if "images_per_second" in row:
+            seconds += (row["step"] - last) * batch / row["images_per_second"]
+            last = row["step"]
+    return seconds
 
 
 def measured(pipeline: Any, adapter: Path, fluent: Path, noto: Path, output: Path) -> dict[str, Any]:
@@ -184,9 +196,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--adapter", type=Path, default=None, help="a file that is measured, instead of a run")
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:
-        adapter, seconds = arguments.adapter, None
-        if adapter is None:
-            adapter, seconds = train(arguments.noto, arguments.work or Path(temporary))
+        adapter = arguments.adapter or train(arguments.noto, arguments.work or Path(temporary))
+        seconds = seconds_of(adapter.parent.parent)
         parameters = sum(tensor.numel() for tensor in load_file(adapter).values())
         if parameters > MOST_PARAMETERS:
             raise ValueError(f"{adapter}: got {parameters:,} numbers, expected at most {MOST_PARAMETERS:,}.")
