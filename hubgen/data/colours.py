@@ -170,4 +170,4 @@ def _linear(lightness: np.ndarray, chroma: np.ndarray, hue: np.ndarray) -> np.nd
 
 
 def _on_screen(linear: np.ndarray) -> np.ndarray:
-    return ((linear > -1e-4) & (linear < 1 + 1e-4)).all(-1)
+    return np.all((linear > -1e-4) & (linear < 1 + 1e-4), axis=-1)

@@ -121,8 +121,8 @@ class Shipment:
         """
         api = HfApi(token=self.token)
         until = time.monotonic() + deadline
-        where = {"repo_id": self.repo_id, "repo_type": self.kind.repo_type}
-        sdk = {"space_sdk": card_metadata(self.folder)["sdk"]} if self.kind.repo_type == "space" else {}
+        where: dict[str, Any] = {"repo_id": self.repo_id, "repo_type": self.kind.repo_type}
+        sdk: dict[str, Any] = {"space_sdk": card_metadata(self.folder)["sdk"]} if where["repo_type"] == "space" else {}
         try:
             url = patient(lambda: api.create_repo(**where, private=self.private, exist_ok=True, **sdk), until)
             if self.revision is not None:
