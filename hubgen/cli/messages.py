@@ -6,6 +6,9 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+CHATTY = ("torchao", "torch.utils._pytree")
+"""Loggers that warn of their own parts when they are imported"""
+
 
 def say(text: str) -> None:
     """Progress goes to standard error; standard output holds only what was made."""
@@ -34,6 +37,8 @@ def quiet_libraries() -> Iterator[None]:
 
     ours, handler = logging.getLogger("hubgen"), SayOnce()
     ours.addHandler(handler)
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     saved = [(module, module.get_verbosity()) for module in (diffusers_logging, transformers_logging)]
     for module, _ in saved:
         module.set_verbosity_error()

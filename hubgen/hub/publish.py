@@ -34,6 +34,8 @@ DEADLINE = 600.0
 BUSY = (408, 429, 500, 502, 503, 504)
 """Answers that another attempt may not meet"""
 LONGEST_PAUSE = 60.0
+SHOWN = 40
+"""Files that a list names"""
 T = TypeVar("T")
 
 
@@ -100,9 +102,11 @@ class Shipment:
     def __str__(self) -> str:
         where = f"{self.repo_id}{'' if self.revision is None else f' at {self.revision}'}"
         how = "as a pull request, " if self.create_pr else ""
-        lines = [f"{self.folder} is a {self.kind.name}; {how}to the {self.kind.repo_type} repository {where}:"]
-        lines += [f"  {size:>13,}  {name}" for name, size in self.files.items()]
-        lines.append(f"  {sum(self.files.values()):>13,}  bytes in {len(self.files)} files")
+        lines = [f"{self.folder} ({self.kind.name}) {how}to the {self.kind.repo_type} repository {where}:"]
+        lines += [f"  {size:>13,}  {name}" for name, size in list(self.files.items())[:SHOWN]]
+        if len(self.files) > SHOWN:
+            lines.append(f"  ... and {len(self.files) - SHOWN:,} more files")
+        lines.append(f"  {sum(self.files.values()):>13,}  bytes in all ({len(self.files):,} files)")
         if self.left:
             more = f", and {len(self.left) - 8} more" if len(self.left) > 8 else ""
             lines.append(f"stays here: {', '.join(self.left[:8])}{more}")
@@ -117,8 +121,9 @@ class Shipment:
             deadline: Seconds within which a request that the Hub is too busy for is tried again.
 
         Raises:
-            PublishError: The Hub refuses it, or cannot be reached.
+            PublishError: There is no token, the Hub refuses it, or cannot be reached.
         """
+        check_token(self.repo_id, self.token)
         api = HfApi(token=self.token)
         until = time.monotonic() + deadline
         where: dict[str, Any] = {"repo_id": self.repo_id, "repo_type": self.kind.repo_type}
@@ -163,10 +168,10 @@ def prepare(
         token: Of the Hub; that of `hf auth login` if not given.
 
     Raises:
-        PublishError: The name is none that the Hub takes, there is no token, the folder is none of these, or its card
-            lacks a licence that the Hub knows.
+        PublishError: The name is none that the Hub takes, the folder is none of these, or its card lacks a licence that
+            the Hub knows.
     """
-    check_name_and_token(repo_id, token)
+    check_name(repo_id)
     path = Path(folder)
     if not path.is_dir():
         raise PublishError(f"{path}: no such folder, expected {', '.join(kind.name for kind in KINDS)}.")
@@ -185,14 +190,18 @@ def prepare(
     return Shipment(path, repo_id, kind, files, left, private, revision, create_pr, message, token)
 
 
-def check_name_and_token(repo_id: str, token: str | None = None) -> None:
-    """Raises PublishError unless the Hub takes the name, and there is a token for it."""
+def check_name(repo_id: str) -> None:
+    """Raises PublishError unless it is `owner/name`, as the Hub takes it."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise PublishError(f"repository {repo_id!r}: {one_line(error)}") from error
     if repo_id.count("/") != 1:
         raise PublishError(f"repository {repo_id!r}: expected owner/name.")
+
+
+def check_token(repo_id: str, token: str | None = None) -> None:
+    """Raises PublishError where there is no token to send with."""
     if (token or get_token()) is None:
         raise PublishError(f"repository {repo_id}: no token of the Hub here; `hf auth login`, or HF_TOKEN, gives one.")
 

@@ -65,9 +65,9 @@ def test_a_pipeline_is_sent_without_what_else_lies_there_and_not_again(
     (tmp_path / "key.json").write_text("mine")
     (folder / "key.json").symlink_to(tmp_path / "key.json")
 
-    dry = published(hub, folder, "tester/model", "--dry-run")
+    dry = published(hub, folder, "tester/model", "--dry-run", token=None)
     assert dry.returncode == 0 and not hub.requests, dry.stderr
-    assert "is a pipeline; to the model repository tester/model" in dry.stderr
+    assert "(pipeline) to the model repository tester/model" in dry.stderr
     assert "stays here: notes.txt, optimizer.bin, secret.env, unet.ckpt" in dry.stderr
 
     done = published(hub, folder, "tester/model", "--private", "--message", "First")

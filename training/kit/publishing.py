@@ -11,7 +11,7 @@ from torch import nn
 
 from hubgen.formats.atomic import sweep, written
 from hubgen.hub.card import TrainingRecord, Usage, describe_data, pipeline_card
-from hubgen.hub.publish import PublishError, check_licence, check_name_and_token, prepare
+from hubgen.hub.publish import PublishError, check_licence, check_name, check_token, prepare
 from hubgen.training.kit.groups import Publish
 from hubgen.training.kit.parse import SettingsError, settings_to_dict
 from hubgen.training.kit.pictures import Pictures
@@ -23,7 +23,8 @@ def check_push(publish: Publish) -> None:
     if publish.push_to_hub is None:
         return
     try:
-        check_name_and_token(publish.push_to_hub)
+        check_name(publish.push_to_hub)
+        check_token(publish.push_to_hub)
         check_licence({"license": publish.license, "license_name": "own"}, Path("setting 'publish.license'"))
     except PublishError as error:
         raise SettingsError(f"setting 'publish.push_to_hub': {error}") from error
