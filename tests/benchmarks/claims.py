@@ -592,8 +592,8 @@ def to_markdown(cells: Cells, ends: Result | None = None) -> str:
     seeds = " to ".join(str(count) for count in sorted({min(counts), max(counts)})) if counts else "no"
     text = (
         "# Claims of papers, in miniature\n\n"
-        "Written by `python -m tests.benchmarks.claims`, of what `formulations` and `autoencoders` measured on emoji "
-        f"of 64x64 pixels, with {seeds} seeds a cell. A claim is judged by the differences between two cells, seed by "
+        "Written by `python -m tests.benchmarks.claims`, of what `formulations` and `autoencoders` measured on emoji, "
+        f"with {seeds} seeds a cell. A claim is judged by the differences between two cells, seed by "
         "seed: it *agrees* if Student's 95 % interval of their mean lies on the paper's side of zero, *differs* if it "
         "lies on the other side, and else we *cannot tell*. The intervals are of one claim each: of twenty, one may "
         "miss by chance. Distances are by pooled features, as usual, and the last column has the verdict by features "

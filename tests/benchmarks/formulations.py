@@ -22,7 +22,7 @@ caption, and once with guidance, as models are used.
 
 *Found*: how often one of the five nearest real pictures bears the caption, as in bundled_model.
 
-On one thread of a 2020s server core a formulation takes about 8 minutes a seed, and the two other networks about 11.
+On one thread of a 2020s server core a formulation takes about 8 minutes a seed, and the two other networks about 10.
 
 Stored: formulations.json; `python -m tests.benchmarks.claims` makes the page.
 """
