@@ -114,7 +114,9 @@ def after_a_time(seed: int) -> torch.Generator:
 
 @pytest.fixture
 def dit() -> CrossAttentionDiT:
-    return randomize_(Network(CrossAttentionDiT, SMALL).build(side=4, channels=4, tokens=6, pooled=5)).train()
+    network: CrossAttentionDiT = Network(CrossAttentionDiT, SMALL).build(side=4, channels=4, tokens=6, pooled=5)
+    randomize_(network)
+    return network
 
 
 def inputs(texts: int = 3) -> dict[str, torch.Tensor]:

@@ -17,7 +17,6 @@ claims.md, and plots in claims/.
 """
 
 import argparse
-import functools
 import json
 import math
 import statistics
@@ -132,8 +131,8 @@ def found_rate(result: Result) -> float:
 
 def of_distances(name: str, of: Callable[[Result, str], float], digits: int = 1) -> Measure:
     """A measure of distances by pooled features, and beside it the same by layout features."""
-    pooled, layout = (functools.partial(of, features=features) for features in ("pooled", "layout"))
-    return Measure(name, pooled, -1, digits=digits, beside=Measure(name, layout, -1, digits=digits))
+    layout = Measure(name, lambda result: of(result, "layout"), -1, digits=digits)
+    return Measure(name, lambda result: of(result, "pooled"), -1, digits=digits, beside=layout)
 
 
 def at(steps: int) -> Measure:
