@@ -13,12 +13,12 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -97,7 +97,7 @@ class Shipment:
     """Branch; the main one if not given"""
     create_pr: bool = False
     message: str = "Sent with hubgen"
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         where = f"{self.repo_id}{'' if self.revision is None else f' at {self.revision}'}"
@@ -132,15 +132,14 @@ class Shipment:
             url = patient(lambda: api.create_repo(**where, private=self.private, exist_ok=True, **sdk), until)
             if self.revision is not None:
                 patient(lambda: api.create_branch(**where, branch=str(self.revision), exist_ok=True), until)
-            options: dict[str, Any] = {
+            options = {
                 **where,
-                "folder_path": self.folder,
-                "allow_patterns": [glob_escaped(name) for name in self.files],
+                "operations": [CommitOperationAdd(name, self.folder / name) for name in self.files],
                 "commit_message": self.message,
                 "revision": self.revision,
                 "create_pr": self.create_pr,
             }
-            commit = patient(lambda: api.upload_folder(**options), until)
+            commit = patient(lambda: api.create_commit(**options), until)
         except (HfHubHTTPError, OSError, RuntimeError) as error:
             raise PublishError(f"{self.repo_id}: the Hub did not take it: {one_line(error)}") from error
         return str(commit.pr_url or url)
@@ -179,7 +178,7 @@ def prepare(
     if kind is None:
         raise PublishError(f"{path}: is none of {', '.join(one.name for one in KINDS)}.")
     metadata = card_metadata(path)
-    check_licence(metadata, path / CARD)
+    check_licence(metadata, str(path / CARD))
     if kind.repo_type == "space" and metadata.get("sdk") not in ("gradio", "static", "docker"):
         raise PublishError(f"{path / CARD}: got `sdk` {metadata.get('sdk')!r}, expected gradio, static or docker.")
     found = {name: (path / name).stat().st_size for name in files_below(path)}
@@ -206,8 +205,8 @@ def check_token(repo_id: str, token: str | None = None) -> None:
         raise PublishError(f"repository {repo_id}: no token of the Hub here; `hf auth login`, or HF_TOKEN, gives one.")
 
 
-def check_licence(metadata: Mapping[str, Any], card: Path) -> None:
-    """Raises PublishError unless a card names a licence as the Hub does."""
+def check_licence(metadata: Mapping[str, Any], card: str) -> None:
+    """Raises PublishError unless a card, which messages call so, names a licence as the Hub does."""
     found = metadata.get("license")
     names = found if isinstance(found, list) else [found]
     if found is None or not names:
@@ -250,11 +249,6 @@ def files_below(folder: Path) -> Iterator[str]:
 def is_sent(name: str, kind: Kind) -> bool:
     """Whether a file is one of those that a kind needs."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in (*kind.sent, *BESIDE)) and "__pycache__" not in name
-
-
-def glob_escaped(name: str) -> str:
-    """A pattern that means this path alone."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
 def patient(call: Callable[[], T], until: float) -> T:

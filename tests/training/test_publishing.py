@@ -157,6 +157,7 @@ def test_an_adapter_of_the_bundled_model_goes_round_the_world(problem: dict[str,
         ({"publish.push_to_hub": "red"}, "repository 'red': expected owner/name"),
         ({"publish.license": None}, "setting 'publish.license': names no licence, expected `license: apache-2.0`"),
         ({"publish.license": "apache"}, "setting 'publish.license': got the licence 'apache'"),
+        ({"publish.license": "other"}, "setting 'publish.license': got the licence other without `license_name`"),
         ({}, "repository tester/red: no token of the Hub here"),
     ],
 )

@@ -25,9 +25,12 @@ def check_push(publish: Publish) -> None:
     try:
         check_name(publish.push_to_hub)
         check_token(publish.push_to_hub)
-        check_licence({"license": publish.license, "license_name": "own"}, Path("setting 'publish.license'"))
     except PublishError as error:
         raise SettingsError(f"setting 'publish.push_to_hub': {error}") from error
+    try:
+        check_licence({"license": publish.license}, "setting 'publish.license'")
+    except PublishError as error:
+        raise SettingsError(str(error)) from error
 
 
 def record_of(run: Run, script: str, settings: Any, pictures: Pictures, source: str, measured: str) -> TrainingRecord:
