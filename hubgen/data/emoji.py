@@ -11,6 +11,7 @@ The folder, loadable with `datasets.load_dataset("imagefolder", data_dir=...)`:
     README.md  LICENSE  build.json        card; licences of pictures and names; what the folder was built from
 """
 
+import importlib.util
 import io
 import json
 import os
@@ -265,6 +266,8 @@ def _check_variants(style: str, variants: Sequence[str], archives: Sequence[Any]
         raise DataError(f"`variants`: got {', '.join(variants)}, expected some of {', '.join(VARIANTS)}, each once")
     if style != "fluent" and packages_of(variants):
         raise DataError(f"`variants`: got {', '.join(variants)} with style {style!r}, expected mirrored or recoloured")
+    if "flat" in variants and importlib.util.find_spec("resvg_py") is None:
+        raise DataError("`variants`: flat needs resvg-py, which draws SVG: pip install 'hubgen[emoji]'")
     for path in archives:
         if not Path(path).is_file():
             raise DataError(f"more_archives: {path}: no such file")

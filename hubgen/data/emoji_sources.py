@@ -7,7 +7,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ NOTO = NpmPackage(
     option="--archive",
     otherwise=", or a font: --font NotoColorEmoji.ttf",
 )
+ASSETS = "package/assets/"
+"""Where LobeHub's packages have their pictures"""
 MORE = "--more-archives"
 """Option that takes the packages of variants by path"""
 ANIMATED = tuple(
@@ -149,16 +151,14 @@ def open_source(style: str, archive: Any, font: Any, emoji: list[Emoji], progres
     package = FLUENT if style == "fluent" else NOTO
     path = Path(archive) if archive is not None else fetch(package, progress)
     if style == "fluent":
-        look, prefix = "3D icon", "package/assets/"
+        look, prefix = "3D icon", ASSETS
         copyright_line = "Copyright (c) Microsoft Corporation (Fluent Emoji)\nCopyright (c) 2023 LobeHub (packaging)"
     else:
         look, prefix = "flat icon", f"package/img/google/{NOTO_PACKAGE_SIZE}/"
         copyright_line = "Copyright Google LLC (Noto Emoji)\nCopyright (c) 2013 Cal Henderson (packaging, MIT)"
     pictures: dict[str, Callable[[], Image.Image]] = {}
-    for name, content in read_members(path, package.option, prefix):
-        stem, extension = os.path.splitext(name.removeprefix(prefix))
-        if extension in (".webp", ".png") and re.fullmatch(r"[0-9A-Fa-f]+(-[0-9A-Fa-f]+)*", stem):
-            pictures[key_of(stem)] = _opener(f"{package.option}: {path}: {name}", content)
+    for key, name, content in assets(package, path, prefix, (".webp", ".png")):
+        pictures[key] = _opener(name, content)
     if not pictures:
         raise DataError(
             f"{package.option}: {path}: holds no pictures below {prefix}, expected an archive of {package.name}"
@@ -243,12 +243,13 @@ def record_of(package: NpmPackage, path: Path) -> dict[str, str]:
     return {"from": f"npm {package.name} {version}", "sha512": digest, "license": package.license}
 
 
-def assets(package: NpmPackage, path: Path, extension: str) -> Iterator[tuple[str, str, bytes]]:
+def assets(
+    package: NpmPackage, path: Path, prefix: str, extensions: Collection[str]
+) -> Iterator[tuple[str, str, bytes]]:
     """Code points, name for messages and bytes of each picture of a package, one after the other."""
-    prefix = "package/assets/"
     for name, content in read_members(path, package.option, prefix):
-        stem, found = os.path.splitext(name.removeprefix(prefix))
-        if found == extension:
+        stem, extension = os.path.splitext(name.removeprefix(prefix))
+        if extension in extensions and re.fullmatch(r"[0-9A-Fa-f]+(-[0-9A-Fa-f]+)*", stem):
             yield key_of(stem), f"{package.option}: {path}: {name}", content
 
 
@@ -260,9 +261,9 @@ def frames_of(content: bytes, name: str, step: int) -> Iterator[Image.Image]:
     """
     try:
         with Image.open(io.BytesIO(content)) as animation:
-            count = getattr(animation, "n_frames", 1)
             if animation.width * animation.height > MAX_SOURCE_PIXELS:
-                raise DataError(f"{name}: got {animation.size} pixels, expected at most {MAX_SOURCE_PIXELS}")
+                raise ValueError(f"got {animation.size} pixels, expected at most {MAX_SOURCE_PIXELS}")
+            count = getattr(animation, "n_frames", 1)
             for number in range(0, count if count > 1 else 0, step):
                 animation.seek(number)
                 yield animation.convert("RGBA")
@@ -274,12 +275,10 @@ def drawn_svg(content: bytes, name: str, size: int) -> Image.Image:
     """A vector picture, drawn at `size` pixels.
 
     Raises:
-        DataError: It is damaged, or the package that draws is not there.
+        DataError: It is damaged.
     """
-    try:
-        from resvg_py import svg_to_bytes
-    except ImportError as error:
-        raise DataError("variant flat: needs resvg-py, which draws SVG: pip install 'hubgen[emoji]'") from error
+    from resvg_py import svg_to_bytes
+
     try:
         png = svg_to_bytes(svg_string=content.decode(), width=size, height=size, skip_system_fonts=True)
     except ValueError as problem:

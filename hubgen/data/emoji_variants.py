@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from hubgen.data.colours import COLOURS, HUES, colour_shares, colour_words, dominant_hue, recoloured
 from hubgen.data.emoji_captions import NEVER_HELD_OUT, noun_phrase, words_of
-from hubgen.data.emoji_sources import ANIMATED, FLAT, Emoji, assets, drawn_svg, frames_of, key_of
+from hubgen.data.emoji_sources import ANIMATED, ASSETS, FLAT, Emoji, assets, drawn_svg, frames_of, key_of
 from hubgen.data.packages import NpmPackage
 from hubgen.data.pictures import on_white, pad_to_square, scale
 
@@ -49,7 +49,7 @@ LEAST_COLOURS = 3
 
 # A mirrored picture of these is another thing, or holds a mirrored letter.
 _DIRECTED_GROUPS = frozenset(("flags", "symbols"))
-_DIRECTED_SUBGROUPS = frozenset(("time", "money", "book-paper", "writing", "sky & weather moon"))
+_DIRECTED_SUBGROUPS = frozenset(("time", "money", "book-paper", "writing"))
 _DIRECTED = re.compile(
     r"\b(?:left|right|clockwise|east|west|o'clock|thirty|sign|button|calendar|clock|watch|compass|input|chart|badge"
     r"|speech|ticket|receipt|newspaper|mahjong|joker|die|keyboard|timer|ATM|car|taxi|moon|scroll|post|stop)\b",
@@ -255,6 +255,10 @@ class Material:
     """Where the archives are that `packages_of` names"""
     progress: bool
 
+    def by_key(self) -> dict[str, tuple[Emoji, Image.Image]]:
+        """Those that are trained on, by their code points as packages name them."""
+        return {key_of(emoji.hexcode): (emoji, picture) for emoji, picture in self.train}
+
 
 def packages_of(kinds: Sequence[str]) -> list[NpmPackage]:
     """The packages that variants are made of, beside the pictures themselves."""
@@ -281,17 +285,17 @@ def _recoloured(material: Material) -> Iterator[Variant]:
 
 
 def _frames(material: Material) -> Iterator[Variant]:
-    wanted = {key_of(emoji.hexcode): (emoji, picture) for emoji, picture in material.train}
+    wanted = material.by_key()
     for package in ANIMATED:
-        members = assets(package, material.packages[package], ".webp")
+        members = assets(package, material.packages[package], ASSETS, (".webp",))
         for key, name, content in tqdm(members, desc=f"frames of {package.name}", disable=not material.progress):
             if key in wanted:
                 yield from frames(*wanted[key], frames_of(content, name, FRAME_STEP))
 
 
 def _flat(material: Material) -> Iterator[Variant]:
-    wanted = {key_of(emoji.hexcode): (emoji, picture) for emoji, picture in material.train}
-    for key, name, content in assets(FLAT, material.packages[FLAT], ".svg"):
+    wanted = material.by_key()
+    for key, name, content in assets(FLAT, material.packages[FLAT], ASSETS, (".svg",)):
         if key in wanted:
             emoji, picture = wanted[key]
             yield flat(emoji, squared(drawn_svg(content, name, picture.width), picture.width))
