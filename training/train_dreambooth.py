@@ -23,6 +23,7 @@ from hubgen.training.kit.adapters import (
     Asked,
     backbone_name,
     check_texts,
+    check_whole,
     publish_adapter,
     whole,
     with_adapters,
@@ -74,6 +75,8 @@ def main(settings: Settings) -> None:
     has_prior = check_prior(s.prior, run.batch_size)
     check_texts(s.adapter, s.data)
     pipe = bases.adapted_base(s.base)
+    if s.learns == "all":
+        check_whole(pipe, s.adapter.text_encoder)
     options: dict[str, Any] = {"run": run, "guidance_scale": s.base.guidance_scale}
     subject = PromptedPictures(pipe, s.data, s.data.split, prompt=s.instance.prompt, **options)
     objective = objective_from(s.objective, pipe.scheduler, subject.tokens)

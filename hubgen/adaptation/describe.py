@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from hubgen.adaptation.header_keys import ALPHAS, BASE, METADATA, PEFT_CONFIG, PREFIX, PROMPT, WORD
+from hubgen.adaptation.header_keys import A1111, ALPHAS, BASE, METADATA, PARTS, PEFT_CONFIG, PREFIX, PROMPT, WORD
 from hubgen.adaptation.kinds import ROLES, kind_of
 from hubgen.formats.headers import TensorHeader, read_header, read_metadata
 from hubgen.formats.layouts import LAYOUTS
@@ -161,8 +161,8 @@ def describe_embeddings(path: Path) -> EmbeddingDescription | None:
         widths = {width for _, width in sizes.values()}
         base = LAYOUTS[ENCODERS[width]].title if len(widths) == 1 and (width := widths.pop()) in ENCODERS else ""
     name = str(read_metadata(path).get(WORD) or path.stem)
-    words = {name if key == "emb_params" else key: size for key, size in sizes.items()}
-    return EmbeddingDescription(words, base, name if "clip_g" in sizes else next(iter(words)))
+    words = {name if key == A1111 else key: size for key, size in sizes.items()}
+    return EmbeddingDescription(words, base, name if sizes.keys() <= PARTS.keys() else next(iter(words)))
 
 
 def base_of(path: Path) -> str:

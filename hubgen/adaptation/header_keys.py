@@ -1,4 +1,4 @@
-"""Where files of adapters and of learned words say more than their tensors: keys of headers, and a file beside them."""
+"""Names in files of adapters and of learned words that are no model's: keys of headers, of tensors, a file beside."""
 
 METADATA = "lora_adapter_metadata"
 """PEFT's config, as JSON, in diffusers' files"""
@@ -12,5 +12,10 @@ PROMPT = "hubgen_prompt"
 """The caption of all pictures"""
 WORD = "name"
 """What prompts call a learned word whose tensors have other names; A1111's pickles have it too"""
+A1111 = "emb_params"
+"""The vectors of a learned word, in A1111's files"""
+PARTS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "t5", "t5": "t5"}
+"""The vectors of a learned word in files for several encoders, and the component that each is for; T5's differs by
+family"""
 PEFT_CONFIG = "adapter_config.json"
 """PEFT's config, beside its file"""

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from hubgen.adaptation.header_keys import WORD
+from hubgen.adaptation.header_keys import A1111, PARTS, WORD
 from hubgen.conditioning.prompts import T5
 from hubgen.conditioning.text import tokens_of
 from hubgen.diffusers_contract import forget_tokens
@@ -32,9 +32,6 @@ from hubgen.formats.single_file import find_file
 
 USUAL = "learned_embeds.safetensors"
 """Name of diffusers' file"""
-PARTS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "t5", "t5": "t5"}
-"""Keys of files for several encoders, and the component that each is for; T5's differs by family"""
-A1111 = "emb_params"
 PICKLED_BY_A1111 = "\nOf one of A1111's: tensors = {'emb_params': state['string_to_param']['*']}."
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | torch.Tensor

@@ -48,6 +48,18 @@ def stay_offline(files: Sequence[str]) -> None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+def asked_or_used(asked: Sequence[Any] | None, used: Sequence[Used] | None) -> tuple[Sequence[Any], Sequence[Used]]:
+    """What an option names, and what the picture to repeat was drawn with: the one where it is given, else the other.
+
+    Args:
+        asked: Names with what stands behind them; `None` where the option is not given.
+        used: As the picture's settings say.
+    """
+    if asked is None:
+        return (), used or ()
+    return () if asked[0][0] == NONE else asked, ()
+
+
 def asked_loras(asked: Sequence[tuple[str, float]]) -> list[Added[UsedLora]]:
     """The files that --lora names, with weights, in their order.
 

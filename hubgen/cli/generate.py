@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hubgen.cli.added import (
-    NONE,
     asked_embeddings,
     asked_loras,
+    asked_or_used,
     check_loras,
     find_again,
     put_on,
@@ -210,17 +210,13 @@ def generate(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--config {config}: for single .safetensors files; {model} is none")
     if folder is not None and arguments.revision is not None:
         raise ValueError(f"--revision {arguments.revision}: for models on the Hub; {model} is here")
-    asked = {name: getattr(arguments, name) for name in ("lora", "embedding")}
-    asked = {name: [] if files and files[0][0] == NONE else files for name, files in asked.items()}
-    used = {name: (getattr(source, name, None) or []) if files is None else [] for name, files in asked.items()}
-    files = [one.file for some in used.values() for one in some]
-    files += [file for some in asked.values() for file, _ in some or []]
+    asked_lora, used_lora = asked_or_used(arguments.lora, getattr(source, "lora", None))
+    asked_word, used_word = asked_or_used(arguments.embedding, getattr(source, "embedding", None))
     if folder is not None and (not single_file or Path(config or "").expanduser().is_dir()):
-        stay_offline(files)
-    loras = find_again(used["lora"], told) if asked["lora"] is None else asked_loras(asked["lora"])
-    embeddings = find_again(used["embedding"], told)
-    if asked["embedding"] is not None:
-        embeddings = asked_embeddings(asked["embedding"])
+        names = [file for file, _ in (*asked_lora, *asked_word)]
+        stay_offline([*names, *(one.file for one in (*used_lora, *used_word))])
+    loras = [*asked_loras(asked_lora), *find_again(used_lora, told)]
+    embeddings = [*asked_embeddings(asked_word), *find_again(used_word, told)]
     for embedding in embeddings:
         words_of(embedding)  # a damaged file is told before the model is loaded
     if folder is not None and not prompts:

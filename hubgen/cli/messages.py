@@ -37,8 +37,9 @@ def quiet_libraries() -> Iterator[None]:
 
     ours, handler = logging.getLogger("hubgen"), SayOnce()
     ours.addHandler(handler)
-    for name in CHATTY:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    chatty = [(logger, logger.level) for logger in map(logging.getLogger, CHATTY)]
+    for logger, _ in chatty:
+        logger.setLevel(logging.ERROR)
     saved = [(module, module.get_verbosity()) for module in (diffusers_logging, transformers_logging)]
     for module, _ in saved:
         module.set_verbosity_error()
@@ -49,6 +50,8 @@ def quiet_libraries() -> Iterator[None]:
             yield
     finally:
         ours.removeHandler(handler)
+        for logger, level in chatty:
+            logger.setLevel(level)
         for module, verbosity in saved:
             module.set_verbosity(verbosity)
             module.enable_progress_bar()

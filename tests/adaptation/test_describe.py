@@ -15,6 +15,7 @@ from hubgen.adaptation.adapters import AdapterShape, add_adapter, targets
 from hubgen.adaptation.attach import layers_of
 from hubgen.adaptation.describe import EMOJI, base_of, describe_adapter, describe_embeddings
 from hubgen.adaptation.lora_files import as_diffusers
+from hubgen.adaptation.textual_inversion import read_words
 from hubgen.hub.bundled import bundled_model
 from tests.adaptation import dialects
 
@@ -195,6 +196,18 @@ def test_learned_words_are_told_with_their_width(
     found = describe_embeddings(tmp_path / "one.safetensors")
     assert found is not None and (found.words, found.base) == (words, base)
     assert describe_adapter(tmp_path / "one.safetensors") is None
+
+
+@pytest.mark.parametrize("keys", [("emb_params",), ("clip_l", "clip_g"), ("clip_l", "t5xxl")])
+def test_a_word_whose_tensors_have_other_names_is_that_of_the_header_or_the_file(
+    tmp_path: Path, keys: tuple[str, ...]
+) -> None:
+    tensors = {key: torch.ones(1, 768) for key in keys}
+    for header, expected in (({"name": "<zog>"}, "<zog>"), ({}, "frog")):
+        save_file(tensors, tmp_path / "frog.safetensors", header)
+        found = describe_embeddings(tmp_path / "frog.safetensors")
+        assert found is not None and found.word == expected
+        assert {word.token for word in read_words(tmp_path / "frog.safetensors")} == {expected}
 
 
 def test_networks_are_no_adapters_and_no_words(official: Official, tmp_path: Path) -> None:

@@ -145,15 +145,16 @@ def with_adapters(pipe: Any, adapter: Adapter) -> "Adapted":
     return Adapted(pipe, Learner(pipe, parts), list(chosen), adapter.init in RESIDUAL, words)
 
 
-def whole(pipe: Any, text_encoder: bool) -> Learner:
-    """What learns of a pipeline without adapters: its backbone, and its text encoders if they are to, in float32.
+def check_whole(pipe: Any, text_encoder: bool) -> None:
+    """Raises SettingsError where what is to learn without adapters is quantised."""
+    for name in parts_that_learn(pipe, text_encoder):
+        refuse_quantised(name, getattr(pipe, name))
 
-    Raises:
-        SettingsError: One of them is quantised.
-    """
+
+def whole(pipe: Any, text_encoder: bool) -> Learner:
+    """What learns of a pipeline without adapters: its backbone, and its text encoders if they are to, in float32."""
     parts = parts_that_learn(pipe, text_encoder)
     for name in parts:
-        refuse_quantised(name, getattr(pipe, name))
         getattr(pipe, name).to(torch.float32).requires_grad_(True)
     return Learner(pipe, parts)
 
