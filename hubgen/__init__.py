@@ -6,7 +6,7 @@
     paths/           x_t and its target: probability paths, prediction types, timestep densities, loss weightings
     schedulers/      the way back: DDPM, DDIM, score SDE, flow-match Euler and Heun
     conditioning/    prompts, classes, sizes -> conditions; families/, how each backbone is called; guidance
-    controls/        what steers a call from outside, whatever the backbone: inpainting
+    controls/        what steers a call from outside, whatever the backbone: inpainting, attention maps
     acceleration/    the same results in less time: packed weights, Winograd's convolutions, what is computed once
     data/            image-text data: folders with metadata.jsonl, the emoji builder, caches
     formats/         checkpoint files: strict checks, the original layouts of single files

@@ -36,7 +36,7 @@ from hubgen.conditioning.guidance import NEGATIVE, POSITIVE, ClassifierFreeGuida
 from hubgen.conditioning.micro import MicroArguments
 from hubgen.conditioning.predict import Predictor
 from hubgen.conditioning.prompts import ClipAndT5, PromptCondition
-from hubgen.controls.control import Target, open_doors, opened
+from hubgen.controls.control import Control, Target, check_controls, open_doors, opened
 from hubgen.controls.inpaint import is_shown_masks
 from hubgen.data.images import Images
 from hubgen.hub.registration import loadable
@@ -249,6 +249,7 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin, AdapterMix
         eta: float = 0.0,
         cross_attention_kwargs: Mapping[str, Any] | None = None,
         joint_attention_kwargs: Mapping[str, Any] | None = None,
+        controls: Sequence[Control] = (),
     ) -> TextToImageOutput | tuple[Any, ...]:
         """Makes pictures.
 
@@ -312,6 +313,7 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin, AdapterMix
             eta: Noise added in each step, for schedulers that take it (DDIM).
             cross_attention_kwargs: Keywords for a U-Net's attention processors.
             joint_attention_kwargs: Keywords for a transformer's attention processors.
+            controls: What else steers the call (`hubgen.controls`), in this order.
 
         Raises:
             ValueError: An argument is not one that the model can work with; before anything is computed.
@@ -353,16 +355,16 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin, AdapterMix
             timesteps=until(self.scheduler, start.remaining(self.scheduler, grid), denoising_end),
             generator=list(generator) if isinstance(generator, tuple) else generator,
         )
-        controls = start.controls()
+        steering = [*start.controls(), *check_controls(controls)]
         start.check(target)
-        for control in controls:
+        for control in steering:
             control.check(target)
         self.begin_call(target.timesteps)
 
         with scaled_adapters(condition.encoders, (attention or {}).get("scale")):
             conditions = self.prepare_conditions(prompts, condition, micro, guided, target)
         begin = start.begin(target, latents)
-        prepared = [control.prepare(target, begin) for control in controls]
+        prepared = [control.prepare(target, begin) for control in steering]
         predict = Predictor(self.backbone, conditions, family, open_doors(prepared, attention))
         after_step: list[AfterStep] = [control.after_step for control in prepared]
         with accelerated(self) as fast, opened(self.backbone, prepared):

@@ -61,6 +61,25 @@ class PromptCondition(ABC):
                 texts.append(self.text(number, self.t5_tokens if config.model_type in T5 else None))
         return max(texts, key=lambda text: text.max_length)
 
+    def in_order(self, t5_tokens: int | None) -> list[TextCondition]:
+        """The encoders whose states lie one behind another in the condition."""
+        return [self.text(0)]
+
+    def word_places(self, prompt: str, max_sequence_length: int | None = None) -> dict[str, tuple[int, ...]]:
+        """Where the tokens of each word of a prompt lie among the L text tokens; words beyond them have none.
+
+        Args:
+            prompt: One prompt.
+            max_sequence_length: Tokens of T5, as in `encode`.
+        """
+        places: dict[str, tuple[int, ...]] = {}
+        first = 0
+        for text in self.in_order(max_sequence_length or self.t5_tokens):
+            for word, own in text.word_places(prompt).items():
+                places[word] = (*places.get(word, ()), *(first + place for place in own))
+            first += text.max_length
+        return places
+
     def encode(
         self,
         prompts: Sequence[str],
@@ -127,6 +146,10 @@ class TwoClips(PromptCondition):
     def missing(self) -> list[str]:
         return ["text_encoder_2"] if self.encoders[1] is None else []
 
+    def in_order(self, t5_tokens: int | None) -> list[TextCondition]:
+        """Both read the same tokens; their states lie side by side."""
+        return [self.text(1)]
+
     def _join(self, texts: list[list[str]], device: Any, skip: int, t5_tokens: int | None) -> TextEmbeddings:
         if self.encoders[0] is None:
             return self.text(1).encode(texts[0], device, 1 + skip, normed=False)
@@ -161,6 +184,9 @@ class TwoClipsAndT5(PromptCondition):
         clips = nn.functional.pad(clips, (0, t5.shape[-1] - clips.shape[-1]))
         return TextEmbeddings(torch.cat([clips, t5], 1), torch.cat([first.pooled, second.pooled], -1))
 
+    def in_order(self, t5_tokens: int | None) -> list[TextCondition]:
+        return [self.text(0), *([] if self.encoders[2] is None else [self.text(2, t5_tokens)])]
+
 
 class ClipAndT5(PromptCondition):
     """FLUX."""
@@ -179,6 +205,9 @@ class ClipAndT5(PromptCondition):
     def _join(self, texts: list[list[str]], device: Any, skip: int, t5_tokens: int | None) -> TextEmbeddings:
         pooled = self.text(0).encode(texts[0], device).pooled
         return TextEmbeddings(self.text(1, t5_tokens).encode(texts[1], device).tokens, pooled)
+
+    def in_order(self, t5_tokens: int | None) -> list[TextCondition]:
+        return [self.text(1, t5_tokens)]
 
 
 def _missing_of_two(encoders: Sequence[nn.Module | None]) -> list[str]:

@@ -23,6 +23,7 @@ POOLS_ITSELF = ("clip", "siglip", "align", "altclip")
 # The encoders of Stable Diffusion and FLUX, whose backbones were trained on the states of all tokens, padding included,
 # and, unless an encoder's config says otherwise, with padding attended to.
 SHOWS_PADDING = ("clip_text_model", "clip", "t5", "umt5")
+WORD = re.compile(r"<[^<>\s]+>(?:_\d+)?|\w+(?:['’-]\w+)*")
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,31 @@ class TextCondition:
         if any(name in self.text_encoder.config.model_type for name in POOLS_ITSELF):
             return output.pooler_output
         return None
+
+    def word_places(self, prompt: str) -> dict[str, tuple[int, ...]]:
+        """Where the tokens of each word of a prompt lie among its L; words beyond them have none.
+
+        A word is letters and digits, also with an apostrophe or a hyphen within, or a learned `<word>`. One that comes
+        twice has all of its places.
+
+        Raises:
+            ValueError: The tokenizer does not tell which letters a token stands for.
+        """
+        if not self.tokenizer.is_fast:
+            raise ValueError(f"`tokenizer`: got a {type(self.tokenizer).__name__} that knows no offsets.")
+        (prompt,) = spelled_out([prompt], self.tokenizer)
+        read = self.tokenizer(
+            prompt, max_length=self.max_length, truncation=True, return_offsets_mapping=True, verbose=False
+        )
+        places: dict[str, tuple[int, ...]] = {}
+        for word in WORD.finditer(prompt):
+            own = (
+                place
+                for place, (begin, end) in enumerate(read["offset_mapping"])
+                if begin < word.end() and end > word.start()
+            )
+            places[word[0]] = (*places.get(word[0], ()), *own)
+        return places
 
     def not_read(self, prompt: str) -> str | None:
         """What of a prompt is beyond the tokens that are read, in words; `None` where all of it is read."""

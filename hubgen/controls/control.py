@@ -2,7 +2,7 @@
 
     control.check(target)                       before any network runs
     prepared = control.prepare(target, start)   once a call: encodes, draws, computes what stays the same
-    channels, after_step, parts                 what it then adds to every step
+    before_call, channels, after_step, parts    what it then does at every step
 
 A control sees a `Target`, never the pipeline, and asks nothing of a backbone but through its family. A new control is a
 file beside this one; the loop and the pipelines stay as they are.
@@ -82,6 +82,9 @@ class Start:
 class Prepared:
     """A control in one call. It may open any of these doors; by default all stay shut."""
 
+    def before_call(self, timestep: torch.Tensor, branches: Sequence[str]) -> None:
+        """Told before each call of the backbone: its timesteps, and in which order the branches' rows lie, B each."""
+
     def channels(self, branch: str) -> torch.Tensor | None:
         """(B, C', h, w), joined to x_t in this branch before the backbone."""
         return None
@@ -106,6 +109,13 @@ class Control(ABC):
         """What it adds to this call. Random numbers are drawn here, after those of the start."""
 
 
+def check_controls(controls: Any) -> Sequence[Control]:
+    """The controls of a call; ValueError for anything else."""
+    if not isinstance(controls, list | tuple) or not all(isinstance(control, Control) for control in controls):
+        raise ValueError(f"`controls`: got {controls!r:.100}, expected a list of controls (hubgen.controls).")
+    return controls
+
+
 def open_doors(prepared: Sequence[Prepared], attention: Mapping[str, Any] | None = None) -> OpenDoors:
     """What all controls of a call put into one call of the backbone, in their order.
 
@@ -117,6 +127,7 @@ def open_doors(prepared: Sequence[Prepared], attention: Mapping[str, Any] | None
     def doors(x_t: torch.Tensor, timestep: torch.Tensor, branches: Sequence[str]) -> Doors:
         channels = []
         for control in prepared:
+            control.before_call(timestep, branches)
             rows = [control.channels(branch) for branch in branches]
             given = [row for row in rows if row is not None]
             if given:
