@@ -22,6 +22,7 @@ __all__ = [
     "no_init_weights",
     "offload_groups_again",
     "prepare_hotswap",
+    "read_configs_through",
     "register_cached_blocks",
     "reset_step_hooks",
 ]
@@ -32,7 +33,7 @@ ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
     "diffusers.ModelMixin": ("_fix_state_dict_keys_on_load", "_keys_to_ignore_on_load_unexpected"),
     "transformers.PreTrainedModel": ("_keep_in_fp32_modules",),
     "transformers.PreTrainedTokenizer": ("_update_trie", "_update_total_vocab_size"),
-    "diffusers.ConfigMixin": ("_get_init_keys",),
+    "diffusers.ConfigMixin": ("_get_init_keys", "_dict_from_json_file"),
     "diffusers.SchedulerMixin": ("_get_compatibles",),
     "diffusers.loaders.lora_base.LoraBaseMixin": ("_optionally_disable_offloading", "_save_lora_weights"),
     "diffusers.UNet2DConditionModel": ("_prepare_lora_hotswap_kwargs",),
@@ -110,6 +111,21 @@ def accept_instead(stand_in: Callable[[type], type | None]) -> None:
         }
 
     DiffusionPipeline._get_signature_types = classmethod(_get_signature_types)
+
+
+def read_configs_through(convert: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Has diffusers read every config and index as `convert` gives it."""
+    from diffusers import ConfigMixin
+
+    plain = getattr(ConfigMixin._dict_from_json_file, "__func__", None)
+    if plain is None or hasattr(plain, "converts"):
+        return
+
+    def _dict_from_json_file(cls: type, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return convert(plain(cls, *args, **kwargs))
+
+    _dict_from_json_file.converts = convert  # type: ignore[attr-defined]
+    ConfigMixin._dict_from_json_file = classmethod(_dict_from_json_file)
 
 
 def forget_tokens(tokenizer: Any, tokens: Collection[str]) -> None:

@@ -79,12 +79,16 @@ def inspect(arguments: argparse.Namespace) -> None:
 def pipeline_lines(folder: Path) -> Lines:
     """About the folder of a pipeline."""
     from hubgen.formats.checkpoints import read_json
+    from hubgen.hub.carried_code import as_installed, is_carried
 
-    index = read_json(folder / "model_index.json")
+    written = read_json(folder / "model_index.json")
+    index = as_installed(written)
     yield "folder", str(folder)
     yield "is", f"a pipeline: {index.get('_class_name', 'of no class that its index names')}"
+    if is_carried(written.get("_class_name")):
+        yield "code", f"comes along in {written['_class_name'][0]}.py, for machines where hubgen is not installed"
     total = 0
-    for name, value in index.items():
+    for name, value in written.items():
         if not isinstance(value, list) or len(value) != 2 or None in value or name.startswith("_"):
             continue
         files = sorted((folder / name).glob("*.safetensors"))

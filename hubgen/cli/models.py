@@ -71,8 +71,9 @@ def read_index(model: str, revision: str | None, folder: Path | None, option: st
                 f"{option} {model}: does not load: no folder of that name here, and from the Hub: {error}"
             ) from error
         folder = Path(path).parent
-    index: dict[str, Any] = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    return index
+    from hubgen.hub.carried_code import as_installed
+
+    return as_installed(json.loads((folder / "model_index.json").read_text(encoding="utf-8")))
 
 
 def config_file(model: str, revision: str | None, folder: Path | None, part: str) -> Path | None:
@@ -131,7 +132,8 @@ def bare_parts(
     """
     import hubgen
     from hubgen.errors import one_line
-    from hubgen.hub.native import is_component, require_class
+    from hubgen.formats.folders import is_component
+    from hubgen.hub.native import require_class
 
     found = {}
     for part in names:

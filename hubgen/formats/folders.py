@@ -18,6 +18,11 @@ from hubgen.formats.loading import CONFIG, StrictModelMixin
 INDEX = "model_index.json"
 
 
+def is_component(value: object) -> bool:
+    """Whether a value of an index is `[library, class]`."""
+    return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(part, str) for part in value)
+
+
 def check_pipeline_folder(
     folder: Path, classes: Mapping[str, type | None], variant: str | None = None, **options: Any
 ) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub import ModelCardData
+from torch import nn
 
 from hubgen.formats.atomic import written
 
@@ -82,6 +83,21 @@ class Usage:
 TEXT_TO_IMAGE = Usage("TextToImagePipeline", "text-to-image", '"a red apple"')
 CLASS_TO_IMAGE = Usage("ClassToImagePipeline", "unconditional-image-generation", "0")
 UNCONDITIONAL = Usage("UnconditionalPipeline", "unconditional-image-generation", "")
+
+
+def usage_of(pipeline: Any) -> Usage:
+    """How a pipeline of hubgen's is called."""
+    known = {usage.pipeline: usage for usage in (TEXT_TO_IMAGE, CLASS_TO_IMAGE, UNCONDITIONAL)}
+    return next((known[cls.__name__] for cls in type(pipeline).__mro__ if cls.__name__ in known), UNCONDITIONAL)
+
+
+def parts_of(pipeline: Any) -> dict[str, tuple[str, int]]:
+    """The networks of a pipeline: class and number of parameters by name."""
+    return {
+        part: (type(module).__name__, sum(parameter.numel() for parameter in module.parameters()))
+        for part, module in pipeline.components.items()
+        if isinstance(module, nn.Module)
+    }
 
 
 def pipeline_card(

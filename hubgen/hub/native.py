@@ -4,7 +4,8 @@ A folder's index names the pipeline and, for each component, a library and a cla
 `["diffusers", X]` becomes `["hubgen", X]` where hubgen has X; other schedulers and transformers' text encoders stay as
 they are. Written by hubgen, the index names diffusers' pipeline and classes again wherever diffusers has a pipeline for
 these components, so that the folder needs no hubgen. What only hubgen takes (default steps and guidance, ...)
-goes under a name with an underscore in front, as diffusers itself stores what a pipeline does not take.
+goes under a name with an underscore in front, as diffusers itself stores what a pipeline does not take. Where diffusers
+has no pipeline for them, the folder brings hubgen's code along (`hubgen.hub.carried_code`).
 
 In memory likewise: `from_pipe` of diffusers' pipelines takes hubgen's models in the place of its own, and AutoPipeline
 takes a pipeline of hubgen's for the one that diffusers has for its components.
@@ -25,8 +26,10 @@ import diffusers
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from hubgen.diffusers_contract import accept_instead
-from hubgen.formats.folders import check_pipeline_folder
+from hubgen.formats.atomic import written
+from hubgen.formats.folders import check_pipeline_folder, is_component
 from hubgen.formats.plain import plain_model
+from hubgen.hub.carried_code import PREFIX, as_carried, as_installed, code_of, is_native
 from hubgen.hub.registration import after_import, is_registered
 
 # What a pipeline's folder holds; no pickled weights.
@@ -83,7 +86,80 @@ class NativePipeline(DiffusionPipeline):
             other = plain_model(component)
             if other is not component:
                 setattr(plain, name, other)
+        folder = inspect.signature(DiffusionPipeline.save_pretrained).bind(self, *args, **kwargs).arguments
+        plain.write_code(Path(folder["save_directory"]))
         super(NativePipeline, plain).save_pretrained(*args, **kwargs)
+
+    def write_code(self, folder: Path) -> None:
+        """Puts the code that diffusers lacks into a pipeline's folder, and takes away what is there of another."""
+        _, files = self.saved_index()
+        for old in (*folder.glob(f"{PREFIX}*.py"), *folder.glob(f"*/{PREFIX}*.py")):
+            if old.relative_to(folder).as_posix() not in files:
+                old.unlink()
+        for name, cls in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            with written(folder / name) as temporary:
+                temporary.write_text(code_of(cls), encoding="utf-8")
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        subfolder: str | None = None,
+        *,
+        revision: str | None = None,
+        license: str | None = None,
+        summary: str | None = None,
+        max_shard_size: int | str | None = None,
+    ) -> str:
+        """Sends the pipeline to the Hub, in one commit of what is new; the repository's or the pull request's address.
+
+        A card that the repository has stays. Otherwise one is written, with the licence if it is given.
+
+        Args:
+            repo_id: `owner/name`, or the name alone for one of the token's owner.
+            commit_message: What the commit is called.
+            private: Whether the repository is private, if it is made.
+            token: Of the Hub; that of `hf auth login` if not given.
+            create_pr: Propose the change instead of making it.
+            safe_serialization: True; pickled weights are not written.
+            variant: Of the names of weights, as in `save_pretrained`.
+            subfolder: Folder of the repository; sent by diffusers' own method then, which writes no card.
+            revision: Branch, made if it is not there.
+            license: As the Hub names it.
+            summary: First paragraph of the card.
+            max_shard_size: See `save_pretrained`.
+
+        Raises:
+            PublishError: The name or the licence is none that the Hub knows, there is no token, or the Hub refuses.
+        """
+        from hubgen.hub.publish import send_pipeline
+
+        if not safe_serialization:
+            raise ValueError("`safe_serialization`: got False, expected True: hubgen writes safetensors alone.")
+        if subfolder is not None:
+            address: str = super().push_to_hub(
+                repo_id, commit_message, private, token, create_pr, True, variant, subfolder
+            )
+            return address
+        saving = {"variant": variant, "max_shard_size": max_shard_size}
+        return send_pipeline(
+            self,
+            repo_id,
+            {name: value for name, value in saving.items() if value is not None},
+            licence=license,
+            summary=summary,
+            private=bool(private),
+            revision=revision,
+            create_pr=create_pr,
+            message=commit_message or "Sent with hubgen",
+            token=token,
+        )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
@@ -140,15 +216,12 @@ class NativePipeline(DiffusionPipeline):
     @classmethod
     def with_our_classes(cls, index: Mapping[str, Any]) -> dict[str, Any]:
         """An index as hubgen reads it: see this file's head."""
-        hubgen = importlib.import_module("hubgen")
         parameters = inspect.signature(cls).parameters
         ours: dict[str, Any] = {}
-        for name, value in index.items():
+        for name, value in as_installed(index).items():
             if is_component(value):
                 library, class_name = value
-                class_name = RENAMED.get(class_name, class_name)
-                library = "hubgen" if library == "diffusers" and class_name in hubgen.HOMES else library
-                value = [library, class_name]
+                value = [library, RENAMED.get(class_name, class_name)]
             elif name.startswith("_") and name[1:] in parameters and name[1:] not in index:
                 name = name[1:]
             ours[name] = value
@@ -184,11 +257,18 @@ class NativePipeline(DiffusionPipeline):
 
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
         """Writes the index: that of diffusers' pipeline where there is one for these components, else hubgen's."""
-        index = self.native_index() or json.loads(self.to_json_string())
+        index, _ = self.saved_index()
         if os.path.exists(index.get("_name_or_path") or ""):
             del index["_name_or_path"]  # where it lay on this machine is nobody's business
         with open(json_file_path, "w", encoding="utf-8") as file:
             file.write(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    def saved_index(self) -> tuple[dict[str, Any], dict[str, type]]:
+        """The index that is written: diffusers' own, or one by which diffusers runs the code of the files beside it."""
+        native = self.native_index()
+        if native is not None:
+            return native, {}
+        return as_carried(json.loads(self.to_json_string()), lambda name: getattr(self, name).config)
 
     def native_index(self) -> dict[str, Any] | None:
         """The index by which diffusers loads these components alone, or `None` where it has no such pipeline."""
@@ -204,7 +284,8 @@ class NativePipeline(DiffusionPipeline):
             if is_component(value):
                 library, class_name = value
                 if library == "hubgen":
-                    library = "diffusers" if hasattr(diffusers, class_name) else None
+                    part = getattr(self, name)
+                    library = "diffusers" if is_native(type(part), part.config) else None
                 if library is None or name not in theirs:
                     return None
                 # The variant without torchvision reads the same files; older versions know the plain name alone.
@@ -241,11 +322,6 @@ def teach_auto_pipelines(module: Any) -> None:
         functools.update_wrapper(from_pipe, plain)
         from_pipe.knows_hubgen = True  # type: ignore[attr-defined]
         cls.from_pipe = classmethod(from_pipe)
-
-
-def is_component(value: object) -> bool:
-    """Whether a value of an index is `[library, class]`."""
-    return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(part, str) for part in value)
 
 
 def require_class(library: str, class_name: str, where: str) -> type:

@@ -5,24 +5,32 @@
     print(shipment.send())                                        # the address
 
 A folder may be a pipeline, a network, an adapter, a learned word, a data set or a Space. Of each kind only the files
-are sent that it is known to need: what else lies there stays here, and is said.
+are sent that it is known to need: what else lies there stays here, and is said. A pipeline that diffusers lacks is sent
+with its code (`hubgen.hub.carried_code`), also if the folder is without.
 """
 
 import fnmatch
+import json
+import logging
 import os
 import random
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from hubgen.errors import one_line
+from hubgen.formats.checkpoints import read_json
+from hubgen.formats.folders import INDEX
+from hubgen.hub.card import parts_of, pipeline_card, usage_of
+from hubgen.hub.carried_code import as_carried, code_of
 from hubgen.hub.licences import LICENCES
 
 CARD = "README.md"
@@ -34,9 +42,12 @@ DEADLINE = 600.0
 BUSY = (408, 429, 500, 502, 503, 504)
 """Answers that another attempt may not meet"""
 LONGEST_PAUSE = 60.0
+PLACES = ("_name_or_path", "base_model_name_or_path")
+"""Settings of configs that may be folders of this machine, which are nobody's business"""
 SHOWN = 40
 """Files that a list names"""
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 class PublishError(ValueError):
@@ -92,6 +103,8 @@ class Shipment:
     """Of what is sent: path below the folder, and bytes"""
     left: tuple[str, ...]
     """Files that stay here"""
+    made: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    """Contents of those files that are sent otherwise than they are in the folder, or are not in it"""
     private: bool = False
     revision: str | None = None
     """Branch; the main one if not given"""
@@ -111,6 +124,10 @@ class Shipment:
             more = f", and {len(self.left) - 8} more" if len(self.left) > 8 else ""
             lines.append(f"stays here: {', '.join(self.left[:8])}{more}")
         return "\n".join(lines)
+
+    def content(self, name: str) -> bytes | Path:
+        """What is sent as a file."""
+        return self.made[name] if name in self.made else self.folder / name
 
     def send(self, deadline: float = DEADLINE) -> str:
         """Sends what the repository has not yet, in one commit; the repository's address.
@@ -134,7 +151,7 @@ class Shipment:
                 patient(lambda: api.create_branch(**where, branch=str(self.revision), exist_ok=True), until)
             options = {
                 **where,
-                "operations": [CommitOperationAdd(name, self.folder / name) for name in self.files],
+                "operations": [CommitOperationAdd(name, self.content(name)) for name in self.files],
                 "commit_message": self.message,
                 "revision": self.revision,
                 "create_pr": self.create_pr,
@@ -154,6 +171,7 @@ def prepare(
     create_pr: bool = False,
     message: str = "Sent with hubgen",
     token: str | None = None,
+    licence_needed: bool = True,
 ) -> Shipment:
     """Checks that a folder can be sent.
 
@@ -165,6 +183,7 @@ def prepare(
         create_pr: Propose the change instead of making it.
         message: Of the commit.
         token: Of the Hub; that of `hf auth login` if not given.
+        licence_needed: Whether a card must be there, with a licence.
 
     Raises:
         PublishError: The name is none that the Hub takes, the folder is none of these, or its card lacks a licence that
@@ -177,16 +196,123 @@ def prepare(
     kind = next((one for one in KINDS if one.mark(path)), None)
     if kind is None:
         raise PublishError(f"{path}: is none of {', '.join(one.name for one in KINDS)}.")
-    metadata = card_metadata(path)
-    check_licence(metadata, str(path / CARD))
+    metadata = card_metadata(path) if licence_needed or (path / CARD).is_file() else {}
+    if licence_needed or "license" in metadata:
+        check_licence(metadata, str(path / CARD))
     if kind.repo_type == "space" and metadata.get("sdk") not in ("gradio", "static", "docker"):
         raise PublishError(f"{path / CARD}: got `sdk` {metadata.get('sdk')!r}, expected gradio, static or docker.")
     found = {name: (path / name).stat().st_size for name in files_below(path)}
     files = {name: size for name, size in found.items() if is_sent(name, kind)}
+    made = portable(path, files)
+    files = dict(sorted({**files, **{name: len(content) for name, content in made.items()}}.items()))
     if kind.repo_type == "model" and not any(name.endswith(".safetensors") for name in files):
         raise PublishError(f"{path}: a {kind.name} without weights, expected .safetensors files.")
     left = tuple(name for name in found if name not in files)
-    return Shipment(path, repo_id, kind, files, left, private, revision, create_pr, message, token)
+    return Shipment(path, repo_id, kind, files, left, made, private, revision, create_pr, message, token)
+
+
+def portable(folder: Path, files: Iterable[str]) -> dict[str, bytes]:
+    """Files that cannot be sent as they are: a pipeline without the code that it needs, configs with places of here.
+
+    Args:
+        folder: That is sent.
+        files: Paths below it.
+
+    Returns:
+        Contents by path.
+    """
+    made: dict[str, bytes] = {}
+    for name in files:
+        if name.endswith("config.json"):
+            config = read_json(folder / name)
+            here = [key for key in PLACES if Path(str(config.get(key) or "")).is_absolute()]
+            if here:
+                made[name] = as_json({key: value for key, value in config.items() if key not in here})
+    if (folder / INDEX).is_file():
+        index = read_json(folder / INDEX)
+        if isinstance(index.get("_class_name"), str):
+            read, code = as_carried(index, lambda name: component_config(folder / name))
+            if code:
+                made[INDEX] = as_json(read)
+                made.update({name: code_of(cls).encode() for name, cls in code.items()})
+    return made
+
+
+def component_config(folder: Path) -> dict[str, Any]:
+    """The config of a model or a scheduler."""
+    name = next((one for one in ("config.json", "scheduler_config.json") if (folder / one).is_file()), "config.json")
+    return read_json(folder / name)
+
+
+def as_json(values: Mapping[str, Any]) -> bytes:
+    """A config or an index as files have it."""
+    return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
+
+
+def send_pipeline(
+    pipeline: Any,
+    repo_id: str,
+    saving: Mapping[str, Any],
+    *,
+    licence: str | None,
+    summary: str | None,
+    **options: Any,
+) -> str:
+    """Saves a pipeline and sends it; the repository's address.
+
+    Args:
+        pipeline: Of hubgen's.
+        repo_id: `owner/name`, or the name alone for a repository of the token's owner.
+        saving: Further arguments of `save_pretrained`.
+        licence: For a card, where the repository has none.
+        summary: First paragraph of that card.
+        options: See `prepare`.
+
+    Raises:
+        PublishError: See `prepare` and `Shipment.send`.
+    """
+    token = options.get("token")
+    check_token(repo_id, token)
+    if licence is not None:
+        check_licence({"license": licence}, "`license`")
+    if "/" not in repo_id:
+        try:
+            repo_id = f"{HfApi(token=token).whoami()['name']}/{repo_id}"
+        except (HfHubHTTPError, OSError) as error:
+            raise PublishError(f"{repo_id}: the Hub does not tell whose token this is: {one_line(error)}") from error
+    check_name(repo_id)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        pipeline.save_pretrained(folder, **saving)
+        card = card_of(repo_id, token)
+        if card is None:
+            card = pipeline_card(
+                repo_id,
+                summary or "A pipeline of hubgen's.",
+                parts_of(pipeline),
+                {},
+                usage=usage_of(pipeline),
+                licence=licence,
+            )
+            if licence is None:
+                logger.warning("%s: its card names no licence: push_to_hub(..., license='apache-2.0') does.", repo_id)
+        (folder / CARD).write_text(card, encoding="utf-8")
+        return prepare(folder, repo_id, licence_needed=False, **options).send()
+
+
+def card_of(repo_id: str, token: str | None) -> str | None:
+    """The card that a repository has; `None` where there is none.
+
+    Raises:
+        PublishError: The Hub cannot be asked.
+    """
+    try:
+        path = HfApi(token=token).hf_hub_download(repo_id, CARD)
+    except (EntryNotFoundError, RepositoryNotFoundError):
+        return None
+    except (HfHubHTTPError, OSError) as error:
+        raise PublishError(f"{repo_id}: the Hub does not tell whether it has a card: {one_line(error)}") from error
+    return Path(path).read_text(encoding="utf-8")
 
 
 def check_name(repo_id: str) -> None:

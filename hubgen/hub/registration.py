@@ -6,7 +6,9 @@ diffusers loads that, from a folder and from the Hub and without `trust_remote_c
 - `hubgen` is a library with loadable classes (`LOADABLE_CLASSES` of `diffusers.pipelines.pipeline_loading_utils`);
 - the pipeline class is an attribute of `diffusers`.
 
-Both are set when diffusers' pipelines are first imported, which is after `import hubgen` more often than before: so
+And it reads an index that names the code of its repository (`hubgen.hub.carried_code`) as if it named hubgen's classes.
+
+All is set when diffusers' pipelines are first imported, which is after `import hubgen` more often than before: so
 `import hubgen` itself imports nothing heavy. `LOADABLE_CLASSES` is not a public name of diffusers; this was tried
 with 0.37 and 0.42. Where it is missing, a warning says so, and hubgen's own pipelines still load from folders and (by
 way of a full download) from the Hub.
@@ -58,21 +60,35 @@ def loadable(pipeline: Pipeline) -> Pipeline:
 
 def _register_now(pipelines: Sequence[str]) -> None:
     try:
+        from hubgen.diffusers_contract import read_configs_through
+
         loading: Any = importlib.import_module("diffusers.pipelines.pipeline_loading_utils")
         loading.LOADABLE_CLASSES["hubgen"] = {
             "ModelMixin": SAVE_AND_LOAD,
             "SchedulerMixin": SAVE_AND_LOAD,
             "DiffusionPipeline": SAVE_AND_LOAD,
         }
+        read_configs_through(_without_code)
         for name in pipelines:
             # Where the import of a pipeline's module has led here, its class does not exist yet; it is `loadable` then.
-            getattr(sys.modules["hubgen"], name, None)
+            try:
+                getattr(sys.modules["hubgen"], name, None)
+            except ModuleNotFoundError as error:
+                if not str(error.name).startswith("hubgen."):
+                    raise  # else a model has brought along hubgen's code, and needs no such pipeline
     except (ImportError, AttributeError, TypeError) as error:
         # Nothing of this may keep a program from importing diffusers.
         logger.warning(
             "This version of diffusers does not let hubgen register (%s). Load hubgen's pipelines by hubgen's classes.",
             error,
         )
+
+
+def _without_code(config: dict[str, Any]) -> dict[str, Any]:
+    """A config as diffusers reads it; an index that names its repository's code, with hubgen's classes instead."""
+    from hubgen.hub.carried_code import as_installed, is_carried
+
+    return as_installed(config) if is_carried(config.get("_class_name")) else config
 
 
 def after_import(module: str, act: Callable[[Any], None]) -> None:

@@ -6,6 +6,7 @@ to the estimate of data instead and noises it again to sigma_next.
 """
 
 import importlib.util
+import json
 import logging
 import math
 from collections.abc import Sequence
@@ -43,7 +44,7 @@ class FlowMatchEulerDiscreteScheduler(FlowMatchScheduler):
         shift_once: diffusers shifts the lower end of the default grid twice (its issue 13243): at shift 3 the last
             sigma is 0.00893 where the shift of 1 / 1000 is 0.00299. False keeps that grid, and so the pictures; True
             shifts once, so that num_train_timesteps steps visit exactly the times of training. diffusers does not
-            know this key and goes on without it.
+            know this key and goes on without it, so that a pipeline with it is saved with hubgen's code.
     """
 
     @register_to_config
@@ -76,6 +77,13 @@ class FlowMatchEulerDiscreteScheduler(FlowMatchScheduler):
                 "`use_karras_sigmas`, `use_exponential_sigmas`, `use_beta_sigmas`: got several, expected at most one"
             )
         super().__init__(num_train_timesteps, shift, not use_dynamic_shifting, shift_once)
+
+    def to_json_string(self) -> str:
+        """The config as JSON; without `shift_once` where it is off, since diffusers does not know it."""
+        config = json.loads(super().to_json_string())
+        if not config.get("shift_once"):
+            config.pop("shift_once", None)
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     def time_shift(self, mu: float, sigma: float, t: Grid) -> Grid:
         """FLUX's shift of times t in (0, 1]: s / (s + (1 / t - 1)^sigma), s = e^mu or mu by `time_shift_type`.

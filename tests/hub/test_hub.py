@@ -149,8 +149,8 @@ assert (picture(again) - picture(pipe)).abs().max() < 1e-4
     run(code, hub, tmp_path / "home", repo="tester/pushed", folder=str(tiny_model))
     files = hub.repos["tester/pushed"]
     index = json.loads(files["model_index.json"])
-    assert index["_class_name"] == "TextToImagePipeline"
-    assert index["transformer"] == ["hubgen", "SD3Transformer2DModel"]
+    assert index["_class_name"] == ["hubgen_text_to_image", "TextToImagePipeline"]
+    assert index["transformer"] == ["diffusers", "SD3Transformer2DModel"]
     weights = "transformer/diffusion_pytorch_model.safetensors"
     assert files[weights] == (tiny_model / weights).read_bytes()
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hubgen.formats.atomic import sweep, written
-from hubgen.hub.card import TrainingRecord, Usage, describe_data, pipeline_card
+from hubgen.hub.card import TrainingRecord, Usage, describe_data, parts_of, pipeline_card
 from hubgen.hub.publish import PublishError, check_licence, check_name, check_token, prepare
 from hubgen.training.kit.groups import Publish
 from hubgen.training.kit.parse import SettingsError, settings_to_dict
@@ -118,13 +118,8 @@ def write_pipeline(
     for part, known in records.items():
         if known is not None:
             known.save(temporary / part)
-    parts = {
-        part: (type(module).__name__, sum(parameter.numel() for parameter in module.parameters()))
-        for part, module in pipeline.components.items()
-        if isinstance(module, nn.Module)
-    }
     title = publish.title or output_dir.resolve().name
-    card = pipeline_card(title, publish.summary, parts, records, usage=usage, licence=publish.license)
+    card = pipeline_card(title, publish.summary, parts_of(pipeline), records, usage=usage, licence=publish.license)
     (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
