@@ -17,7 +17,8 @@ from typing import Annotated, Any
 
 from PIL import Image
 
-from hubgen.hub.card import CLASS_TO_IMAGE, TrainingRecord
+from hubgen.hub.card import CLASS_TO_IMAGE
+from hubgen.hub.records import TrainingRecord
 from hubgen.training.kit import bases
 from hubgen.training.kit.bases import ClassToImageBase
 from hubgen.training.kit.conditioned import LabelledPictures, labelled_pictures, losses_of

@@ -138,7 +138,9 @@ def main(settings: Settings) -> None:
     trained.settle()
     record = record_of(run, "hubgen.training.train_dreambooth", s, subject.pictures, s.data.source, "prior_loss")
     if adapted is None:
-        publish_pipeline(run, pipe, {backbone_name(pipe): record}, TEXT_TO_IMAGE, s.publish)
+        publish_pipeline(
+            run, pipe, {backbone_name(pipe): record}, TEXT_TO_IMAGE, s.publish, prompts=s.validation.prompts
+        )
     else:
         header = {PROMPT: s.instance.prompt}
         prompts = s.validation.prompts or (s.instance.prompt,)

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from hubgen.hub.card import TEXT_TO_IMAGE, TrainingRecord
+from hubgen.hub.card import TEXT_TO_IMAGE
+from hubgen.hub.records import TrainingRecord
 from hubgen.training.kit import bases
 from hubgen.training.kit.bases import TextToImageBase
 from hubgen.training.kit.conditioned import PromptedPictures, losses_of
@@ -97,7 +98,8 @@ def main(settings: Settings) -> None:
     record = record_of(run, "hubgen.training.train_text_to_image", s, seen, s.data.source, "held_out_loss")
     name = "transformer" if pipe.transformer is not None else "unet"
     records = {name: record, "vae": None if s.base.autoencoder is None else TrainingRecord.load(s.base.autoencoder)}
-    publish_pipeline(run, pipe, records, TEXT_TO_IMAGE, s.publish, licence_of=Path(s.data.source))
+    data, prompts = Path(s.data.source), s.validation.prompts
+    publish_pipeline(run, pipe, records, TEXT_TO_IMAGE, s.publish, licence_of=data, prompts=prompts)
     run.finish()
 
 

@@ -141,5 +141,5 @@ def overlay(picture: Image.Image, heat: torch.Tensor, strength: float = 0.6) -> 
     place = smooth * (len(HOT) - 1)
     below = place.floor().long().clamp(max=len(HOT) - 2)
     colours = torch.lerp(HOT[below], HOT[below + 1], (place - below)[..., None])  # (H, W, 3)
-    colours = (colours * 255).round().to(torch.uint8).numpy()
-    return Image.blend(picture.convert("RGB"), Image.fromarray(colours), strength)
+    seen = Image.fromarray((colours * 255).round().to(torch.uint8).numpy())
+    return Image.blend(picture.convert("RGB"), seen, strength)

@@ -211,6 +211,7 @@ def build_emoji_dataset(
     record = {
         "finished": True,
         "settings": settings,
+        "language": "en",
         "sources": [
             source.record,
             {"from": f"npm emojibase-data {names_version}", "sha512": file_digest(names_path)},

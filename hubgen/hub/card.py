@@ -1,14 +1,15 @@
-"""Model cards: what a published folder says about itself, written from records that training leaves behind.
+"""Model cards: what a published folder says about itself, written from the records that training leaves behind.
 
-A script that trains writes a `training.json` beside the weights: its settings, the data and the curve. The card of a
-pipeline is made of the records of its components. Text between `<!-- NAME -->` and `<!-- /NAME -->` is a section that a
-later tool may replace, as benchmarks do with their figures.
+A card stands beside the pictures that it shows: samples, which the Hub's gallery takes from its metadata, and the curve
+of the losses. Text between `<!-- NAME -->` and `<!-- /NAME -->` is a section that a later tool may replace, as
+benchmarks do with their figures. Until it is known where a folder will be published, its examples load `HERE`;
+publishing puts the repository in its place.
 """
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,55 +18,10 @@ from huggingface_hub import ModelCardData
 from torch import nn
 
 from hubgen.formats.atomic import written
+from hubgen.hub.records import TrainingRecord, languages_of
 
-RECORD = "training.json"
+HERE = "path/to/this/folder"
 CURVE_ROWS = 12
-
-
-@dataclass(frozen=True)
-class TrainingRecord:
-    """How a component got its weights."""
-
-    script: str
-    """Module that was run, as in `accelerate launch -m SCRIPT`"""
-    settings: dict[str, Any]
-    """All of the script's settings, as plain JSON values"""
-    data: dict[str, Any]
-    """Pictures seen, their fingerprint, and the sources with their licences where the data folder names them"""
-    curve: list[dict[str, float]]
-    """Measurements in order of "step" """
-
-    def save(self, folder: Path) -> None:
-        """Writes `training.json` into the component's folder."""
-        with written(folder / RECORD) as temporary:
-            text = json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
-            temporary.write_text(text, encoding="utf-8")
-
-    @classmethod
-    def load(cls, folder: Path) -> "TrainingRecord | None":
-        """The record in a component's folder; None where there is none.
-
-        Raises:
-            ValueError: The file is there and is not such a record.
-        """
-        path = folder / RECORD
-        if not path.is_file():
-            return None
-        try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}: not a record of training ({error}).") from error
-
-
-def describe_data(folder: Path, pictures: int, fingerprint: str) -> dict[str, Any]:
-    """What a record says about a data folder: `build.json` of `hubgen data` names the sources."""
-    described: dict[str, Any] = {"pictures": pictures, "fingerprint": fingerprint}
-    if (folder / "build.json").is_file():
-        build = json.loads((folder / "build.json").read_text(encoding="utf-8"))
-        described["sources"] = [
-            {key: source[key] for key in ("from", "license") if key in source} for source in build["sources"]
-        ]
-    return described
 
 
 @dataclass(frozen=True)
@@ -78,11 +34,34 @@ class Usage:
     """As the Hub names it"""
     arguments: str
     """Of a call"""
+    reads_words: bool = False
 
 
-TEXT_TO_IMAGE = Usage("TextToImagePipeline", "text-to-image", '"a red apple"')
+TEXT_TO_IMAGE = Usage("TextToImagePipeline", "text-to-image", '"a red apple"', reads_words=True)
 CLASS_TO_IMAGE = Usage("ClassToImagePipeline", "unconditional-image-generation", "0")
 UNCONDITIONAL = Usage("UnconditionalPipeline", "unconditional-image-generation", "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What the card of any model says."""
+
+    title: str
+    summary: str
+    """First paragraph"""
+    repo: str | None = None
+    """Where it will be, owner/name"""
+    licence: str | None = None
+    """As the Hub names it; left out of the metadata if not given"""
+    samples: Mapping[str, str] = field(default_factory=dict)
+    """What it drew: files beside the card, and their prompts"""
+    curves: Mapping[str, str] = field(default_factory=dict)
+    """Pictures of losses beside the card, by the component"""
+
+    @property
+    def place(self) -> str:
+        """What examples load."""
+        return self.repo or HERE
 
 
 def usage_of(pipeline: Any) -> Usage:
@@ -101,38 +80,45 @@ def parts_of(pipeline: Any) -> dict[str, tuple[str, int]]:
 
 
 def pipeline_card(
-    name: str,
-    summary: str,
+    about: About,
     components: Mapping[str, tuple[str, int]],
     records: Mapping[str, TrainingRecord | None],
     *,
     usage: Usage = TEXT_TO_IMAGE,
-    licence: str | None = None,
+    native: bool = False,
+    grid: str | None = None,
 ) -> str:
     """The README.md of a pipeline.
 
     Args:
-        name: Title.
-        summary: First paragraph.
+        about: What every card says.
         components: Component to its class and number of parameters.
         records: Trained component to its record.
         usage: How it is called.
-        licence: Identifier as the Hub knows it; left out of the metadata if not given.
+        native: Whether diffusers has a pipeline for it, so that it needs no code of hubgen's.
+        grid: File of pictures beside it, of models that read no words.
     """
-    metadata = ModelCardData(
-        library_name="diffusers",
-        pipeline_tag=usage.task,
-        license=licence,
-        language="en" if usage == TEXT_TO_IMAGE else None,
-        tags=["hubgen", usage.task, "diffusers"],
-    )
+    shown = next(iter(about.samples.values()), None) if usage.reads_words else None
+    example = usage.arguments if shown is None else quoted(shown)
+    loaded = quoted(about.place)
+    trust = "" if native else ", trust_remote_code=True"
     lines = [
-        *heading(metadata, name, summary),
+        *heading(about, usage.task, records.values(), ["hubgen", usage.task, "diffusers"], "finetune"),
+        *([f"![Pictures that it drew]({grid})", ""] if grid else []),
         "```python",
         f"from hubgen import {usage.pipeline}",
         "",
-        f'pipe = {usage.pipeline}.from_pretrained("{name}")',
-        f'pipe({usage.arguments}).images[0].save("picture.png")',
+        f"pipe = {usage.pipeline}.from_pretrained({loaded})",
+        f'pipe({example}).images[0].save("picture.png")',
+        "```",
+        "",
+        "Without hubgen" + ("" if native else ", by the code that comes along in one file") + ":",
+        "",
+        "```python",
+        "from diffusers import DiffusionPipeline",
+        "",
+        f"pipe = DiffusionPipeline.from_pretrained({loaded}{trust})",
+        f'pipe({example}).images[0].save("picture.png")',
         "```",
         "",
         "## Parts",
@@ -144,84 +130,127 @@ def pipeline_card(
         "## Measured quality",
         "",
         "<!-- measured -->",
-        "Not measured yet.",
+        *(measured(records.values()) or ["Not measured yet."]),
         "<!-- /measured -->",
         "",
         "## Training",
         "",
     ]
     for part, record in records.items():
-        lines += [f"### `{part}`", "", *(describe_record(record) if record else ["Not recorded."]), ""]
+        described = describe_record(record, about.curves.get(part)) if record else ["Not recorded."]
+        lines += [f"### `{part}`", "", *described, ""]
+    if not records:
+        lines += ["Not recorded."]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def heading(metadata: ModelCardData, name: str, summary: str) -> list[str]:
-    """The first lines of a card: what the Hub reads, title and first paragraph."""
-    return ["---", metadata.to_yaml(), "---", f"# {name}", "", summary.strip(), ""]
-
-
 def adapter_card(
-    name: str,
-    summary: str,
+    about: About,
     record: TrainingRecord,
     *,
     base_model: str | None,
     pipeline: str,
     parameters: int,
     prompts: Sequence[str] = (),
-    samples: Sequence[str] = (),
+    grids: Sequence[str] = (),
     words: Sequence[str] = (),
-    repo: str | None = None,
-    licence: str | None = None,
+    trigger: str | None = None,
 ) -> str:
     """The README.md of an adapter.
 
     Args:
-        name: Title.
-        summary: First paragraph.
+        about: What every card says.
         record: How it was trained.
-        base_model: Repository of the base, or its name.
+        base_model: Repository of the base, or its name; `None` for the model of the package.
         pipeline: Class of hubgen.
         parameters: How many numbers it has.
-        prompts: Of the pictures.
-        samples: Files of pictures beside it, before and after.
+        prompts: Of the pictures in the grids.
+        grids: Files of pictures beside it, before and after.
         words: That text encoders learned beside it.
-        repo: Where it will be; its title if not given.
-        licence: Identifier as the Hub knows it; left out of the metadata if not given.
+        trigger: The words of prompts that call what it learned, if it learned one thing.
     """
-    metadata = ModelCardData(
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        license=licence,
-        base_model=base_model if base_model is not None and "/" in base_model else None,
-        tags=["hubgen", "lora", "text-to-image", "diffusers"],
-    )
-    loaded = "bundled_model()" if base_model is None else f'"{base_model}"'
+    base = "bundled_model()" if base_model is None else quoted(base_model)
     imported = [f"from hubgen import {pipeline}"]
     imported += ["from hubgen.hub.bundled import bundled_model"] if base_model is None else []
+    loaded = quoted(about.place)
     lines = [
-        *heading(metadata, name, summary),
+        *heading(
+            about, "text-to-image", [record], ["hubgen", "lora", "text-to-image", "diffusers"], "adapter", trigger
+        ),
+        *([f"It answers to `{trigger}` in a prompt.", ""] if trigger else []),
         "```python",
         *imported,
         "",
-        f"pipe = {pipeline}.from_pretrained({loaded})",
-        f'pipe.load_lora_weights("{repo or name}")',
-        *([f'pipe.load_textual_inversion("{repo or name}", token="{words[0]}")'] if len(words) == 1 else []),
-        f'pipe({json.dumps(prompts[0] if prompts else "a red apple")}).images[0].save("picture.png")',
+        f"pipe = {pipeline}.from_pretrained({base})",
+        f"pipe.load_lora_weights({loaded})",
+        *([f"pipe.load_textual_inversion({loaded}, token={quoted(words[0])})"] if len(words) == 1 else []),
+        f'pipe({quoted(prompts[0] if prompts else "a red apple")}).images[0].save("picture.png")',
         "```",
         "",
         "It loads in diffusers by the same call, and in every program that reads diffusers' adapters: "
         f"{parameters:,} numbers, each product scaled by 1.",
         "",
     ]
-    for sample in samples:
-        lines += [f"{sample.removesuffix('.png').capitalize()}:", "", f"![{', '.join(prompts)}]({sample})", ""]
-    lines += ["## Training", "", *describe_record(record)]
+    for grid in grids:
+        lines += [f"{grid.removesuffix('.png').capitalize()}:", "", f"![{', '.join(prompts)}]({grid})", ""]
+    lines += ["## Training", "", *describe_record(record, next(iter(about.curves.values()), None))]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def describe_record(record: TrainingRecord) -> list[str]:
-    """Lines of Markdown: data, settings and curve."""
+def heading(
+    about: About,
+    task: str,
+    records: Iterable[TrainingRecord | None],
+    tags: list[str],
+    relation: str,
+    trigger: str | None = None,
+) -> list[str]:
+    """The first lines of a card: what the Hub reads, title, first paragraph and gallery."""
+    known = [record for record in records if record is not None]
+    bases = sorted({record.base_model for record in known if record.base_model})
+    widget = [{"text": prompt, "output": {"url": file}} for file, prompt in about.samples.items()]
+    more: dict[str, Any] = {"base_model_relation": relation} if bases else {}
+    more |= {"widget": widget} if widget else {}
+    more |= {"instance_prompt": trigger} if trigger else {}
+    metadata = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag=task,
+        license=about.licence,
+        language=languages_of(known) or None,
+        base_model=bases or None,
+        datasets=sorted({record.dataset for record in known if record.dataset}) or None,
+        tags=tags,
+        **more,
+    )
+    gallery = ["<Gallery />", ""] if widget else []
+    return ["---", metadata.to_yaml(), "---", f"# {one_line(about.title)}", "", about.summary.strip(), "", *gallery]
+
+
+def one_line(text: str) -> str:
+    """A title as a heading takes it."""
+    return " ".join(text.split())
+
+
+def quoted(text: str) -> str:
+    """A text as Python reads it; JSON's strings are Python's too."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def measured(records: Iterable[TrainingRecord | None]) -> list[str]:
+    """What training itself measured at its end, on pictures that it did not see."""
+    lines = []
+    for record in records:
+        last = record.curve[-1] if record is not None and record.curve else {}
+        lines += [
+            f"{name.replace('_', ' ').capitalize()} after {last['step']:,} steps: {value:.4g}."
+            for name, value in last.items()
+            if name.startswith("held_out")
+        ]
+    return lines
+
+
+def describe_record(record: TrainingRecord, curve: str | None = None) -> list[str]:
+    """Lines of Markdown: data, settings and curve, also as the picture `curve` if there is one."""
     sources = ", ".join(
         source["from"] + (f" ({source['license']})" if "license" in source else "")
         for source in record.data.get("sources", [])
@@ -231,6 +260,7 @@ def describe_record(record: TrainingRecord) -> list[str]:
         f"By `accelerate launch -m {record.script}` on {record.data['pictures']:,} pictures"
         + (f" from {sources}." if sources else "."),
         "",
+        *([f"![The losses, by the step]({curve})", ""] if curve else []),
         *markdown_curve(record.curve),
         "",
         "<details><summary>All settings</summary>",
@@ -256,6 +286,30 @@ def markdown_curve(curve: Sequence[Mapping[str, float]]) -> list[str]:
         values = (curve[index].get(column) for column in columns)
         table.append("| " + " | ".join("" if v is None else cell[type(v)].format(v) for v in values) + " |")
     return table
+
+
+def draw_curve(curve: Sequence[Mapping[str, float]], path: Path) -> bool:
+    """Draws the losses of a record as a PNG; false where there are fewer than two, or no matplotlib (extra `train`)."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    columns = dict.fromkeys(key for row in curve for key in row if "loss" in key)
+    lines = {name: [(row["step"], row[name]) for row in curve if name in row] for name in columns}
+    lines = {name: points for name, points in lines.items() if len(points) > 1}
+    if not lines:
+        return False
+    figure = Figure(figsize=(7, 3.5), layout="constrained")  # of its own: pyplot's figures are the program's
+    axes = figure.add_subplot()
+    for name, points in lines.items():
+        axes.plot(*zip(*points, strict=True), label=name.replace("_", " "))
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with written(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    return True
 
 
 def replace_section(path: Path, name: str, text: str) -> None:

@@ -16,7 +16,7 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,7 +29,7 @@ from huggingface_hub.utils import validate_repo_id
 from hubgen.errors import one_line
 from hubgen.formats.checkpoints import read_json
 from hubgen.formats.folders import INDEX
-from hubgen.hub.card import parts_of, pipeline_card, usage_of
+from hubgen.hub.card import HERE, About, parts_of, pipeline_card, usage_of
 from hubgen.hub.carried_code import as_carried, code_of
 from hubgen.hub.licences import LICENCES
 
@@ -203,7 +203,7 @@ def prepare(
         raise PublishError(f"{path / CARD}: got `sdk` {metadata.get('sdk')!r}, expected gradio, static or docker.")
     found = {name: (path / name).stat().st_size for name in files_below(path)}
     files = {name: size for name, size in found.items() if is_sent(name, kind)}
-    made = portable(path, files)
+    made = portable(path, files, repo_id)
     files = dict(sorted({**files, **{name: len(content) for name, content in made.items()}}.items()))
     if kind.repo_type == "model" and not any(name.endswith(".safetensors") for name in files):
         raise PublishError(f"{path}: a {kind.name} without weights, expected .safetensors files.")
@@ -211,17 +211,20 @@ def prepare(
     return Shipment(path, repo_id, kind, files, left, made, private, revision, create_pr, message, token)
 
 
-def portable(folder: Path, files: Iterable[str]) -> dict[str, bytes]:
+def portable(folder: Path, files: Collection[str], repo_id: str) -> dict[str, bytes]:
     """Files that cannot be sent as they are: a pipeline without the code that it needs, configs with places of here.
 
     Args:
         folder: That is sent.
         files: Paths below it.
+        repo_id: Where to, which the card's examples load.
 
     Returns:
         Contents by path.
     """
     made: dict[str, bytes] = {}
+    if CARD in files and HERE in (card := (folder / CARD).read_text(encoding="utf-8")):
+        made[CARD] = card.replace(HERE, repo_id).encode()
     for name in files:
         if name.endswith("config.json"):
             config = read_json(folder / name)
@@ -286,14 +289,14 @@ def send_pipeline(
         pipeline.save_pretrained(folder, **saving)
         card = card_of(repo_id, token)
         if card is None:
-            card = pipeline_card(
-                repo_id,
-                summary or "A pipeline of hubgen's.",
-                parts_of(pipeline),
-                {},
-                usage=usage_of(pipeline),
+            about = About(
+                title=repo_id.partition("/")[2],
+                summary=summary or "A pipeline of hubgen's.",
+                repo=repo_id,
                 licence=licence,
             )
+            native = pipeline.native_index() is not None
+            card = pipeline_card(about, parts_of(pipeline), {}, usage=usage_of(pipeline), native=native)
             if licence is None:
                 logger.warning("%s: its card names no licence: push_to_hub(..., license='apache-2.0') does.", repo_id)
         (folder / CARD).write_text(card, encoding="utf-8")

@@ -58,7 +58,7 @@ def test_a_trained_pipeline_is_sent_and_a_failure_names_the_command_that_tries_a
             path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
         }
         assert b"license: apache-2.0" in sent["README.md"]
-        assert json.loads(sent["model_index.json"])["_class_name"] == "TextToImagePipeline"
+        assert json.loads(sent["model_index.json"])["_class_name"] == ["hubgen_text_to_image", "TextToImagePipeline"]
     # The Hub is gone now: the run is trained and written, and says what is missing.
     done = train(recipe | {"run.output_dir": str(tmp_path / "other")}, tmp_path, hub)
     assert done.returncode == 4 and (tmp_path / "other" / "pipeline" / "model_index.json").is_file()
@@ -138,7 +138,8 @@ def test_an_adapter_of_the_bundled_model_goes_round_the_world(problem: dict[str,
         done = train(settings, tmp_path, hub, "train_lora")
         assert done.returncode == 0, done.stderr[-3000:]
         sent = {name for name in hub.repos["tester/red"] if name != ".gitattributes"}
-        assert sent == {"README.md", "pytorch_lora_weights.safetensors", "training.json", "before.png", "after.png"}
+        pictures = {"before.png", "after.png", "sample-0.png"}
+        assert sent == {"README.md", "pytorch_lora_weights.safetensors", "training.json", *pictures}
         assert b'pipe.load_lora_weights("tester/red")' in hub.repos["tester/red"]["README.md"]
         for code, files in ((IN_HUBGEN, [ours]), (IN_DIFFUSERS, [ours, theirs])):
             command = [sys.executable, "-c", code, str(bundled_model()), "tester/red", *map(str, files)]

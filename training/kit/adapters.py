@@ -13,17 +13,18 @@ from torch import nn
 
 from hubgen.adaptation.adapters import RESIDUAL, AdapterShape, add_adapter, targets
 from hubgen.adaptation.attach import layers_of
-from hubgen.adaptation.header_keys import BASE
+from hubgen.adaptation.header_keys import BASE, PROMPT
 from hubgen.adaptation.lora_files import Layers, as_diffusers
 from hubgen.adaptation.low_rank import LowRank
 from hubgen.conditioning.condition import Condition
 from hubgen.conditioning.predict import predict
 from hubgen.formats.atomic import sweep, written
-from hubgen.hub.card import TrainingRecord, adapter_card
+from hubgen.hub.card import adapter_card
+from hubgen.hub.records import TrainingRecord
 from hubgen.training.kit.groups import Adapter, Data, Publish
 from hubgen.training.kit.new_words import NewWords
 from hubgen.training.kit.parse import SettingsError
-from hubgen.training.kit.publishing import push
+from hubgen.training.kit.publishing import about_run, push
 from hubgen.training.kit.quantization import refuse_quantised
 from hubgen.training.kit.run import Run
 
@@ -242,19 +243,16 @@ def publish_adapter(
                 shutil.copyfile(grid, temporary / name)
             record.save(temporary)
             count = sum(tensor.numel() for tensor in tensors.values())
-            title = publish.title or run.options.output_dir.resolve().name
             card = adapter_card(
-                title,
-                publish.summary,
+                about_run(run, temporary, publish, {"adapter": record}, prompts),
                 record,
                 base_model=base_model,
                 pipeline=type(adapted.pipe).__name__,
                 parameters=count,
                 prompts=prompts,
-                samples=list(samples),
-                repo=publish.push_to_hub,
+                grids=list(samples),
                 words=[] if adapted.words is None else adapted.words.words,
-                licence=publish.license,
+                trigger=header.get(PROMPT),
             )
             (temporary / "README.md").write_text(card, encoding="utf-8")
         run.print(f"adapter written to {folder}")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -86,6 +87,21 @@ def save_grid(run: Run, pictures: Sequence[Image.Image], step: int, columns: int
             tracker.log_images({"validation": np.asarray(grid)[None]}, step=step, dataformats="NHWC")
         elif hasattr(tracker, "log_images"):
             tracker.log_images({"validation": [grid]}, step=step)
+
+
+def last_grid(run: Run) -> Path | None:
+    """The newest of the files of `save_grid`; `None` where nothing was drawn."""
+    return max((run.options.output_dir / "validation").glob("step-*.png"), default=None)
+
+
+def cut_grid(grid: Path, count: int) -> list[Image.Image]:
+    """The pictures of a file of `save_grid`, which were `count`, in about a square."""
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    with Image.open(grid) as opened:
+        width, height = opened.width // columns, opened.height // rows
+        places = [(number % columns * width, number // columns * height) for number in range(count)]
+        return [opened.crop((left, top, left + width, top + height)) for left, top in places]
 
 
 def sample_seeds(pipeline: Any, numbers: Sequence[int], **arguments: Any) -> list[Image.Image]:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,26 @@ import torch
 from torch import nn
 
 from hubgen.formats.atomic import sweep, written
-from hubgen.hub.card import TrainingRecord, Usage, describe_data, parts_of, pipeline_card
+from hubgen.hub.card import About, Usage, draw_curve, parts_of, pipeline_card
 from hubgen.hub.publish import PublishError, check_licence, check_name, check_token, prepare
+from hubgen.hub.records import TrainingRecord, describe_data
+from hubgen.training.kit.grids import cut_grid, last_grid
 from hubgen.training.kit.groups import Publish
 from hubgen.training.kit.parse import SettingsError, settings_to_dict
 from hubgen.training.kit.pictures import Pictures
 from hubgen.training.kit.run import Run
 
+SAMPLES = 9
+"""Pictures that a card shows, at most"""
+
 
 def check_push(publish: Publish) -> None:
-    """Raises SettingsError, before anything is trained, where the result could not be sent to the Hub."""
+    """Raises SettingsError, before anything is trained, where the result could not be sent to the Hub, or its card."""
+    if publish.license is not None or publish.push_to_hub is not None:
+        try:
+            check_licence({"license": publish.license}, "setting 'publish.license'")
+        except PublishError as error:
+            raise SettingsError(str(error)) from error
     if publish.push_to_hub is None:
         return
     try:
@@ -27,10 +37,6 @@ def check_push(publish: Publish) -> None:
         check_token(publish.push_to_hub)
     except PublishError as error:
         raise SettingsError(f"setting 'publish.push_to_hub': {error}") from error
-    try:
-        check_licence({"license": publish.license}, "setting 'publish.license'")
-    except PublishError as error:
-        raise SettingsError(str(error)) from error
 
 
 def record_of(run: Run, script: str, settings: Any, pictures: Pictures, source: str, measured: str) -> TrainingRecord:
@@ -72,6 +78,7 @@ def publish_pipeline(
     usage: Usage,
     publish: Publish,
     licence_of: Path | None = None,
+    prompts: Sequence[str] = (),
 ) -> None:
     """Writes `output_dir/pipeline`, whole or not at all, and sends it to the Hub if the settings say so.
 
@@ -82,6 +89,7 @@ def publish_pipeline(
         usage: What the card shows.
         publish: The settings.
         licence_of: Folder of the data, whose LICENSE goes along.
+        prompts: Of the pictures in the grids; none for models that read no words.
     """
     folder = run.options.output_dir / "pipeline"
     if not run.writer:
@@ -90,7 +98,23 @@ def publish_pipeline(
     with run.survived(f"writing the pipeline to {folder}"):
         sweep(folder.parent)  # the run has its output folder to itself
         with written(folder) as temporary:
-            write_pipeline(pipeline, temporary, records, usage, publish, run.options.output_dir)
+            write_weights(pipeline, temporary, publish)
+            for part, known in records.items():
+                if known is not None:
+                    known.save(temporary / part)
+            about = about_run(run, temporary, publish, records, prompts)
+            grid = last_grid(run) if not prompts else None
+            if grid is not None:
+                shutil.copyfile(grid, temporary / "samples.png")
+            card = pipeline_card(
+                about,
+                parts_of(pipeline),
+                records,
+                usage=usage,
+                native=pipeline.native_index() is not None,
+                grid=None if grid is None else "samples.png",
+            )
+            (temporary / "README.md").write_text(card, encoding="utf-8")
             if licence_of is not None and (licence_of / "LICENSE").is_file():
                 shutil.copyfile(licence_of / "LICENSE", temporary / "LICENSE-data")
         run.print(f"pipeline written to {folder}")
@@ -98,29 +122,49 @@ def publish_pipeline(
         push(run, folder, publish)
 
 
-def write_pipeline(
-    pipeline: Any,
-    temporary: Path,
-    records: Mapping[str, TrainingRecord | None],
-    usage: Usage,
-    publish: Publish,
-    output_dir: Path,
-) -> None:
-    """A pipeline with its records and its card."""
+def write_weights(pipeline: Any, folder: Path, publish: Publish) -> None:
+    """A pipeline in the precision of the settings, without the places of this machine."""
     for module in pipeline.components.values():
         if isinstance(module, nn.Module) and module.dtype != getattr(torch, publish.dtype):
             module.to(dtype=getattr(torch, publish.dtype))
-    pipeline.save_pretrained(temporary, safe_serialization=True)
-    for config in temporary.glob("*/config.json"):  # local paths are not published
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    for config in folder.glob("*/config.json"):
         values = json.loads(config.read_text(encoding="utf-8"))
         values.pop("_name_or_path", None)
         config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    for part, known in records.items():
-        if known is not None:
-            known.save(temporary / part)
-    title = publish.title or output_dir.resolve().name
-    card = pipeline_card(title, publish.summary, parts_of(pipeline), records, usage=usage, licence=publish.license)
-    (temporary / "README.md").write_text(card, encoding="utf-8")
+
+
+def about_run(
+    run: Run,
+    folder: Path,
+    publish: Publish,
+    records: Mapping[str, TrainingRecord | None],
+    prompts: Sequence[str],
+) -> About:
+    """What the card of a run's result says, with the pictures that it shows: curves, and samples of the last grid.
+
+    Args:
+        run: That is done.
+        folder: Where the pictures are written.
+        publish: The settings.
+        records: By the component that they are of.
+        prompts: Of the pictures in the grids.
+    """
+    curves = {part: f"curve-{part}.png" for part, record in records.items() if record is not None}
+    drawn = {part: name for part, name in curves.items() if draw_curve(records[part].curve, folder / name)}
+    grid, samples = last_grid(run), {}
+    if grid is not None and prompts:
+        for number, picture in enumerate(cut_grid(grid, len(prompts))[:SAMPLES]):
+            picture.save(folder / f"sample-{number}.png")
+            samples[f"sample-{number}.png"] = prompts[number]
+    return About(
+        title=publish.title or run.options.output_dir.resolve().name,
+        summary=publish.summary,
+        repo=publish.push_to_hub,
+        licence=publish.license,
+        samples=samples,
+        curves=drawn,
+    )
 
 
 def push(run: Run, folder: Path, publish: Publish) -> None:
