@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 LARGE = (".safetensors",)  # what the Hub would keep in LFS
 
@@ -134,7 +134,8 @@ class Handler(BaseHTTPRequestHandler):
             (r"/api/repos/create", self.create),
             (r"/api/validate-yaml", lambda: self.answer({"errors": [], "warnings": []})),
             (rf"{api}(?:/revision/[^/]+)?", self.information),
-            (rf"{api}/tree/[^/]+", self.tree),
+            (rf"{api}/tree/[^/]+(?:/(.+))?", self.tree),
+            (rf"{api}/paths-info/[^/]+", self.paths_info),
             (rf"{api}/branch/(.+)", self.branch),
             (rf"{api}/preupload/[^/]+", self.preupload),
             (rf"{api}/commit/([^/]+)", self.commit),
@@ -186,13 +187,29 @@ class Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": name} for name in files]
         self.answer({"id": repo, "modelId": repo, "sha": self.hub.commit(repo), "siblings": siblings, "tags": []})
 
-    def tree(self, repo: str) -> None:
-        rows: list[dict[str, Any]] = []
+    def tree(self, repo: str, folder: str | None = None) -> None:
+        everything = parse_qs(urlsplit(self.path).query).get("recursive", ["false"])[0].lower() == "true"
+        inside = "" if folder is None else f"{folder}/"
+        entries = [one for path, one in self.entries(repo).items() if path.startswith(inside)]
+        if not entries and inside:
+            return self.refuse("EntryNotFound", f"no folder {folder} in {repo}")
+        self.answer([one for one in entries if everything or "/" not in one["path"][len(inside) :]])
+
+    def paths_info(self, repo: str) -> None:
+        asked = json.loads(self.body)["paths"] if self.body.startswith(b"{") else parse_qs(self.body.decode())["paths"]
+        known = self.entries(repo)
+        self.answer([known[path] for path in asked if path in known])
+
+    def entries(self, repo: str) -> dict[str, dict[str, Any]]:
+        """What the Hub says of each file and folder, by path."""
+        rows: dict[str, dict[str, Any]] = {}
         for name, data in self.hub.repos[repo].items():
-            rows.append({"type": "file", "path": name, "size": len(data), "oid": oid(data)})
+            for parent in [*Path(name).parents][:-1]:
+                rows[parent.as_posix()] = {"type": "directory", "path": parent.as_posix(), "size": 0, "oid": oid(b"")}
+            rows[name] = {"type": "file", "path": name, "size": len(data), "oid": oid(data)}
             if name.endswith(LARGE):
-                rows[-1]["lfs"] = {"oid": sha256(data), "size": len(data), "pointerSize": 130}
-        self.answer(rows)
+                rows[name]["lfs"] = {"oid": sha256(data), "size": len(data), "pointerSize": 130}
+        return rows
 
     def resolve(self, repo: str, revision: str, name: str) -> None:
         data = self.hub.repos[repo].get(name)

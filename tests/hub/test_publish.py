@@ -110,6 +110,27 @@ def test_adapters_data_sets_and_spaces_go_to_repositories_of_their_type(hub: Hub
     assert hub.created["spaces/tester/space"]["sdk"] == "gradio"
 
 
+def test_a_data_folder_is_read_by_datasets_from_the_hub(hub: Hub, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for split, colour in (("train", "red"), ("test", "blue")):
+        (data / split).mkdir(parents=True)
+        Image.new("RGB", (8, 8), colour).save(data / split / "a.png")
+        row = {"file_name": "a.png", "text": f"a {colour} square", "texts": [colour]}
+        (data / split / "metadata.jsonl").write_text(json.dumps(row) + "\n")
+    (data / "README.md").write_text(CARD)
+    assert published(hub, data, "tester/data").returncode == 0
+    code = """
+from datasets import load_dataset
+data = load_dataset("tester/data")
+assert {name: len(split) for name, split in data.items()} == {"train": 1, "test": 1}, data
+assert data["test"][0]["text"] == "a blue square" and data["test"][0]["image"].size == (8, 8)
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_a_branch_and_a_pull_request_are_what_was_asked_for(hub: Hub, tmp_path: Path) -> None:
     folder = adapter(tmp_path / "lora")
     for _ in range(2):
