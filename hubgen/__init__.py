@@ -14,8 +14,9 @@
     pipelines/       prompt -> embeddings -> denoising loop -> decode, one file a pipeline
     training/        one script a task, run by `accelerate launch`
     cli/             the `hubgen` command
+    spaces/          Gradio pages, one folder a Space
 
-Imports point one way: cli, training, pipelines, then the rest; `layers` and `paths` are the ground.
+Imports point one way: spaces, cli, training, pipelines, then the rest; `layers` and `paths` are the ground.
 
 `import hubgen` is light: the public names below load when first used. It also tells diffusers' loader where hubgen's
 classes are, so that `diffusers.DiffusionPipeline.from_pretrained` loads what hubgen saved.

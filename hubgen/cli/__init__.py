@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from hubgen.cli.arguments import EXIT_ERROR, Parser
 from hubgen.cli.convert import add_convert
 from hubgen.cli.data import add_data
+from hubgen.cli.demo import add_demo
 from hubgen.cli.generate import add_generate
 from hubgen.cli.inspect import add_inspect
 from hubgen.cli.publish import add_publish
@@ -109,4 +110,5 @@ def build_parser() -> argparse.ArgumentParser:
     add_convert(commands)
     add_data(commands)
     add_publish(commands)
+    add_demo(commands)
     return parser

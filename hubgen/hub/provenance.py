@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from functools import cache
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -124,7 +125,13 @@ class Request:
 
 def versions() -> dict[str, str]:
     """The versions of what decides the numbers in a picture."""
-    return {name: installed_version(name) for name in ("hubgen", "torch", "diffusers", "transformers")}
+    return {name: version_of(name) for name in ("hubgen", "torch", "diffusers", "transformers")}
+
+
+@cache
+def version_of(package: str) -> str:
+    """Of an installed package; read once, because that takes as long as a step of a small model."""
+    return installed_version(package)
 
 
 def write_picture(out: Path, picture: Image.Image, request: Request) -> None:
@@ -143,7 +150,7 @@ def write_picture(out: Path, picture: Image.Image, request: Request) -> None:
         chunks = PngInfo()  # international text chunks, in UTF-8: prompts are in any language
         chunks.add_itxt(METADATA_KEY, json.dumps(content, ensure_ascii=False))
         chunks.add_itxt("Description", "\n".join(request.prompts))
-        chunks.add_itxt("Software", f"hubgen {installed_version('hubgen')}")
+        chunks.add_itxt("Software", f"hubgen {version_of('hubgen')}")
         options["pnginfo"] = chunks
     with written(out) as temporary:
         picture.save(temporary, format=FORMATS[out.suffix.lower()], **options)
