@@ -95,7 +95,7 @@ def time_of_a_picture(pairs: int) -> dict[str, list[float]]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     os.environ["HUBGEN_PORT"] = str(port)
-    module = page_module()
+    module = page_module("text_to_image")
     from hubgen.spaces.kit.service import Service
     from hubgen.spaces.kit.settings import Settings
 
