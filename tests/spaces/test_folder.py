@@ -1,4 +1,4 @@
-"""The Space's folder can be pushed as it stands."""
+"""The folders of the Spaces can be pushed as they stand."""
 
 import ast
 import re
@@ -6,13 +6,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent.parent
-FOLDER = ROOT / "spaces" / "text_to_image"
+FOLDERS = [ROOT / "spaces" / name for name in ("text_to_image", "train_lora")]
 BROUGHT = {
     "hubgen": {"PIL", "huggingface_hub", "numpy"},
     "hubgen[demo]": {"hubgen", "gradio", "PIL", "huggingface_hub"},
+    "hubgen[demo,train]": {"hubgen", "gradio", "PIL", "huggingface_hub", "safetensors", "yaml"},
 }
 """Packages that published ones bring along, as far as the folder uses them"""
 
@@ -28,11 +30,16 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-def test_it_needs_nothing_but_published_packages() -> None:
-    required = (FOLDER / "requirements.txt").read_text().split()
+@pytest.fixture(params=FOLDERS, ids=lambda folder: folder.name)
+def space(request: pytest.FixtureRequest) -> Path:
+    return request.param
+
+
+def test_it_needs_nothing_but_published_packages(space: Path) -> None:
+    required = (space / "requirements.txt").read_text().split()
     brought = {name for one in required for name in BROUGHT.get(one, {one})}
-    own = {"tabs", "app", "spaces"}  # `spaces` is there where GPUs are lent, and imported there alone
-    for path in FOLDER.rglob("*.py"):
+    own = {"tabs", "steps", "app", "spaces"}  # `spaces` is there where GPUs are lent, and imported there alone
+    for path in space.rglob("*.py"):
         foreign = imported(path) - set(sys.stdlib_module_names) - own
         assert foreign <= brought, path
 
@@ -44,20 +51,20 @@ def test_what_it_takes_from_hubgen_is_installed_with_it() -> None:
     assert {"hubgen.spaces", "hubgen.spaces.kit"} <= set(settings["tool"]["setuptools"]["packages"])
     patterns = settings["tool"]["setuptools"]["package-data"]["hubgen.spaces"]
     installed = {path for pattern in patterns for path in (ROOT / "spaces").glob(pattern)}
-    files = {path for path in FOLDER.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
-    assert installed == files
+    files = {path for folder in FOLDERS for path in folder.rglob("*") if path.is_file()}
+    assert installed == {path for path in files if "__pycache__" not in path.parts}
     assert any(one.startswith("gradio") for one in settings["project"]["optional-dependencies"]["demo"])
 
 
-def header() -> dict[str, Any]:
-    match = re.match(r"---\n(.*?)\n---\n", (FOLDER / "README.md").read_text(encoding="utf-8"), re.S)
+def header(space: Path) -> dict[str, Any]:
+    match = re.match(r"---\n(.*?)\n---\n", (space / "README.md").read_text(encoding="utf-8"), re.S)
     assert match
     return yaml.safe_load(match[1])
 
 
-def test_the_header_is_what_the_hub_reads() -> None:
-    found = header()
-    assert found["sdk"] == "gradio" and (FOLDER / found["app_file"]).is_file()
+def test_the_header_is_what_the_hub_reads(space: Path) -> None:
+    found = header(space)
+    assert found["sdk"] == "gradio" and (space / found["app_file"]).is_file()
     assert found["license"] == "apache-2.0" and found["pinned"] is False
     colours = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
     assert {found["colorFrom"], found["colorTo"]} <= colours
@@ -65,15 +72,15 @@ def test_the_header_is_what_the_hub_reads() -> None:
     assert isinstance(found["python_version"], str) and found["title"]
 
 
-def test_the_header_names_the_version_that_is_pinned() -> None:
+def test_the_header_names_the_version_that_is_pinned(space: Path) -> None:
     pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
-    assert header()["sdk_version"] == pinned["gradio"]
+    assert header(space)["sdk_version"] == pinned["gradio"]
 
 
-def test_hubgen_publish_sends_all_of_it() -> None:
+def test_hubgen_publish_sends_all_of_it(space: Path) -> None:
     from hubgen.hub.publish import prepare
 
-    shipment = prepare(FOLDER, "owner/name")
+    shipment = prepare(space, "owner/name")
     assert shipment.kind.repo_type == "space"
-    sources = {str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.py")}
+    sources = {str(path.relative_to(space)) for path in space.rglob("*.py")}
     assert set(shipment.files) == {"README.md", "requirements.txt", *sources}
