@@ -314,13 +314,14 @@ def test_defaults_of_ones_own_survive_in_an_index_that_diffusers_reads(official:
     assert type(diffusers.DiffusionPipeline.from_pretrained(tmp_path)) is diffusers.StableDiffusionPipeline
 
 
-def test_what_diffusers_has_no_pipeline_for_keeps_our_index(both: Pair, tmp_path: Path) -> None:
+def test_what_diffusers_has_no_pipeline_for_names_our_code(both: Pair, tmp_path: Path) -> None:
     pipe = both("sd1").ours
     flow = TextToImagePipeline(**{**pipe.components, "scheduler": hubgen.FlowMatchEulerDiscreteScheduler()})
     assert flow.native_class() is None
     flow.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
-    assert index["_class_name"] == "TextToImagePipeline" and index["unet"] == ["hubgen", "UNet2DConditionModel"]
+    assert index["_class_name"] == ["hubgen_text_to_image", "TextToImagePipeline"]
+    assert index["unet"] == ["diffusers", "UNet2DConditionModel"]
     assert type(diffusers.DiffusionPipeline.from_pretrained(tmp_path)) is TextToImagePipeline
 
 
