@@ -324,7 +324,7 @@ def test_inspect_says_what_learned_words_and_whole_models_are(
     assert said(hubgen("inspect", "odd.safetensors"))["is"] == "nothing that is known; its first tensors: numbers"
     found = said(hubgen("inspect", tiny_model))
     assert found["is"] == "a pipeline: TextToImagePipeline" and found["use"] == f"hubgen generate --model {tiny_model}"
-    assert found["transformer"].startswith("SD3Transformer2DModel (hubgen), ")
+    assert found["transformer"].startswith("SD3Transformer2DModel (diffusers), ")
     found = said(hubgen("inspect", official("dit")))
     assert found["is"] == "a pipeline: DiTPipeline" and found["scheduler"] == "DDIMScheduler (diffusers)"
 

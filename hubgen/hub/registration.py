@@ -88,7 +88,8 @@ def _without_code(config: dict[str, Any]) -> dict[str, Any]:
     """A config as diffusers reads it; an index that names its repository's code, with hubgen's classes instead."""
     from hubgen.hub.carried_code import as_installed, is_carried
 
-    return as_installed(config) if is_carried(config.get("_class_name")) else config
+    carried = isinstance(config, dict) and is_carried(config.get("_class_name"))
+    return as_installed(config) if carried else config
 
 
 def after_import(module: str, act: Callable[[Any], None]) -> None:

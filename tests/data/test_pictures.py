@@ -58,7 +58,7 @@ KINDS: dict[str, tuple[bytes, Any, Any]] = {
     "RGB with a transparent colour": (encoded(two_halves(), transparency=RED), WHITE, BLUE),
     "1 bit": (encoded(two_halves(1, 0, "1")), WHITE, (0, 0, 0)),
     "CMYK": (encoded(two_halves((0, 255, 255, 0), (255, 255, 0, 0), "CMYK"), "TIFF"), RED, BLUE),
-    "YCbCr": (encoded(two_halves().convert("YCbCr"), "TIFF"), RED, BLUE),
+    "YCbCr": (encoded(two_halves().resize((16, 16), 0).convert("YCbCr"), "TIFF", compression="jpeg"), RED, BLUE),
     "Lab": (
         encoded(
             ImageCms.profileToProfile(

@@ -95,7 +95,8 @@ def test_an_adapter_learns_on_every_family_and_is_the_same_in_diffusers(
     held = sum(value.numel() for value in load_file(newest / "adapter.safetensors").values())
     assert held < base / 4, "a checkpoint holds the base"
     assert {file.name for file in (folder / "lora").iterdir()} == {
-        *("README.md", "pytorch_lora_weights.safetensors", "training.json", "before.png", "after.png")
+        *("README.md", "pytorch_lora_weights.safetensors", "training.json", "before.png", "after.png"),
+        *("curve-adapter.png", "sample-0.png"),
     }
 
 
@@ -405,5 +406,5 @@ def test_a_card_says_what_the_adapter_is_for(run: Callable[..., Path], tmp_path:
     base = models.saved_pipeline(tmp_path / "base")
     folder = run("dreambooth", {"base.model": str(base), "data.source": str(tmp_path / "few")})
     card = (folder / "lora" / "README.md").read_text()
-    assert 'load_lora_weights("run")' in card and "![a cat](after.png)" in card and str(tmp_path) not in card
+    assert 'load_lora_weights("path/to/this/folder")' in card and "![a cat](after.png)" in card and str(tmp_path) not in card
     assert NAME == "default"
