@@ -233,7 +233,10 @@ def test_a_class_conditional_unet_is_a_backbone_too(tmp_path):
     assert not torch.equal(latents(guided, (1,), guidance_scale=2.0), plain)
 
     guided.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == ["hubgen_class_to_image", "ClassToImagePipeline"]
+    assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == [
+        "hubgen_class_to_image",
+        "ClassToImagePipeline",
+    ]
     loaded = load(tmp_path)
     torch.testing.assert_close(latents(loaded, (1,)), latents(guided, (1,)), atol=1e-4, rtol=1e-4)
 

@@ -406,5 +406,9 @@ def test_a_card_says_what_the_adapter_is_for(run: Callable[..., Path], tmp_path:
     base = models.saved_pipeline(tmp_path / "base")
     folder = run("dreambooth", {"base.model": str(base), "data.source": str(tmp_path / "few")})
     card = (folder / "lora" / "README.md").read_text()
-    assert 'load_lora_weights("path/to/this/folder")' in card and "![a cat](after.png)" in card and str(tmp_path) not in card
+    assert (
+        'load_lora_weights("path/to/this/folder")' in card
+        and "![a cat](after.png)" in card
+        and str(tmp_path) not in card
+    )
     assert NAME == "default"
