@@ -1,7 +1,6 @@
 """Create: a prompt becomes a picture, step by step."""
 
 import json
-import secrets
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -96,7 +95,7 @@ def build(page: gr.Blocks, desk: Desk) -> None:
         kept: list[Made],
         request: gr.Request,
     ) -> AsyncIterator[tuple[Any, ...]]:
-        seed = secrets.randbelow(2**32) if fresh is True else seed
+        seed = None if fresh is True else seed
         drawing = desk.drawing(prompt, negative, steps, guidance, desk.size(size), seed, pictures)
         yield stage.stage("", stage.progress(0, drawing.steps, "Getting ready")), drawing.seed, *[gr.skip()] * 3
         async for event in desk.draw(drawing, request, "create"):

@@ -1,6 +1,5 @@
 """Style: adapters on the model, several at once, each with its weight."""
 
-import secrets
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -16,7 +15,6 @@ NONE = """## No styles here yet
 Start the page with `hubgen demo --adapters FOLDER` to have the adapters (LoRA) in that folder on this tab."""
 LEAD = """## Put on a style
 Each style is an adapter (LoRA) on the same model. Give each the weight that it shall have; at 0 it is not used."""
-
 EMPTY = "The same words and the same seed, without and with the styles."
 
 
@@ -89,9 +87,7 @@ def _build(desk: Desk) -> None:
                     seed = gr.Number(1, label="Seed", precision=0, minimum=0)
                     fresh = gr.Checkbox(True, label="A new seed each time")
         with gr.Column(scale=6, min_width=300, elem_classes=["card", "sticky"]):
-            view = gr.HTML(
-                stage.empty("The same words and the same seed, without and with the styles."), elem_id="style-stage"
-            )
+            view = gr.HTML(stage.empty(EMPTY), elem_id="style-stage")
 
     async def drawn(
         prompt: Any,
@@ -103,12 +99,11 @@ def _build(desk: Desk) -> None:
         request: gr.Request,
         *weights: Any,
     ) -> AsyncIterator[tuple[Any, Any]]:
-        seed = secrets.randbelow(2**32) if fresh is True else seed
         asked = {style.name: weight for style, weight in zip(styles, weights, strict=False)}
-        drawing = desk.drawing(prompt, "", steps, guidance, None, seed, 1, asked)
+        drawing = desk.drawing(prompt, "", steps, guidance, None, None if fresh is True else seed, 1, asked)
         if not drawing.styles:
             raise Refused("All weights are 0; give at least one style a weight.")
-        plain = desk.drawing(prompt, "", steps, guidance, None, seed)
+        plain = desk.drawing(prompt, "", steps, guidance, None, drawing.seed)
 
         def work(call: Call) -> None:
             for name, one in (("Without", plain), ("With", drawing)) if compare is True else (("With", drawing),):

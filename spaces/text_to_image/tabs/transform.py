@@ -1,6 +1,5 @@
 """Transform: a picture drawn over, all of it or where it is painted."""
 
-import secrets
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -80,7 +79,7 @@ def build(desk: Desk) -> None:
         fresh: Any,
         request: gr.Request,
     ) -> AsyncIterator[tuple[Any, Any]]:
-        seed = secrets.randbelow(2**32) if fresh is True else seed
+        seed = None if fresh is True else seed
         options = desk.over(*painted(sent), strength)
         drawing = desk.drawing(prompt, negative, steps, guidance, seed=seed, **options)
         before = stage.figure(stage.data_url(drawing.image), "The picture before", drawing.image.size, "Before")
