@@ -9,6 +9,7 @@ a large file for another.
 import base64
 import hashlib
 import json
+import os
 import re
 import socket
 import threading
@@ -21,7 +22,19 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+ROOT = Path(__file__).parents[2]
 LARGE = (".safetensors",)  # what the Hub would keep in LFS
+WITHOUT_HUBGEN = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "hubgen":
+            raise ModuleNotFoundError("No module named 'hubgen'", name="hubgen")
+
+sys.meta_path.insert(0, Missing())
+"""
+"""The head of a program for which hubgen is not installed"""
 
 
 @dataclass
@@ -69,6 +82,20 @@ class Hub:
         """The id of a repository's present state."""
         content = "".join(f"{name}{oid(data)}" for name, data in sorted(self.repos[repo].items()))
         return hashlib.sha1(content.encode()).hexdigest()
+
+
+def environment_of(hub: Hub, home: Path | str, token: str | None = "hf_test") -> dict[str, str]:
+    """Of a process that knows this Hub and no other, with a cache of its own: the client reads these when imported."""
+    return {
+        **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(home),
+        **({} if token is None else {"HF_TOKEN": token}),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "NO_PROXY": "127.0.0.1",
+        "PYTHONPATH": str(ROOT),
+    }
 
 
 def oid(data: bytes) -> str:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 import subprocess
 import sys
@@ -28,9 +27,8 @@ from hubgen.hub.card import (
 from hubgen.hub.publish import prepare
 from hubgen.hub.records import TrainingRecord, describe_data, repository
 from tests import models
-from tests.hub.loopback import loopback_hub
+from tests.hub.loopback import WITHOUT_HUBGEN, environment_of, loopback_hub
 
-ROOT = Path(__file__).parents[2]
 RECORD = TrainingRecord(
     script="hubgen.training.train_text_to_image",
     settings={
@@ -139,16 +137,11 @@ def test_the_examples_of_a_published_card_run_as_they_stand(tmp_path: Path) -> N
     assert ModelCard(card).data.widget[0]["text"] == prompt
     examples = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert len(examples) == 2
-    missing = "import sys\nclass Missing:\n    def find_spec(self, name, path=None, target=None):\n"
-    missing += "        if name.partition('.')[0] == 'hubgen':\n"
-    missing += "            raise ModuleNotFoundError('hubgen', name='hubgen')\nsys.meta_path.insert(0, Missing())\n"
     with loopback_hub() as hub:
         hub.add("tester/model", folder)
         hub.repos["tester/model"].update(shipment.made)
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
-        environment |= {"NO_PROXY": "127.0.0.1", "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_TELEMETRY": "1"}
-        for number, (head, example) in enumerate(zip(("", missing), examples, strict=True)):
+        environment = environment_of(hub, tmp_path / "home")
+        for number, (head, example) in enumerate(zip(("", WITHOUT_HUBGEN), examples, strict=True)):
             place = tmp_path / str(number)
             place.mkdir()
             command = [sys.executable, "-c", head + example]

@@ -7,7 +7,6 @@ hubgen cannot be imported.
 import ast
 import json
 import logging
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -24,20 +23,9 @@ from hubgen.hub.carried_code import as_carried, as_installed, closure, code_of, 
 from hubgen.hub.carried_loader import CarriedModules, without_bars
 from hubgen.hub.publish import prepare
 from tests import models
-from tests.hub.loopback import Hub, loopback_hub
+from tests.hub.loopback import WITHOUT_HUBGEN, Hub, environment_of, loopback_hub
 
-ROOT = Path(__file__).parents[2]
 CODE = "hubgen_text_to_image.py"
-WITHOUT_HUBGEN = """
-import importlib.util, sys
-
-class Missing:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "hubgen":
-            raise ModuleNotFoundError("No module named 'hubgen'", name="hubgen")
-
-sys.meta_path.insert(0, Missing())
-"""
 DRAW = """
 import torch
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline
@@ -71,9 +59,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(code: str, hub: Hub, home: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": "hf_test", "HF_HUB_DISABLE_XET": "1"}
-    environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1", "PYTHONPATH": str(ROOT)}
+    environment = environment_of(hub, home)
     environment |= {name: value for name, value in variables.items() if name.isupper()}
     head = "".join(f"{name} = {value!r}\n" for name, value in variables.items() if not name.isupper())
     done = subprocess.run([sys.executable, "-c", head + code], env=environment, capture_output=True, text=True)

@@ -4,7 +4,6 @@ The client reads the Hub's address when it is imported, so each test is a proces
 """
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -13,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.hub.loopback import Hub, loopback_hub
+from tests.hub.loopback import Hub, environment_of, loopback_hub
 
 REPO = "tester/tiny"
-ROOT = Path(__file__).parents[2]
 DRAW = """
 def picture(pipe):
     import torch
@@ -35,16 +33,7 @@ def hub(tiny_model: Path) -> Iterator[Hub]:
 
 def run(code: str, hub: Hub, home: Path, check: bool = True, **arguments: str) -> subprocess.CompletedProcess[str]:
     """Runs `code` in a process of its own, which knows only this Hub; `arguments` are its variables."""
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(home),
-        "HF_TOKEN": "hf_test",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "NO_PROXY": "127.0.0.1",
-        "PYTHONPATH": str(ROOT),
-    }
+    environment = environment_of(hub, home)
     head = "".join(f"{name} = {value!r}\n" for name, value in arguments.items())
     done = subprocess.run([sys.executable, "-c", head + DRAW + code], env=environment, capture_output=True, text=True)
     if check:

@@ -1,7 +1,6 @@
 """Folders of every kind go to a Hub by the real client, whole or not at all, however the Hub behaves."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,10 +13,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from hubgen.hub.publish import PublishError, prepare
-from tests.hub.loopback import Hub, Trouble, loopback_hub
+from tests.hub.loopback import Hub, Trouble, environment_of, loopback_hub
 
 CARD = "---\nlicense: apache-2.0\n---\n# A model\n"
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -34,10 +32,7 @@ def token(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def published(hub: Hub, *arguments: object, token: str | None = "hf_test") -> subprocess.CompletedProcess[str]:
     """`hubgen publish` in a process of its own: the client reads the Hub's address when it is imported."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    environment |= {"NO_PROXY": "127.0.0.1", "PYTHONPATH": str(ROOT), "HF_HOME": "home"}
-    environment |= {"HF_TOKEN": token} if token else {}
+    environment = environment_of(hub, "home", token)
     command = [sys.executable, "-m", "hubgen.cli", "publish", *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
@@ -125,8 +120,7 @@ data = load_dataset("tester/data")
 assert {name: len(split) for name, split in data.items()} == {"train": 1, "test": 1}, data
 assert data["test"][0]["text"] == "a blue square" and data["test"][0]["image"].size == (8, 8)
 """
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
+    environment = environment_of(hub, tmp_path / "home")
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
 

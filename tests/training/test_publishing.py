@@ -1,7 +1,6 @@
 """What a run sends to the Hub, by the real client against a Hub on the loopback address."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,23 +15,10 @@ import hubgen
 from hubgen.hub.bundled import bundled_model
 from hubgen.training import train_text_to_image
 from hubgen.training.kit.parse import SettingsError, parse_settings
-from tests.hub.loopback import Hub, loopback_hub
+from tests.hub.loopback import Hub, environment_of, loopback_hub
 
 pytestmark = pytest.mark.slow
 REPO = "tester/trained"
-
-
-def environment_of(folder: Path, hub: Hub) -> dict[str, str]:
-    """Of a process that knows this Hub, and no other."""
-    return {
-        **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(folder / "home"),
-        "HF_TOKEN": "hf_test",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "NO_PROXY": "127.0.0.1",
-    }
 
 
 def train(
@@ -42,7 +28,9 @@ def train(
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     command = [sys.executable, "-m", f"hubgen.training.{script}", "--config", str(path)]
-    return subprocess.run(command, env=environment_of(folder, hub), capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command, env=environment_of(hub, folder / "home"), capture_output=True, text=True, timeout=300
+    )
 
 
 def test_a_trained_pipeline_is_sent_and_a_failure_names_the_command_that_tries_again(
@@ -143,7 +131,7 @@ def test_an_adapter_of_the_bundled_model_goes_round_the_world(problem: dict[str,
         assert b'pipe.load_lora_weights("tester/red")' in hub.repos["tester/red"]["README.md"]
         for code, files in ((IN_HUBGEN, [ours]), (IN_DIFFUSERS, [ours, theirs])):
             command = [sys.executable, "-c", code, str(bundled_model()), "tester/red", *map(str, files)]
-            drawn = subprocess.run(command, env=environment_of(tmp_path, hub), capture_output=True, text=True)
+            drawn = subprocess.run(command, env=environment_of(hub, tmp_path / "home"), capture_output=True, text=True)
             assert drawn.returncode == 0, drawn.stderr[-3000:]
     np.testing.assert_allclose(np.load(theirs), np.load(ours)["images"], atol=1e-4)
     plain = hubgen.TextToImagePipeline.from_pretrained(bundled_model()).to(dtype=torch.float32)
