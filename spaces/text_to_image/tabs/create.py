@@ -10,7 +10,7 @@ from hubgen.spaces.kit import stage
 from hubgen.spaces.kit.limits import Refused
 from hubgen.spaces.kit.recipes import read_recipe
 from hubgen.spaces.kit.uploads import uploaded_file
-from tabs.desk import FOLDER, QUEUE, Desk, Made, restored
+from tabs.desk import FOLDER, QUEUE, Desk, Made, restored, sampling_sliders, seed_fields, tie_drawing
 
 EXAMPLES = [
     "a smiling cat",
@@ -56,17 +56,11 @@ def build(page: gr.Blocks, desk: Desk) -> None:
                     chip.click(None, None, prompt, js=f"() => {json.dumps(example)}", api_visibility="private")
             with gr.Accordion("Settings", open=False, elem_classes="accordion"):
                 negative = gr.Textbox(label="What to avoid", max_length=limits.prompt_characters, elem_id="negative")
-                with gr.Row():
-                    steps = gr.Slider(1, limits.steps, desk.steps, step=1, label="Steps", elem_id="steps")
-                    guidance = gr.Slider(
-                        0, limits.guidance, desk.defaults.guidance_scale, step=0.5, label="Guidance", elem_id="guidance"
-                    )
+                steps, guidance = sampling_sliders(desk)
                 with gr.Row():
                     size = gr.Dropdown(list(desk.sizes), value=next(iter(desk.sizes)), label="Size", elem_id="size")
                     pictures = gr.Slider(1, limits.pictures, 1, step=1, label="Pictures", elem_id="pictures")
-                with gr.Row():
-                    seed = gr.Number(1, label="Seed", precision=0, minimum=0, elem_id="seed")
-                    fresh = gr.Checkbox(True, label="A new seed each time", elem_id="fresh")
+                seed, fresh = seed_fields()
             dropped = gr.File(
                 label="Drop a picture that was drawn here to restore its settings",
                 file_types=[".png"],
@@ -107,18 +101,9 @@ def build(page: gr.Blocks, desk: Desk) -> None:
             strip = stage.strip([one.figure(one.title, "PNG") for one in kept], "Drawn in this session")
             yield stage.stage(body), gr.skip(), gr.Column(visible=True), strip, kept
 
-    running = gr.on(
-        [draw.click, prompt.submit],
-        drawn,
-        [*settings, session],
-        [view, seed, album, shown, session],
-        show_progress="full",
-        show_progress_on=[view],
-        api_visibility="private",
-        trigger_mode="once",
-        **QUEUE,
+    tie_drawing(
+        desk, [draw.click, prompt.submit], stop, drawn, [*settings, session], [view, seed, album, shown, session]
     )
-    stop.click(desk.stopped, None, view, queue=False, cancels=[running], api_visibility="private")
 
     def restore(file: Any) -> tuple[Any, ...]:
         if file is None:

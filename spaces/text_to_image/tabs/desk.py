@@ -1,7 +1,7 @@
 """The desk: what a visitor asks for becomes a drawing within the limits, and what is drawn becomes what they see."""
 
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -229,6 +229,64 @@ class Desk:
             f"on {device}",
             "made with hubgen",
         ]
+
+
+# ---- what several tabs have ----
+
+
+def sampling_sliders(desk: Desk, tab: str = "") -> tuple[gr.Slider, gr.Slider]:
+    """Steps and guidance, side by side.
+
+    Args:
+        desk: With the limits, and what the model is used to.
+        tab: In front of the names by which the browser knows them.
+    """
+    with gr.Row():
+        steps = gr.Slider(1, desk.limits.steps, desk.steps, step=1, label="Steps", elem_id=f"{tab}steps")
+        guidance = gr.Slider(
+            0,
+            desk.limits.guidance,
+            desk.defaults.guidance_scale,
+            step=0.5,
+            label="Guidance",
+            elem_id=f"{tab}guidance",
+        )
+    return steps, guidance
+
+
+def seed_fields(tab: str = "") -> tuple[gr.Number, gr.Checkbox]:
+    """The seed, and whether a new one is drawn each time, side by side; see `sampling_sliders`."""
+    with gr.Row():
+        seed = gr.Number(1, label="Seed", precision=0, minimum=0, elem_id=f"{tab}seed")
+        fresh = gr.Checkbox(True, label="A new seed each time", elem_id=f"{tab}fresh")
+    return seed, fresh
+
+
+def tie_drawing(
+    desk: Desk, begins: Sequence[Any], stop: gr.Button, draw: Any, given: Sequence[Any], shown: list[Any]
+) -> None:
+    """Ties a drawing to what begins it and to its Stop.
+
+    Args:
+        desk: Whose job it is.
+        begins: Events.
+        stop: The button.
+        draw: Yields what is shown.
+        given: What it is given.
+        shown: Where that goes; the stage is the first.
+    """
+    running = gr.on(
+        list(begins),
+        draw,
+        list(given),
+        shown,
+        show_progress="full",
+        show_progress_on=shown[:1],
+        api_visibility="private",
+        trigger_mode="once",
+        **QUEUE,
+    )
+    stop.click(desk.stopped, None, shown[0], queue=False, cancels=[running], api_visibility="private")
 
 
 def new_folder() -> Path:

@@ -9,7 +9,7 @@ from hubgen.spaces.kit import stage
 from hubgen.spaces.kit.limits import Refused
 from hubgen.spaces.kit.service import Call, Progress
 from tabs.create import described
-from tabs.desk import QUEUE, Desk, visitor_of
+from tabs.desk import QUEUE, Desk, sampling_sliders, seed_fields, tie_drawing, visitor_of
 
 NONE = """## No styles here yet
 Start the page with `hubgen demo --adapters FOLDER` to have the adapters (LoRA) in that folder on this tab."""
@@ -80,12 +80,8 @@ def _build(desk: Desk) -> None:
                 draw = gr.Button("Draw", variant="primary", elem_id="wear", scale=3)
                 stop = gr.Button("Stop", scale=1, min_width=90)
             with gr.Accordion("Settings", open=False, elem_classes="accordion"):
-                with gr.Row():
-                    steps = gr.Slider(1, limits.steps, desk.steps, step=1, label="Steps")
-                    guidance = gr.Slider(0, limits.guidance, desk.defaults.guidance_scale, step=0.5, label="Guidance")
-                with gr.Row():
-                    seed = gr.Number(1, label="Seed", precision=0, minimum=0)
-                    fresh = gr.Checkbox(True, label="A new seed each time")
+                steps, guidance = sampling_sliders(desk, "style-")
+                seed, fresh = seed_fields("style-")
         with gr.Column(scale=6, min_width=300, elem_classes=["card", "sticky"]):
             view = gr.HTML(stage.empty(EMPTY), elem_id="style-stage")
 
@@ -121,17 +117,8 @@ def _build(desk: Desk) -> None:
                 done, frames = [*done, made.figure(name)], []
                 yield stage.stage(stage.pictures(done)), gr.skip()
 
-    running = draw.click(
-        drawn,
-        [prompt, compare, steps, guidance, seed, fresh, *weights],
-        [view, seed],
-        show_progress="full",
-        show_progress_on=[view],
-        api_visibility="private",
-        trigger_mode="once",
-        **QUEUE,
-    )
-    stop.click(desk.stopped, None, view, queue=False, cancels=[running], api_visibility="private")
+    given = [prompt, compare, steps, guidance, seed, fresh, *weights]
+    tie_drawing(desk, [draw.click], stop, drawn, given, [view, seed])
 
 
 def info_of(style: Any) -> str:

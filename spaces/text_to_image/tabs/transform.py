@@ -10,7 +10,7 @@ from hubgen.spaces.kit import stage
 from hubgen.spaces.kit.limits import Refused
 from hubgen.spaces.kit.page import editor
 from tabs.create import described
-from tabs.desk import QUEUE, STRENGTH, Desk
+from tabs.desk import QUEUE, STRENGTH, Desk, sampling_sliders, seed_fields, tie_drawing
 
 PAINT = "#e0442a"
 LEAD = """## Start from a picture
@@ -59,12 +59,8 @@ def build(desk: Desk) -> None:
                 stop = gr.Button("Stop", scale=1, min_width=90)
             with gr.Accordion("Settings", open=False, elem_classes="accordion"):
                 negative = gr.Textbox(label="What to avoid", max_length=limits.prompt_characters)
-                with gr.Row():
-                    steps = gr.Slider(1, limits.steps, desk.steps, step=1, label="Steps")
-                    guidance = gr.Slider(0, limits.guidance, desk.defaults.guidance_scale, step=0.5, label="Guidance")
-                with gr.Row():
-                    seed = gr.Number(1, label="Seed", precision=0, minimum=0)
-                    fresh = gr.Checkbox(True, label="A new seed each time")
+                steps, guidance = sampling_sliders(desk, "transform-")
+                seed, fresh = seed_fields("transform-")
         with gr.Column(scale=6, min_width=300, elem_classes=["card", "sticky"]):
             view = gr.HTML(stage.empty("The picture and what became of it."), elem_id="transform-stage")
 
@@ -90,17 +86,8 @@ def build(desk: Desk) -> None:
             else:
                 yield stage.stage(before_and_after(before, event[0].figure(f"After, seed {event[0].seed}"))), gr.skip()
 
-    running = draw.click(
-        drawn,
-        [picture, prompt, strength, negative, steps, guidance, seed, fresh],
-        [view, seed],
-        show_progress="full",
-        show_progress_on=[view],
-        api_visibility="private",
-        trigger_mode="once",
-        **QUEUE,
-    )
-    stop.click(desk.stopped, None, view, queue=False, cancels=[running], api_visibility="private")
+    given = [picture, prompt, strength, negative, steps, guidance, seed, fresh]
+    tie_drawing(desk, [draw.click], stop, drawn, given, [view, seed])
 
     async def transform(
         picture: gr.FileData,
