@@ -367,7 +367,8 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin, AdapterMix
         prepared = [control.prepare(target, begin) for control in steering]
         predict = Predictor(self.backbone, conditions, family, open_doors(prepared, attention))
         after_step: list[AfterStep] = [control.after_step for control in prepared]
-        with accelerated(self) as fast, opened(self.backbone, prepared):
+        networks = [network for control in steering for network in control.networks]
+        with accelerated(self, *networks) as fast, opened(self.backbone, prepared):
             tabulate = partial(predict.tabulate, fast, target.timesteps, guidance.all_branches)
             tabulate()
             names, needed = callback_on_step_end_tensor_inputs, lambda: guidance.all_branches

@@ -7,6 +7,7 @@ Shapes: B pictures, x_t and predictions (B, C, h, w), timesteps (B,) as schedule
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -31,7 +32,28 @@ class Tables(Protocol):
         """For timesteps (n,) as the backbone takes them, and keywords of one call of it, of so many rows."""
 
 
-OpenDoors = Callable[[torch.Tensor, torch.Tensor, Sequence[str]], Doors]
+@dataclass(frozen=True, eq=False)
+class BackboneCall:
+    """One call of a backbone in the denoising loop, of the rows of b branches, as controls see it."""
+
+    x_t: torch.Tensor
+    """(b * B, C, h, w), the rows of the first branch first; without what controls join to it"""
+    timestep: torch.Tensor
+    """(b * B,), as the scheduler has it"""
+    branches: tuple[str, ...]
+    """Their names"""
+    condition: Condition
+    """Of all rows; the same tensors at every step that has these branches"""
+    step: int = 0
+    """Number of the step in the call's grid"""
+
+    def rows(self, branch: str) -> slice:
+        """Where the rows of a branch lie."""
+        size, first = len(self.x_t) // len(self.branches), self.branches.index(branch)
+        return slice(first * size, (first + 1) * size)
+
+
+OpenDoors = Callable[[BackboneCall], Doors]
 
 
 def predict(
@@ -83,7 +105,7 @@ class Predictor:
         backbone: See `predict`.
         conditions: By branch, each of B pictures.
         family: The backbone's.
-        doors: `(x_t, timestep, branches) -> Doors`, what controls add to a call; `None`: nothing.
+        doors: What controls add to a call; `None`: nothing.
     """
 
     def __init__(
@@ -108,7 +130,9 @@ class Predictor:
     @conditions.setter
     def conditions(self, conditions: Mapping[str, Condition]) -> None:
         self._conditions = dict(conditions)
-        self._keywords: dict[tuple[str, ...], dict[str, Any]] = {}  # made once, so that tensors are known again
+        # Made once, so that tensors are known again.
+        self._joined: dict[tuple[str, ...], Condition] = {}
+        self._keywords: dict[tuple[str, ...], dict[str, Any]] = {}
 
     def keywords(self, branches: Sequence[str]) -> dict[str, Any]:
         """Keywords of the backbone's forward for the rows of all branches, the first branch's first."""
@@ -119,7 +143,10 @@ class Predictor:
 
     def condition(self, branches: Sequence[str]) -> Condition:
         """The conditions of several branches in one batch."""
-        return Condition.cat([self._conditions[branch] for branch in branches])
+        key = tuple(branches)
+        if key not in self._joined:
+            self._joined[key] = Condition.cat([self._conditions[branch] for branch in key])
+        return self._joined[key]
 
     def tabulate(self, tables: Tables, timesteps: torch.Tensor, branches: Sequence[str]) -> None:
         """Has `tables` compute what the backbone answers to the times of a grid, (n,), in all of these branches."""
@@ -133,9 +160,11 @@ class Predictor:
             x_t: (b * B, C, h, w), for each of b branches the rows of all pictures.
             timestep: (b * B,), as the scheduler has it.
             branches: Names, in the order of the rows.
-            step: Number of the step; the prediction does not depend on it.
+            step: Number of the step, for controls that end or begin in the middle.
         """
         backbone: Any = self.backbone
-        doors = SHUT if self.doors is None else self.doors(x_t, timestep, branches)
+        doors = SHUT
+        if self.doors is not None:
+            doors = self.doors(BackboneCall(x_t, timestep, tuple(branches), self.condition(branches), step))
         with backbone.cache_context("+".join(branches)) if self._cached else nullcontext():
             return call(backbone, self.family, x_t, timestep, self.keywords(branches), doors)

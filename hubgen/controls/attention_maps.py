@@ -20,6 +20,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from hubgen.conditioning.guidance import POSITIVE
+from hubgen.conditioning.predict import BackboneCall
 from hubgen.controls.control import Control, Prepared, Start, Target
 from hubgen.layers.attention import AttentionCall, Part
 
@@ -69,8 +70,8 @@ class Gathered(Prepared):
         """By the grid of a layer: (B, L, S), summed over calls of layers"""
         self.calls: dict[tuple[int, int], int] = {}
 
-    def before_call(self, timestep: torch.Tensor, branches: Sequence[str]) -> None:
-        self.branches = tuple(branches)
+    def before_call(self, call: BackboneCall) -> None:
+        self.branches = call.branches
 
     def parts(self) -> Mapping[str, Any]:
         backbone: Any = self.backbone

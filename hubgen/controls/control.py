@@ -2,7 +2,8 @@
 
     control.check(target)                       before any network runs
     prepared = control.prepare(target, start)   once a call: encodes, draws, computes what stays the same
-    before_call, channels, after_step, parts    what it then does at every step
+    before_call, channels, residuals, parts     what it then does to every call of the backbone ...
+    after_step                                  ... and to the latents after it
 
 A control sees a `Target`, never the pipeline, and asks nothing of a backbone but through its family. A new control is a
 file beside this one; the loop and the pipelines stay as they are.
@@ -20,8 +21,9 @@ import torch
 from torch import nn
 
 from hubgen.autoencoders.latents import LatentSpace
+from hubgen.checks import is_number
 from hubgen.conditioning.families import BackboneFamily, Doors
-from hubgen.conditioning.predict import OpenDoors
+from hubgen.conditioning.predict import BackboneCall, OpenDoors
 
 Generator = torch.Generator | list[torch.Generator] | None
 
@@ -82,12 +84,19 @@ class Start:
 class Prepared:
     """A control in one call. It may open any of these doors; by default all stay shut."""
 
-    def before_call(self, timestep: torch.Tensor, branches: Sequence[str]) -> None:
-        """Told before each call of the backbone: its timesteps, and in which order the branches' rows lie, B each."""
+    def before_call(self, call: BackboneCall) -> None:
+        """Told before each call of the backbone."""
 
     def channels(self, branch: str) -> torch.Tensor | None:
         """(B, C', h, w), joined to x_t in this branch before the backbone."""
         return None
+
+    def residuals(self, call: BackboneCall) -> Mapping[str, Any]:
+        """Features for the inside of the backbone, by the keywords of its forward: tensors, or lists of them.
+
+        Lists have an entry for each place, `None` where nothing is added, so that those of several controls add up.
+        """
+        return {}
 
     def after_step(self, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """The latents, (B, C, h, w), with which the next step begins."""
@@ -100,6 +109,9 @@ class Prepared:
 
 class Control(ABC):
     """What a user hands to a call. It holds settings and inputs and no state of a call."""
+
+    networks: Sequence[nn.Module] = ()
+    """Its own, that run at every step; they are accelerated as the backbone is"""
 
     def check(self, target: Target) -> None:  # noqa: B027
         """Raises ValueError where the control and the call do not fit each other; before any network runs."""
@@ -124,17 +136,57 @@ def open_doors(prepared: Sequence[Prepared], attention: Mapping[str, Any] | None
         attention: Keywords for the backbone's attention processors.
     """
 
-    def doors(x_t: torch.Tensor, timestep: torch.Tensor, branches: Sequence[str]) -> Doors:
-        channels = []
+    def doors(call: BackboneCall) -> Doors:
+        channels, residuals = [], dict[str, Any]()
         for control in prepared:
-            control.before_call(timestep, branches)
-            rows = [control.channels(branch) for branch in branches]
+            control.before_call(call)
+            rows = [control.channels(branch) for branch in call.branches]
             given = [row for row in rows if row is not None]
             if given:
                 channels.append(torch.cat(given))
-        return Doors(channels, attention or {})
+            for name, features in control.residuals(call).items():
+                residuals[name] = added_up(residuals[name], features) if name in residuals else features
+        return Doors(channels, residuals, attention or {})
 
     return doors
+
+
+def added_up(first: Any, second: Any) -> Any:
+    """The sum of two residuals; of lists, each entry's, where `None` adds nothing."""
+    if first is None or second is None:
+        return second if first is None else first
+    if torch.is_tensor(first):
+        return first + second
+    return [added_up(one, other) for one, other in zip(first, second, strict=True)]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Which steps of a call a control takes part in, counted as diffusers counts them.
+
+    Of n steps the one of number i, from 0 on, is in it unless i / n < `start` or (i + 1) / n > `end`. The steps that
+    `strength` leaves out do not count.
+
+    Args:
+        start: In [0, 1).
+        end: In (0, 1], more than `start`.
+
+    Raises:
+        ValueError: They are not.
+    """
+
+    start: float = 0.0
+    end: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (is_number(self.start) and is_number(self.end) and 0 <= self.start < self.end <= 1):
+            raise ValueError(
+                f"`start`, `end`: got {self.start!r} and {self.end!r}, expected numbers with 0 <= start < end <= 1."
+            )
+
+    def covers(self, step: int, steps: int) -> bool:
+        """Whether step number `step` of `steps` is in it."""
+        return not (step / steps < self.start or (step + 1) / steps > self.end)
 
 
 @contextmanager

@@ -101,9 +101,11 @@ def test_a_step_that_a_control_is_told_of_has_its_branches() -> None:
             from hubgen.controls.control import Prepared
 
             class Listening(Prepared):
-                def before_call(self, timestep: torch.Tensor, branches: Any) -> None:
-                    assert len(timestep) == len(branches) * target.batch
-                    told.append(tuple(branches))
+                def before_call(self, call: Any) -> None:
+                    assert (
+                        len(call.timestep) == len(call.x_t) == len(call.condition) == len(call.branches) * target.batch
+                    )
+                    told.append(call.branches)
 
             return Listening()
 

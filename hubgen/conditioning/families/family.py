@@ -23,6 +23,8 @@ class Doors:
 
     channels: Sequence[torch.Tensor] = ()
     """Each (B, C', h, w): joined to x_t before the backbone"""
+    residuals: Mapping[str, Any] = field(default_factory=dict)
+    """Features that are added inside the backbone, by the keywords under which its forward takes them"""
     attention: Mapping[str, Any] = field(default_factory=dict)
     """Keywords for the backbone's attention processors"""
 
@@ -124,7 +126,8 @@ class BackboneFamily(ABC):
     def enter(self, x_t: torch.Tensor, doors: Doors) -> tuple[torch.Tensor, dict[str, Any]]:
         """x_t (B, C, h, w) with what comes in beside it, as the backbone takes it, and further keywords."""
         x = torch.cat([x_t, *(channels.to(x_t.dtype) for channels in doors.channels)], dim=1) if doors.channels else x_t
-        return x, ({self.attention_argument: dict(doors.attention)} if doors.attention else {})
+        attention = {self.attention_argument: dict(doors.attention)} if doors.attention else {}
+        return x, {**attention, **doors.residuals}
 
     def leave(self, prediction: torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
         """The backbone's prediction in the shape of x_t, but for its channels."""
