@@ -36,7 +36,7 @@ from hubgen.conditioning.guidance import NEGATIVE, POSITIVE, ClassifierFreeGuida
 from hubgen.conditioning.micro import MicroArguments
 from hubgen.conditioning.predict import Predictor
 from hubgen.conditioning.prompts import ClipAndT5, PromptCondition
-from hubgen.controls.control import Control, Target, check_controls, open_doors, opened
+from hubgen.controls.control import Control, Target, check_controls, open_doors, opened, prepare_all
 from hubgen.controls.inpaint import is_shown_masks
 from hubgen.data.images import Images
 from hubgen.hub.registration import loadable
@@ -352,6 +352,7 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin, AdapterMix
             size=start.size,
             batch=prompts.batch,
             per_prompt=num_images_per_prompt,
+            branches=guidance.all_branches,
             timesteps=until(self.scheduler, start.remaining(self.scheduler, grid), denoising_end),
             generator=list(generator) if isinstance(generator, tuple) else generator,
         )
@@ -363,8 +364,7 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin, AdapterMix
 
         with scaled_adapters(condition.encoders, (attention or {}).get("scale")):
             conditions = self.prepare_conditions(prompts, condition, micro, guided, target)
-        begin = start.begin(target, latents)
-        prepared = [control.prepare(target, begin) for control in steering]
+        begin, prepared = prepare_all(steering, target, partial(start.begin, target, latents))
         predict = Predictor(self.backbone, conditions, family, open_doors(prepared, attention))
         after_step: list[AfterStep] = [control.after_step for control in prepared]
         networks = [network for control in steering for network in control.networks]

@@ -12,7 +12,7 @@ Shapes: B pictures of H x W pixels, latents (B, C, h, w) as the backbone has the
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +43,8 @@ class Target:
     """B"""
     per_prompt: int
     """pictures of a prompt, which lie next to each other among the B"""
+    branches: tuple[str, ...]
+    """all that some step has (`Guidance.all_branches`)"""
     timesteps: torch.Tensor
     """(n,), those of the scheduler that are left to do; its device is where everything goes"""
     generator: Generator = None
@@ -116,6 +118,10 @@ class Control(ABC):
     def check(self, target: Target) -> None:  # noqa: B027
         """Raises ValueError where the control and the call do not fit each other; before any network runs."""
 
+    def prepare_first(self, target: Target) -> Prepared | None:
+        """As `prepare`, for controls that draw their random numbers before those of the start; `None`: they do not."""
+        return None
+
     @abstractmethod
     def prepare(self, target: Target, start: Start) -> Prepared:
         """What it adds to this call. Random numbers are drawn here, after those of the start."""
@@ -126,6 +132,25 @@ def check_controls(controls: Any) -> Sequence[Control]:
     if not isinstance(controls, list | tuple) or not all(isinstance(control, Control) for control in controls):
         raise ValueError(f"`controls`: got {controls!r:.100}, expected a list of controls (hubgen.controls).")
     return controls
+
+
+def prepare_all(
+    controls: Sequence[Control], target: Target, begin: Callable[[], Start]
+) -> tuple[Start, list[Prepared]]:
+    """The start of a call and its controls, all prepared in the order in which they draw random numbers.
+
+    Args:
+        controls: Checked.
+        target: Of the call.
+        begin: Makes the start.
+    """
+    first = [control.prepare_first(target) for control in controls]
+    start = begin()
+    later = (
+        control.prepare(target, start) if early is None else early
+        for control, early in zip(controls, first, strict=True)
+    )
+    return start, list(later)
 
 
 def open_doors(prepared: Sequence[Prepared], attention: Mapping[str, Any] | None = None) -> OpenDoors:

@@ -42,6 +42,21 @@ def read_images(image: Any, latent_channels: int) -> list[Image.Image] | torch.T
     return images
 
 
+def read_hints(image: Any, channels: int) -> list[Image.Image] | torch.Tensor:
+    """Pictures that a network is shown: RGB, or grey for one channel, or a tensor (n, channels, H, W) in [0, 1]."""
+    images = _gathered("image", image, EXPECTED, gray=channels == 1)
+    if not torch.is_tensor(images):
+        pictures = [on_white(standard(picture, "`image`")) for picture in images]
+        if channels not in (1, 3):
+            raise ValueError(f"`image`: got PIL images, expected a tensor (n, {channels}, H, W) for this network.")
+        return [picture.convert("L") for picture in pictures] if channels == 1 else pictures
+    if images.ndim != 4 or images.shape[1] != channels:
+        raise ValueError(
+            f"`image`: got shape {tuple(images.shape)} (batch, channels, height, width), expected {channels} channels."
+        )
+    return _in_range("image", images)
+
+
 def read_masks(mask: Any) -> list[Image.Image] | torch.Tensor:
     """Grey images, or a tensor (n, 1, H, W) in [0, 1]; else ValueError.
 
