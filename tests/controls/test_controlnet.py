@@ -1,5 +1,6 @@
 """ControlNets in the one pipeline: the latents of diffusers' pipelines for them, and what must stay bit-equal."""
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,13 +86,17 @@ class Sides:
         """The pipeline of a task with these networks."""
         name = PIPELINES[self.family][task]
         assert name is not None
-        parts = {key: part for key, part in self.theirs.components.items() if key != "image_encoder"}
-        pipe = getattr(diffusers, name)(**parts, controlnet=nets)
+        cls = getattr(diffusers, name)
+        taken = inspect.signature(cls).parameters
+        parts = {key: part for key, part in self.theirs.components.items() if key in taken}
+        pipe = cls(**parts, controlnet=nets)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def assert_same(self, controls: list[ControlNet], nets: Any, task: int = 0, ours: Any = None, **theirs: Any) -> None:
-        call = {**CALL, **({} if task and self.family in ("sd", "sdxl") else SIZE)}
+    def assert_same(
+        self, controls: list[ControlNet], nets: Any, task: int = 0, ours: Any = None, **theirs: Any
+    ) -> None:
+        call = {**CALL, **({} if task == 1 and self.family in ("sd", "sdxl") else SIZE)}
         found = self.ours(**{**call, **(ours or {})}, controls=controls, generator=seeded()).images
         expected = self.diffusers(nets, task)(**{**call, **theirs}, generator=seeded()).images
         if expected.ndim == 3:
@@ -143,3 +148,87 @@ def test_latents_are_those_of_diffusers(name: str, sides: Callable[[str], Sides]
         control_guidance_start=0.3,
         control_guidance_end=0.8,
     )
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "flux-dev"])
+@pytest.mark.parametrize("task", [1, 2], ids=["image to image", "inpainting"])
+def test_an_image_and_a_mask_go_beside_it_as_in_diffusers(name: str, task: int, sides: Callable[[str], Sides]) -> None:
+    both = sides(name)
+    net, hint = small(net_of(both.backbone)), picture(3)
+    given: dict[str, Any] = {"image": picture(1), "strength": 0.9, **({"mask_image": mask(2)} if task == 2 else {})}
+    both.assert_same(
+        [ControlNet(net, hint)], net, task, given, **given, control_image=hint, controlnet_conditioning_scale=1.0
+    )
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3", "flux-dev"])
+def test_two_networks_and_a_generator_each_are_those_of_diffusers_and_their_order_is_the_same(
+    name: str, sides: Callable[[str], Sides]
+) -> None:
+    both = sides(name)
+    nets = [small(net_of(both.backbone, seed)) for seed in (7, 8)]
+    hints = [picture(3), picture(4)]
+    controls = [ControlNet(net, hint, scale=scale) for net, hint, scale in zip(nets, hints, (0.5, 0.8), strict=True)]
+    call = {**CALL, **SIZE, "num_images_per_prompt": 2}
+    found = [both.ours(**call, controls=order, generator=several()).images for order in (controls, controls[::-1])]
+    if both.family != "flux":  # where each network has a hint of its own, drawn from the posterior
+        assert (found[0] - found[1]).abs().max() <= (1e-4 * found[0].std() if both.family == "sd3" else 0)
+    options: dict[str, Any] = {hint_name(both.family): hints, "controlnet_conditioning_scale": [0.5, 0.8]}
+    expected = both.diffusers(nets)(**call, **options, generator=several()).images
+    if expected.ndim == 3:
+        expected = diffusers.FluxPipeline._unpack_latents(expected, *found[0].shape[-2:], 1)
+    assert (found[0] - expected).abs().max() < 1e-4 * expected.std()
+
+
+def several() -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+
+
+@pytest.mark.parametrize("pools", [False, True])
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_guess_mode_is_that_of_diffusers(name: str, pools: bool, sides: Callable[[str], Sides]) -> None:
+    both, hint = sides(name), picture(3)
+    net = small(net_of(both.backbone, global_pool_conditions=pools))
+    ours = ControlNet(net, hint, guess_mode=not pools)
+    both.assert_same([ours], net, image=hint, guess_mode=not pools)
+
+
+def test_flux_guided_by_a_negative_prompt_runs_both_rows_or_reuses_one_as_diffusers(
+    sides: Callable[[str], Sides],
+) -> None:
+    both, hint = sides("flux-dev"), picture(3)
+    net = small(net_of(both.backbone))
+    call = {"negative_prompt": "the dog", "true_cfg_scale": 3.0}
+    both.assert_same([ControlNet(net, hint, reuse=True)], net, 0, call, **call, control_image=hint)
+    runs = [
+        both.ours(**{**CALL, **SIZE, **call}, controls=[ControlNet(net, hint, reuse=reuse)], generator=seeded()).images
+        for reuse in (True, False)
+    ]
+    assert (runs[0] - runs[1]).abs().max() > 1e-3
+
+
+def test_sd3_is_shown_a_mask_beside_the_hint_as_in_diffusers(sides: Callable[[str], Sides]) -> None:
+    both, hint, where = sides("sd3"), picture(3), mask(2)
+    net = small(net_of(both.backbone, extra_conditioning_channels=1))
+    hard = where.point(lambda level: 255 if level >= 128 else 0)
+    both.assert_same([ControlNet(net, hint, mask=hard)], net, 2, control_image=hint, control_mask=hard)
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_sd3_networks_with_and_without_pooled_text(zeros: bool, sides: Callable[[str], Sides]) -> None:
+    both, hint = sides("sd3"), picture(3)
+    net = small(net_of(both.backbone, force_zeros_for_pooled_projection=zeros))
+    both.assert_same([ControlNet(net, hint)], net, control_image=hint)
+
+
+def test_modes_of_a_flux_union(sides: Callable[[str], Sides]) -> None:
+    both, hint = sides("flux-dev"), picture(3)
+    net = small(net_of(both.backbone, num_mode=4))
+    both.assert_same([ControlNet(net, hint, mode=2)], net, control_image=hint, control_mode=2)
+
+
+def test_xlabs_read_pixels_and_repeat_their_residuals(sides: Callable[[str], Sides]) -> None:
+    both, hint = sides("flux-dev"), picture(3)
+    # The hint block makes a picture eight times smaller: here that is one place a token, and no square of 2x2.
+    net = small(net_of(both.backbone, num_layers=1, conditioning_embedding_channels=64, num_single_layers=0))
+    both.assert_same([ControlNet(net, hint)], net, control_image=hint)
