@@ -24,16 +24,22 @@ from hubgen.conditioning.condition import Condition
 from hubgen.conditioning.families import BackboneFamily, family_of
 from hubgen.conditioning.guidance import NEGATIVE, POSITIVE, ClassifierFreeGuidance, GuidedNoise
 from hubgen.conditioning.predict import Predictor
+from hubgen.controls.control import Control, Target, check_controls, open_doors, opened, prepare_all
+from hubgen.data.images import Images
 from hubgen.hub.registration import loadable
 from hubgen.pipelines.adapters import AdapterMixin
 from hubgen.pipelines.callbacks import Callback, LiveGuidance
 from hubgen.pipelines.checks import check_generator, check_latents, check_output
-from hubgen.pipelines.denoising import Generator
+from hubgen.pipelines.denoising import AfterStep, Generator
 from hubgen.pipelines.denoising_pipeline import DenoisingPipeline
-from hubgen.pipelines.starts import starting_noise
+from hubgen.pipelines.starts import ImageArguments, start_of
 
 # What a callback may change: whose branches' rows it has, and which field of their conditions.
 LABELS = {"class_labels": ((POSITIVE,), "labels")}
+
+
+IMAGE_STRENGTH = 0.8
+"""Of a call with an image that names none, as in Stable Diffusion's pipelines"""
 
 
 @loadable
@@ -130,6 +136,11 @@ class ClassToImagePipeline(DenoisingPipeline, AdapterMixin):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        image: Images | None = None,
+        mask_image: Images | None = None,
+        strength: float | None = None,
+        padding_mask_crop: int | None = None,
+        controls: Sequence[Control] = (),
     ) -> ImagePipelineOutput | tuple[Any]:
         """Makes pictures. The first six arguments are those of diffusers' `DiTPipeline`.
 
@@ -150,15 +161,24 @@ class ClassToImagePipeline(DenoisingPipeline, AdapterMixin):
             callback_on_step_end_tensor_inputs: Names of `tensors`, of `_callback_tensor_inputs`.
             guidance_rescale: See `ClassifierFreeGuidance`.
             guidance_interval: See `ClassifierFreeGuidance`.
+            image: One or n images to begin from, as in `TextToImagePipeline`.
+            mask_image: White (from 0.5 on) where the image is made anew.
+            strength: In [0, 1], how far back towards noise an image goes; `None`: 0.8, or with a mask 1.
+            padding_mask_crop: Pixels around the mask's bounding box: only this part of the one image is made.
+            controls: What else steers the call (`hubgen.controls`), in this order.
 
         Raises:
             ValueError: An argument is not one that the model can work with; before anything is computed.
         """
-        space, backbone = self.latent_space, self.backbone
+        space, backbone, family = self.latent_space, self.backbone, self.family
         guidance = self.check_guidance(guidance_scale, guidance_rescale, guidance_interval)
         labels = self.check_labels(class_labels)
         whole("num_images_per_label", num_images_per_label)
-        shape = space.shape(len(labels) * num_images_per_label, space.checked_size(height, width))
+        images = ImageArguments(
+            image, mask_image, strength, height, width, padding_mask_crop=padding_mask_crop, output_type=output_type
+        )
+        start = start_of(images, family, space, IMAGE_STRENGTH if mask_image is None else 1.0)
+        shape = space.shape(len(labels) * num_images_per_label, start.size)
         check_generator(generator, shape[0])
         check_latents(latents, shape)
         check_output(
@@ -168,32 +188,53 @@ class ClassToImagePipeline(DenoisingPipeline, AdapterMixin):
         device = self._execution_device
         default_steps = self.config.default_num_inference_steps
         grid = self.set_grid(num_inference_steps, timesteps, sigmas, default_steps, device)
-        self.begin_call(grid)
+        target = Target(
+            backbone=backbone,
+            family=family,
+            vae=self.vae,
+            scheduler=self.scheduler,
+            latents=space,
+            size=start.size,
+            batch=shape[0],
+            per_prompt=num_images_per_label,
+            branches=guidance.all_branches,
+            timesteps=start.remaining(self.scheduler, grid),
+            generator=list(generator) if isinstance(generator, tuple) else generator,
+        )
+        steering = [*start.controls(), *check_controls(controls)]
+        start.check(target)
+        for control in steering:
+            control.check(target)
+        self.begin_call(target.timesteps)
         self._guidance_scale = guidance.scale
 
         chosen = torch.tensor(labels, device=device).repeat_interleave(num_images_per_label)  # (B,)
         conditions = {POSITIVE: Condition(labels=chosen)}
         if guidance.enabled and self.null_label is not None:
             conditions[NEGATIVE] = Condition(labels=torch.full_like(chosen, self.null_label))
-        predictor = Predictor(backbone, conditions, self.family)
+        begin, prepared = prepare_all(steering, target, partial(start.begin, target, latents))
+        predictor = Predictor(backbone, conditions, family, open_doors(prepared))
         channels = space.channels * (2 if self.scheduler_wants_variance else 1)
 
         def predict(x_t: torch.Tensor, t: torch.Tensor, branches: tuple[str, ...], step: int) -> torch.Tensor:
             return predictor(x_t, t, branches, step)[:, :channels]
 
-        latents = starting_noise(self.scheduler, shape, generator, latents, device)
-        with accelerated(self) as fast:
-            tabulate = partial(predictor.tabulate, fast, grid, guidance.all_branches)
+        networks = [network for control in steering for network in control.networks]
+        after_step: list[AfterStep] = [control.after_step for control in prepared]
+        with accelerated(self, *networks) as fast, opened(backbone, prepared):
+            tabulate = partial(predictor.tabulate, fast, target.timesteps, guidance.all_branches)
             tabulate()
             live = LiveGuidance(guidance, lambda: self._guidance_scale)
             names, needed = callback_on_step_end_tensor_inputs, lambda: live.all_branches
-            after_step = self.acts(callback_on_step_end, names, predictor, LABELS, needed, fast, tabulate)
+            after_step += self.acts(callback_on_step_end, names, predictor, LABELS, needed, fast, tabulate)
             guided = GuidedNoise(live, space.channels)
-            latents = self.denoise(fast.around(predict), latents, grid, guided, generator, after_step)
+            latents = self.denoise(
+                fast.around(predict), begin.x_t, target.timesteps, guided, target.generator, after_step
+            )
             with fast.network():
-                images = self.decode_latents(latents, output_type)
+                pictures = start.finished(self.decode_latents(latents, output_type))
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
 
     def decode_latents(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
         """Pictures of latents, (B, C, h, w) as the backbone has them; see the call for `output_type`."""

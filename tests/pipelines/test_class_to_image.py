@@ -10,9 +10,11 @@ import pytest
 import torch
 
 import hubgen
+from hubgen.data.images import Canvas, read_masks
 from hubgen.pipelines.class_to_image import ClassToImagePipeline
 from tests.models import seeded
 from tests.official import CLASSES, dit
+from tests.official_images import mask, picture
 from tests.parity import randomize_
 
 
@@ -287,3 +289,28 @@ def test_components_that_do_not_fit_are_refused_by_name():
     learned = ours_of(theirs, scheduler=diffusers.DDPMScheduler(variance_type="learned_range"))
     with pytest.raises(ValueError, match="`scheduler`: got `variance_type`='learned_range'.*8 output channels.*has 4"):
         learned(1)
+
+
+def test_a_class_goes_with_an_image_and_a_mask(folder: Path) -> None:
+    pipe = ClassToImagePipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    call: dict[str, Any] = {
+        "class_labels": [1, 2],
+        "num_inference_steps": 4,
+        "output_type": "pt",
+        "height": 32,
+        "width": 32,
+    }
+    image, where = picture(1), mask(2)
+    near = pipe(**call, image=image, strength=0.25, generator=seeded(1, 2)).images
+    far = pipe(**call, image=image, strength=1.0, generator=seeded(1, 2)).images
+    assert near.shape == far.shape == (2, 3, 32, 32) and not torch.equal(near, far)
+    with pytest.raises(ValueError, match="`strength`: got one without `image`"):
+        pipe(**call, strength=0.5)
+    kept = pipe(
+        **{**call, "output_type": "latent"}, image=torch.zeros(1, 4, 8, 8), mask_image=where, generator=seeded(1, 2)
+    ).images
+    inside = torch.nn.functional.interpolate(
+        Canvas((32, 32), 8, 4).mask(read_masks(where), torch.device("cpu")), size=(8, 8)
+    ).bool()
+    assert (kept[~inside.expand_as(kept)] == 0).all() and (kept[inside.expand_as(kept)] != 0).any()
