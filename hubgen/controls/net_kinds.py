@@ -222,10 +222,11 @@ class AdapterNet(NetKind):
         return self.config.in_channels
 
     def sizes(self, config: Mapping[str, Any], is_net: bool) -> dict[str, Any]:
-        levels = len(self.config.channels if is_net else config["block_out_channels"])
-        widths = plain(config["channels"] if is_net else config["block_out_channels"])
-        # SDXL's has one more, for the middle, which is as wide as the last level.
-        return {"channels": widths if levels > 3 else (*widths, *widths[-1:] * (4 - levels))}
+        widths = plain(config["channels" if is_net else "block_out_channels"])
+        # Some adapters have features for the middle too, which is as wide as the last level.
+        while len(widths) > 1 and widths[-1] == widths[-2]:
+            widths = widths[:-1]
+        return {"channels": widths}
 
     def shown(self, hint: Hint, target: Target) -> list[torch.Tensor]:
         return list(self.net(self.to_net(target.for_all(hint.images[0]))))

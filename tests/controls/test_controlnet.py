@@ -46,15 +46,24 @@ def net_of(backbone: Any, seed: int = 7, **changes: Any) -> Any:
     """A ControlNet of diffusers for its backbone, all weights random."""
     if isinstance(backbone, diffusers.UNet2DConditionModel):
         net = diffusers.ControlNetModel.from_unet(backbone, load_weights_from_unet=False, **HINT)
-        if changes:
-            net = diffusers.ControlNetModel.from_config({**net.config, **changes})
+        net = rebuilt(net, **changes)
     elif isinstance(backbone, diffusers.SD3Transformer2DModel):
-        config = {**backbone.config, "num_layers": 2, "dual_attention_layers": (), **changes}
-        net = diffusers.SD3ControlNetModel.from_config(config)
+        net = diffusers.SD3ControlNetModel(
+            **{**plain(backbone), "num_layers": 2, "dual_attention_layers": (), **changes}
+        )
     else:
-        config = {**backbone.config, "num_layers": 2, "num_single_layers": 1, **changes}
-        net = diffusers.FluxControlNetModel.from_config(config)
+        net = diffusers.FluxControlNetModel(**{**plain(backbone), "num_layers": 2, "num_single_layers": 1, **changes})
     return randomize_(net, seed).eval()
+
+
+def plain(model: Any) -> dict[str, Any]:
+    """A model's arguments, but for `out_channels`, which networks do not have."""
+    return {name: value for name, value in model.config.items() if name[0] != "_" and name != "out_channels"}
+
+
+def rebuilt(net: Any, **changes: Any) -> Any:
+    """The same class with some arguments changed, and fresh weights."""
+    return type(net)(**{**plain(net), **changes})
 
 
 def small(net: Any, scale: float = 0.2) -> Any:
@@ -86,10 +95,13 @@ class Sides:
         """The pipeline of a task with these networks."""
         name = PIPELINES[self.family][task]
         assert name is not None
-        cls = getattr(diffusers, name)
+        return self.pipeline(getattr(diffusers, name), controlnet=nets)
+
+    def pipeline(self, cls: Any, **more: Any) -> Any:
+        """A pipeline of diffusers with these parts and some more."""
         taken = inspect.signature(cls).parameters
         parts = {key: part for key, part in self.theirs.components.items() if key in taken}
-        pipe = cls(**parts, controlnet=nets)
+        pipe = cls(**parts, **more)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -232,3 +244,38 @@ def test_xlabs_read_pixels_and_repeat_their_residuals(sides: Callable[[str], Sid
     # The hint block makes a picture eight times smaller: here that is one place a token, and no square of 2x2.
     net = small(net_of(both.backbone, num_layers=1, conditioning_embedding_channels=64, num_single_layers=0))
     both.assert_same([ControlNet(net, hint)], net, control_image=hint)
+
+
+# ---- unions and T2I-adapters ----
+
+
+@pytest.mark.parametrize("modes", [[1], [0, 3]])
+def test_several_types_of_hints_go_into_one_run_of_a_union(modes: list[int], sides: Callable[[str], Sides]) -> None:
+    both = sides("sdxl")
+    net = diffusers.ControlNetUnionModel.from_unet(both.backbone, load_weights_from_unet=False)
+    sizes = {"num_control_type": 4, "num_trans_channel": 8, "num_trans_head": 2, "num_proj_channel": 8}
+    net = small(randomize_(rebuilt(net, **HINT, **sizes), 7).eval())
+    hints = [picture(3), picture(4)][: len(modes)]
+    theirs = both.pipeline(diffusers.StableDiffusionXLControlNetUnionPipeline, controlnet=net)
+    expected = theirs(**CALL, **SIZE, control_image=hints, control_mode=modes, generator=seeded()).images
+    ours = ControlNet(net, hints if len(hints) > 1 else hints[0], mode=modes)
+    found = both.ours(**CALL, **SIZE, controls=[ours], generator=seeded()).images
+    assert (found - expected).abs().max() < 1e-4 * expected.std()
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_t2i_adapters_are_those_of_diffusers(name: str, sides: Callable[[str], Sides]) -> None:
+    both, hint = sides(name), picture(3)
+    xl = name == "sdxl"
+    widths = list(both.backbone.config.block_out_channels)
+    kind = {"adapter_type": "full_adapter_xl" if xl else "full_adapter", "downscale_factor": 8 if xl else 4}
+    net = randomize_(diffusers.T2IAdapter(1, widths, num_res_blocks=1, **kind), 7).eval()
+    cls = diffusers.StableDiffusionXLAdapterPipeline if xl else diffusers.StableDiffusionAdapterPipeline
+    theirs = both.pipeline(cls, adapter=net)
+    gray, size = hint.convert("L"), {"height": 32, "width": 32}
+    options = {"adapter_conditioning_scale": 0.6, "adapter_conditioning_factor": 0.7} if xl else {}
+    expected = theirs(**CALL, **size, image=gray, generator=seeded(), **options).images
+    ours = ControlNet(net, gray, **({"scale": 0.6, "end": 0.7} if xl else {}))
+    found = both.ours(**CALL, **size, controls=[ours], generator=seeded()).images
+    assert (found - both.ours(**CALL, **size, generator=seeded()).images).abs().max() > 0.05 * found.std()
+    assert (found - expected).abs().max() < 1e-4 * expected.std()
