@@ -9,6 +9,8 @@ import diffusers
 import pytest
 import torch
 
+from hubgen.acceleration.optimize import optimize, restore
+from hubgen.controls.attention_maps import AttentionMaps
 from hubgen.controls.controlnet import ControlNet
 from hubgen.pipelines.text_to_image import TextToImagePipeline
 from tests.official_images import mask, picture
@@ -279,3 +281,140 @@ def test_t2i_adapters_are_those_of_diffusers(name: str, sides: Callable[[str], S
     found = both.ours(**CALL, **size, controls=[ours], generator=seeded()).images
     assert (found - both.ours(**CALL, **size, generator=seeded()).images).abs().max() > 0.05 * found.std()
     assert (found - expected).abs().max() < 1e-4 * expected.std()
+
+
+# ---- what must stay as it was ----
+
+ONE_A_FAMILY = ["sd1", "sdxl", "sd3", "flux-dev"]
+
+
+class Counted(torch.nn.Module):
+    """Counts the calls of a network."""
+
+    def __init__(self, net: Any):
+        super().__init__()
+        self.calls = 0
+        net.register_forward_pre_hook(lambda *_: setattr(self, "calls", self.calls + 1))
+
+
+def latents(pipe: TextToImagePipeline, **call: Any) -> torch.Tensor:
+    return pipe(**{**CALL, **SIZE, "generator": seeded(), **call}).images
+
+
+@pytest.mark.parametrize("name", ONE_A_FAMILY)
+def test_a_network_that_is_off_is_not_run_and_changes_nothing(name: str, sides: Callable[[str], Sides]) -> None:
+    both, hint = sides(name), picture(3)
+    net = small(net_of(both.backbone))
+    counted, expected = Counted(net), latents(both.ours)
+    controls = [ControlNet(net, hint, scale=0.0), ControlNet(net, hint, start=0.05, end=0.1)]
+    for some in ([], controls[:1], controls[1:], controls):
+        assert torch.equal(latents(both.ours, controls=some), expected)
+    assert counted.calls == 0
+    steps = len(both.ours.scheduler.timesteps)
+    latents(both.ours, controls=[ControlNet(net, hint, end=0.5)])
+    assert counted.calls == sum((step + 1) / steps <= 0.5 for step in range(steps))
+
+
+@pytest.mark.parametrize("name", ONE_A_FAMILY)
+def test_fresh_networks_change_nothing(name: str, sides: Callable[[str], Sides]) -> None:
+    both = sides(name)
+    net = small(net_of(both.backbone), scale=0.0)
+    noise = torch.randn(both.ours.latent_space.shape(1, (32, 40)), generator=seeded())  # FLUX's hint takes some first
+    controlled = latents(both.ours, controls=[ControlNet(net, picture(3))], latents=noise)
+    assert torch.equal(controlled, latents(both.ours, latents=noise))
+
+
+@pytest.mark.parametrize("name", ONE_A_FAMILY)
+def test_acceleration_changes_nothing_but_rounding(name: str, sides: Callable[[str], Sides]) -> None:
+    both = sides(name)
+    controls = [ControlNet(small(net_of(both.backbone)), picture(3))]
+    fast = latents(both.ours, controls=controls)
+    restore(both.ours)
+    restore(controls[0].kind.net)
+    plain_latents = latents(both.ours, controls=controls)
+    optimize(both.ours)
+    assert (fast - plain_latents).abs().max() < 1e-5 * plain_latents.std() * 10
+
+
+def test_a_call_that_fails_inside_leaves_no_trace(sides: Callable[[str], Sides]) -> None:
+    both = sides("sd1")
+    net, expected = small(net_of(both.backbone)), latents(both.ours)
+    processors = list(both.ours.unet.attn_processors.items())
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("a fault inside")
+
+    handle = net.register_forward_pre_hook(broken)
+    with pytest.raises(RuntimeError, match="a fault inside"):
+        latents(both.ours, controls=[AttentionMaps(), ControlNet(net, picture(3))])
+    handle.remove()
+    assert list(both.ours.unet.attn_processors.items()) == processors
+    assert all(not processor.parts for _, processor in processors)
+    assert torch.equal(latents(both.ours), expected)
+
+
+def test_hints_go_with_their_prompts(sides: Callable[[str], Sides]) -> None:
+    """n hints serve n prompts, several pictures of each; each picture is that of its own call."""
+    both = sides("sd1")
+    net, hints = small(net_of(both.backbone)), [picture(3), picture(4)]
+    prompts = ["a red cat", "the big blue dog"]
+    call = {"num_images_per_prompt": 2, "generator": [torch.Generator().manual_seed(seed) for seed in range(4)]}
+    together = latents(both.ours, prompt=prompts, controls=[ControlNet(net, hints)], **call)
+    for place in range(4):
+        alone = latents(
+            both.ours,
+            prompt=prompts[place // 2],
+            controls=[ControlNet(net, hints[place // 2])],
+            generator=torch.Generator().manual_seed(place),
+        )
+        assert (together[place] - alone[0]).abs().max() < 1e-3
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize(
+    ("name", "net_name", "arguments", "message"),
+    [
+        ("sd1", "sd3", {}, "`net`: got a SD3ControlNetModel, expected a network for a UNet2DConditionModel"),
+        ("sd3", "sd1", {}, "`net`: got a ControlNetModel, expected a network for a SD3Transformer2DModel"),
+        ("sdxl", "sd1", {}, r"`net`: got a ControlNetModel with {'cross_attention_dim': 16.*, expected {'cross"),
+        ("sd1", "sd1", {"scale": float("nan")}, "`scale`: got nan, expected a finite number"),
+        ("sd1", "sd1", {"scale": [1.0, 0.5]}, r"`scale`: got \[1.0, 0.5\], expected a finite number"),
+        ("sd1", "sd1", {"start": 0.6, "end": 0.6}, "`start`, `end`: got 0.6 and 0.6"),
+        ("sd1", "sd1", {"mode": 1}, r"`mode`: got \[1\], expected none: this ControlNetModel is no union"),
+        ("flux-dev", "union", {}, "`mode`: got None, expected a number from 0 to 3 for this union"),
+        ("flux-dev", "union", {"mode": 4}, r"`mode`: got \[4\], expected different numbers from 0 to 3"),
+        ("flux-dev", "union", {"mode": [0, 1]}, r"`mode`: got \[0, 1\], expected one"),
+        ("sd3", "sd3", {"guess_mode": True}, "`guess_mode`: got True, expected False: a SD3ControlNetModel"),
+        ("sd1", "sd1", {"guess_mode": True}, "`guess_mode`: got True, expected False without guidance"),
+        ("sd3", "sd3", {"mask": mask(1)}, "`mask`: got one, expected None"),
+        (
+            "sd1",
+            "sd1",
+            {"image": torch.rand(1, 4, 32, 40)},
+            r"`image`: got shape \(1, 4, 32, 40\).*expected 3 channels",
+        ),
+        ("sd1", "sd1", {"image": [picture(1)] * 3}, "`image`: got 3, expected a number that divides the 1 pictures"),
+        ("sd1", "backbone", {}, "`net`: got a UNet2DConditionModel, expected a ControlNet or a T2I-adapter"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_any_network_runs(
+    name: str, net_name: str, arguments: dict[str, Any], message: str, sides: Callable[[str], Sides]
+) -> None:
+    both, ran = sides(name), list[Any]()
+    if net_name == "union":
+        net = net_of(both.backbone, num_mode=4)
+    else:
+        net = both.backbone if net_name == "backbone" else net_of(sides(net_name).backbone)
+    handles = [
+        part.register_forward_pre_hook(lambda *_: ran.append(1))
+        for part in (net, both.ours.vae, both.ours.text_encoder)
+    ]
+    try:
+        with pytest.raises(ValueError, match=message):
+            latents(both.ours, controls=[ControlNet(net, **{"image": picture(3), **arguments})], guidance_scale=1.0)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert not ran
