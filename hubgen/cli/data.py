@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from hubgen.cli.arguments import add_command, positive, seed
+from hubgen.cli.arguments import add_command, finite, positive, seed
 
 EMOJI_DESCRIPTION = """\
 Build an image-text folder from emoji: DIR/train and DIR/test, each with pictures and a metadata.jsonl of captions,
@@ -69,6 +69,81 @@ def add_data(commands: Any) -> None:
         "--validation", type=positive, metavar="N", help="captions of a further split to choose by (default: none)"
     )
     emoji.set_defaults(run=data_emoji)
+    add_hints(kinds)
+
+
+HINTS_DESCRIPTION = """\
+Copy an image-text folder and put a hint beside each picture, which a ControlNet is shown: edges (canny), a coarse grid
+of colours (color), brightness (grey), or the picture without its details (blur). The hints are the column
+conditioning_image, which `datasets` finds too. Of a single picture, the hint is written to a file.
+
+Running it again after an interruption finishes what is missing.
+"""
+
+HINTS_EPILOG = """\
+examples:
+  hubgen data hints data/fluent --kind canny --out data/fluent-canny
+  hubgen data hints photo.jpg --kind canny --low 50 --high 150 --out edges.png
+  hubgen data hints data/fluent --kind color --cells 8 --out data/fluent-colors
+
+Edges need OpenCV: pip install "hubgen[controls]".
+
+exit status:
+  0 done, 2 bad arguments or files (one line says what), 130 interrupted, 1 a fault in hubgen
+"""
+
+
+def add_hints(kinds: Any) -> None:
+    """Adds `hubgen data hints`."""
+    hints = add_command(
+        kinds, "hints", summary="hints for ControlNets", description=HINTS_DESCRIPTION, epilog=HINTS_EPILOG
+    )
+    hints.add_argument("source", type=Path, metavar="SOURCE", help="an image-text folder, or a picture")
+    hints.add_argument("--kind", choices=("canny", "color", "grey", "blur"), required=True, help="of the hints")
+    hints.add_argument("--out", type=Path, metavar="PATH", required=True, help="the folder to write, or the picture")
+    hints.add_argument("--low", type=finite, metavar="X", help="canny: strength of an edge to follow (default: 100)")
+    hints.add_argument("--high", type=finite, metavar="X", help="canny: strength of one to begin with (default: 200)")
+    hints.add_argument("--cells", type=positive, metavar="N", help="color: cells along a side (default: 8)")
+    hints.add_argument("--radius", type=finite, metavar="X", help="blur: pixels (default: 4)")
+    hints.set_defaults(run=data_hints)
+
+
+def data_hints(arguments: argparse.Namespace) -> None:
+    """`hubgen data hints`: an image-text folder with hints, or the hint of one picture."""
+    from hubgen.data.errors import DataError
+    from hubgen.data.hints import check_options, hint_of, write_hints
+    from hubgen.data.pictures import on_white, read_picture
+
+    source, out = arguments.source, arguments.out
+    names = ("low", "high", "cells", "radius")
+    options = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    try:
+        check_options(arguments.kind, options)
+        if not source.exists():
+            raise ValueError(f"{source}: no such file or folder, expected an image-text folder or a picture")
+        if source.is_dir():
+            check_out(out)
+            count = write_hints(source, arguments.kind, out, **options)
+            print(f"{out}: {count} pictures with hints ({arguments.kind})")
+        else:
+            check_picture(out)
+            hint_of(on_white(read_picture(source)), arguments.kind, **options).save(out)
+            print(out)
+    except ValueError as error:
+        if isinstance(error, DataError):
+            raise
+        text = str(error)
+        raise ValueError(text.replace("`", "--", 1).replace("`", "", 1) if text.startswith("`") else text) from error
+
+
+def check_picture(out: Path) -> None:
+    """Raises ValueError unless a picture can be written to a file of this name."""
+    from PIL import Image
+
+    if out.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"--out {out}: expected a name with the ending of a picture, such as .png")
+    if out.is_dir() or not out.parent.is_dir():
+        raise ValueError(f"--out {out}: cannot be written, expected a file in a folder that there is")
 
 
 def check_out(out: Path) -> None:
