@@ -30,6 +30,8 @@ class FamilyDefaults:
     """diffusers' pipeline that makes pictures of prompts; `None`: none"""
     inpainting: str | None = None
     """diffusers' pipeline for a backbone that is shown mask and masked picture"""
+    controlled: str | None = None
+    """diffusers' pipeline for the same with a ControlNet"""
     tells_safety: bool = False
     """Whether its calls return beside the pictures which of them a safety checker has blackened, `None` without one"""
 
@@ -44,6 +46,7 @@ STABLE_DIFFUSION = FamilyDefaults(
     backbone="UNet2DConditionModel",
     pipeline="StableDiffusionPipeline",
     inpainting="StableDiffusionInpaintPipeline",
+    controlled="StableDiffusionControlNetPipeline",
     tells_safety=True,
 )
 SDXL = FamilyDefaults(
@@ -53,8 +56,9 @@ SDXL = FamilyDefaults(
     backbone="UNet2DConditionModel",
     pipeline="StableDiffusionXLPipeline",
     inpainting="StableDiffusionXLInpaintPipeline",
+    controlled="StableDiffusionXLControlNetPipeline",
 )
-SDXL_REFINER = replace(SDXL, pipeline="StableDiffusionXLImg2ImgPipeline")
+SDXL_REFINER = replace(SDXL, pipeline="StableDiffusionXLImg2ImgPipeline", controlled=None)
 SD3 = FamilyDefaults(
     text_to_image=Defaults(28, 7.0),
     image_to_image=Defaults(50, 7.0, 0.6),
@@ -62,6 +66,7 @@ SD3 = FamilyDefaults(
     backbone="SD3Transformer2DModel",
     pipeline="StableDiffusion3Pipeline",
     inpainting="StableDiffusion3InpaintPipeline",
+    controlled="StableDiffusion3ControlNetPipeline",
 )
 FLUX = FamilyDefaults(
     text_to_image=Defaults(28, 3.5),
@@ -69,6 +74,7 @@ FLUX = FamilyDefaults(
     inpaint=Defaults(28, 7.0, 0.6),
     backbone="FluxTransformer2DModel",
     pipeline="FluxPipeline",
+    controlled="FluxControlNetPipeline",
 )
 
 READS = (
@@ -76,6 +82,13 @@ READS = (
     *("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"),
     *("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
     *("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline"),
+    *("StableDiffusionControlNetPipeline", "StableDiffusionControlNetImg2ImgPipeline"),
+    *("StableDiffusionControlNetInpaintPipeline", "StableDiffusionXLControlNetPipeline"),
+    *("StableDiffusionXLControlNetImg2ImgPipeline", "StableDiffusionXLControlNetInpaintPipeline"),
+    *("StableDiffusionXLControlNetUnionPipeline", "StableDiffusionXLControlNetUnionImg2ImgPipeline"),
+    *("StableDiffusionXLControlNetUnionInpaintPipeline", "StableDiffusion3ControlNetPipeline"),
+    *("StableDiffusion3ControlNetInpaintingPipeline", "FluxControlNetPipeline", "FluxControlNetImg2ImgPipeline"),
+    "FluxControlNetInpaintPipeline",
 )
 
 

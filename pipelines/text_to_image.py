@@ -18,6 +18,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -68,6 +69,9 @@ from hubgen.schedulers.times import dynamic_shift
 
 logger = logging.getLogger(__name__)
 
+UNION_PIPELINE = "StableDiffusionXLControlNetUnionPipeline"
+"""diffusers' pipeline for a ControlNet that tells several types of hints apart"""
+
 
 @dataclass
 class TextToImageOutput(ImagePipelineOutput):
@@ -109,6 +113,8 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin, AdapterMix
         requires_aesthetics_score: Whether the backbone takes a score in place of the target size (SDXL's refiner).
         default_side: Height and width in pixels of a call that names none, for backbones that do not say what they were
             trained for (FLUX); `None` for 1024 with these.
+        controlnet: A ControlNet, kept and saved with the rest; it steers the calls that are told so:
+            `controls=[ControlNet(pipe.controlnet, image)]`.
 
     Raises:
         ValueError: Both or neither of `transformer` and `unet` were given.
@@ -118,7 +124,7 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin, AdapterMix
     model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->image_encoder->transformer->unet->vae"
     _optional_components = [
         *("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3"),
-        *("transformer", "unet", "safety_checker", "feature_extractor", "image_encoder"),
+        *("transformer", "unet", "safety_checker", "feature_extractor", "image_encoder", "controlnet"),
     ]
     _exclude_from_cpu_offload = ["safety_checker"]
     _callback_tensor_inputs = ["latents", *SHOWN]
@@ -149,6 +155,7 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin, AdapterMix
         force_zeros_for_empty_prompt: bool = True,
         requires_aesthetics_score: bool = False,
         default_side: int | None = None,
+        controlnet: ModelMixin | None = None,
     ):
         super().__init__()
         if (transformer is None) == (unet is None):
@@ -172,6 +179,7 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin, AdapterMix
             safety_checker=safety_checker,
             feature_extractor=feature_extractor,
             image_encoder=image_encoder,
+            controlnet=controlnet,
         )
         if requires_safety_checker is None:
             requires_safety_checker = safety_checker is not None
@@ -193,6 +201,9 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin, AdapterMix
         fits = family.backbone != "UNet2DConditionModel" or hasattr(self.scheduler, "init_noise_sigma")
         if type(self.backbone).__name__ != family.backbone or not fits:
             return None
+        if self.controlnet is not None:
+            union = self.controlnet.config.get("num_control_type") is not None
+            return UNION_PIPELINE if union else family.controlled
         return family.inpainting if is_shown_masks(self.family, self.vae.config.latent_channels) else family.pipeline
 
     def native_arguments(self) -> Collection[str] | None:

@@ -418,3 +418,26 @@ def test_what_does_not_fit_is_refused_before_any_network_runs(
         for handle in handles:
             handle.remove()
     assert not ran
+
+
+# ---- folders ----
+
+
+@pytest.mark.parametrize("name", ONE_A_FAMILY)
+def test_a_folder_with_a_network_loads_and_is_saved_again(
+    name: str, sides: Callable[[str], Sides], tmp_path: Path
+) -> None:
+    both, hint = sides(name), picture(3)
+    net = small(net_of(both.backbone))
+    theirs = both.diffusers(net)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = TextToImagePipeline.from_pretrained(tmp_path / "theirs")
+    ours.save_pretrained(tmp_path / "ours")
+    again = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "ours")
+    assert type(again) is type(theirs)
+    assert all(torch.equal(value, again.controlnet.state_dict()[key]) for key, value in net.state_dict().items())
+    ours.set_progress_bar_config(disable=True)
+    expected = latents(both.ours, controls=[ControlNet(net, hint)])
+    found = latents(ours, controls=[ControlNet(ours.controlnet, hint)])
+    assert (found - expected).abs().max() < 1e-4 * expected.std()
+    assert torch.equal(latents(ours), latents(both.ours))  # a call that is not told so is not steered
