@@ -30,6 +30,7 @@ from hubgen.formats.atomic import written
 from hubgen.formats.folders import check_pipeline_folder, is_component
 from hubgen.formats.plain import plain_model
 from hubgen.hub.carried_code import PREFIX, as_carried, as_installed, code_of, is_native
+from hubgen.hub.classes import require_class
 from hubgen.hub.registration import after_import, is_registered
 
 # What a pipeline's folder holds; no pickled weights.
@@ -322,40 +323,6 @@ def teach_auto_pipelines(module: Any) -> None:
         functools.update_wrapper(from_pipe, plain)
         from_pipe.knows_hubgen = True  # type: ignore[attr-defined]
         cls.from_pipe = classmethod(from_pipe)
-
-
-def require_class(library: str, class_name: str, where: str) -> type:
-    """The class of a component; ValueError unless `library` is one that components come from and has such a class.
-
-    Libraries are hubgen, diffusers, transformers, the folders of diffusers' pipelines (for parts such as
-    `StableDiffusionSafetyChecker`), and what the program has imported itself.
-    """
-    libraries = ("hubgen", "diffusers", "transformers")
-    if library in libraries:
-        module = importlib.import_module(library)
-    elif "." not in library and hasattr(diffusers.pipelines, library):
-        module = getattr(diffusers.pipelines, library)
-    elif library in sys.modules:
-        module = sys.modules[library]
-    else:
-        raise ValueError(
-            f"{where} comes from an unknown library, {library!r}; known are {', '.join(libraries)} and what is "
-            "imported. Code that lies in a repository is not run."
-        )
-    if not inspect.isclass(getattr(module, class_name, None)):
-        raise ValueError(
-            f"{where}: {library} has no class {class_name!r}; known are {', '.join(similar(module, class_name))}."
-        )
-    return getattr(module, class_name)
-
-
-def similar(module: Any, class_name: str) -> list[str]:
-    """Classes of a library, for a message: the nearest by name, of libraries with hundreds of them."""
-    import difflib
-
-    names = [name for name in dir(module) if name[:1].isupper()]
-    near = difflib.get_close_matches(class_name, names, n=5, cutoff=0.5)
-    return near or [f"{len(names)} others"]
 
 
 accept_instead(stand_in)

@@ -30,7 +30,8 @@ from hubgen.formats.single_file import (
     prepare_part,
     prepare_text_encoder,
 )
-from hubgen.hub.native import NativePipeline, require_class
+from hubgen.hub.classes import require_class
+from hubgen.hub.native import NativePipeline
 from hubgen.hub.trained_schedule import adjusted_scheduler, markers_of
 
 # What a pipeline's folder holds beside weights.
@@ -85,9 +86,10 @@ class SingleFilePipelineMixin:
         check_keywords(f"{cls.__name__}.from_single_file", kwargs, known)
         kwargs = {name: value for name, value in kwargs.items() if name not in NO_EFFECT}
         file = open_single_file(find_file(pretrained_model_link_or_path, hub), extract_ema)
-        if file.layout is None:
+        alone = {None: "AutoencoderKL", "controlnet": "ControlNetModel"}
+        if file.layout in alone:
             raise ValueError(
-                f"{file.path} holds {file.describe()}, no pipeline; `AutoencoderKL.from_single_file` reads it."
+                f"{file.path} holds {file.describe()}, no pipeline; `{alone[file.layout]}.from_single_file` reads it."
             )
         source = config_source(file, config, hub)
         return cls(**build(cls, file, source, torch_dtype, kwargs))
