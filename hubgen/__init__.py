@@ -10,7 +10,7 @@
     acceleration/    the same results in less time: packed weights, Winograd's convolutions, what is computed once
     data/            image-text data: folders with metadata.jsonl, the emoji builder, caches
     formats/         checkpoint files: strict checks, the original layouts of single files
-    hub/             the bundled model, model cards, hubgen's classes in diffusers' loader
+    hub/             models by name, the bundled one, model cards, hubgen's classes in diffusers' loader
     pipelines/       prompt -> embeddings -> denoising loop -> decode, one file a pipeline
     training/        one script a task, run by `accelerate launch`
     cli/             the `hubgen` command

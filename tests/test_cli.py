@@ -19,6 +19,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from hubgen.cli import is_expected, main
+from hubgen.cli.demo import in_options
 from hubgen.cli.generate import default_out
 from hubgen.hub.provenance import Request, read_request, write_picture
 
@@ -562,3 +563,10 @@ def test_what_a_kind_of_model_does_not_take_is_told(
     Image.new("RGB", (32, 32)).save("start.png")
     result = hubgen("generate", *arguments, "--model", official(name), "--out", "out.png")
     assert result.status == 2 and words in result.err, result.err
+
+
+def test_what_is_wrong_with_the_settings_of_a_page_is_told_of_the_option_that_gave_them() -> None:
+    names = ("MODEL", "SECOND_MODEL", "DEVICE")
+    assert in_options("HUBGEN_SECOND_MODEL a/b: not found", names) == "--second-model a/b: not found"
+    for text in ("HUBGEN_LIMIT_STEPS: got 'x'", "DEVICE x", "port 1: taken"):
+        assert in_options(text, names) == text

@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 
 import hubgen as hubgen_
 from hubgen.adaptation.textual_inversion import save_embeddings
-from hubgen.cli import plan, train
+from hubgen.cli import train
 from hubgen.cli.arguments import file_and_weight, file_and_word
 from hubgen.hub.provenance import read_request
+from hubgen.training.kit import usual
 from tests import models, test_cli
 from tests.adaptation import dialects
 from tests.test_cli import REQUEST, Result, pixels, refused, write_chunk
@@ -638,7 +639,7 @@ def test_a_run_that_is_interrupted_or_cannot_draw_has_the_exit_status_of_its_scr
 
 
 def test_a_large_base_learns_in_bfloat16(train_: Command, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "SMALL", 1000)
+    monkeypatch.setattr(usual, "SMALL", 1000)
     draw_pictures(Path("pictures"), 3)
     result = train_("lora", "pictures", "--base", tiny_model, "--steps", 2)
     assert result.status == 0, result.err
@@ -651,12 +652,12 @@ def test_a_large_base_learns_in_bfloat16(train_: Command, tiny_model: Path, monk
 
 def test_what_is_chosen_follows_pictures_and_base() -> None:
     small, large = 6_000_000, 2_600_000_000
-    found = {(n, size): plan.usual(n, size) for n in (1, 4, 20, 100, 900, 10_000) for size in (small, large)}
+    found = {(n, size): usual.usual(n, size) for n in (1, 4, 20, 100, 900, 10_000) for size in (small, large)}
     assert [found[n, small].batch_size for n in (1, 4, 20, 100)] == [8, 8, 20, 32]
     assert [found[n, small].steps for n in (1, 20, 100, 900, 10_000)] == [500, 500, 500, 2000, 2000]
     assert {found[n, large].batch_size for n in (1, 4, 20, 100, 900)} == {1}
     assert [found[n, large].steps for n in (1, 4, 20, 100)] == [500, 500, 2000, 2000]
-    assert plan.usual(20, large, batch_size=4).steps == 500
+    assert usual.usual(20, large, batch_size=4).steps == 500
     assert {(one.rank, one.learning_rate) for one in found.values()} == {(16, 1e-3), (16, 1e-4)}
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hubgen.cli.models import HUB_ID
+from hubgen.hub.finding import HUB_ID
 from hubgen.hub.provenance import LARGEST_SEED, LARGEST_SIDE
 
 EXIT_ERROR = 2

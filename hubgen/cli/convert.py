@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from hubgen.adaptation.header_keys import BASE, PREFIX, PROMPT
-from hubgen.cli.added import find_added, stay_offline
+from hubgen.cli.added import stay_offline
 from hubgen.cli.arguments import add_command
-from hubgen.cli.messages import quiet_libraries, say
-from hubgen.cli.models import BUNDLED, bare_parts, find_model, is_text_to_image, read_index
+from hubgen.cli.messages import few_lines, say
+from hubgen.hub.added import find_added
+from hubgen.hub.finding import BUNDLED, find_model, read_index
 from hubgen.hub.provenance import DTYPES
 
 LORA_DESCRIPTION = """\
@@ -74,29 +75,32 @@ def add_convert(commands: Any) -> None:
 def convert_lora(arguments: argparse.Namespace) -> None:
     """`hubgen convert lora`: an adapter in another layout."""
     out: Path = check_out(arguments.out)
-    folder = None if arguments.model is None else find_model(arguments.model, single_files=False)
+    folder = None if arguments.model is None else find_model(arguments.model, "--model", single_files=False)
     if arguments.model is None or folder is not None:
         stay_offline([arguments.file])
-    path = find(arguments.file)
+    path = find_added("lora", arguments.file)
     if out.exists() and out.samefile(path):
         raise ValueError(f"--out {out}: is the file that is read, expected another")
-    with quiet_libraries():
+    with few_lines():
         from hubgen.adaptation.locate import load_adapter
+        from hubgen.hub.bare import bare_parts
+        from hubgen.pipelines.loading import is_text_to_image, load_pipeline
 
         tensors, header = load_adapter(path)
         model = arguments.model or named_base(header) or BUNDLED
         given = arguments.model is not None
         if not given:
-            folder = find_model(model, single_files=False)
-        index = read_index(model, None, folder)
+            folder = find_model(model, "--model", single_files=False)
+        index = read_index(model, None, folder, "--model")
         if not is_text_to_image(index):
             raise ValueError(f"--model {model}: is a {index['_class_name']}, expected a pipeline that draws prompts")
-        parts = bare_parts(index, model, None, folder)
+        parts = bare_parts(index, model, None, folder, argument="--model")
         try:
             found, written = converted(tensors, header, parts, arguments.to)
         except NotImplementedError:  # a tensor without storage was asked for its numbers
             say(f"loading {model}: what the magnitudes of {path.name} come to depends on its weights ...")
-            found, written = converted(tensors, header, whole_parts(model, folder), arguments.to)
+            whole = load_pipeline(index, model, None, folder, argument="--model").adaptable_models()
+            found, written = converted(tensors, header, whole, arguments.to)
         except ValueError as error:
             raise problem(path, error, model if given else None) from error
         save(out, *written, arguments.dtype)
@@ -113,14 +117,6 @@ def check_out(out: Path) -> Path:
     if not out.parent.is_dir():
         raise ValueError(f"--out {out}: the folder {out.parent} does not exist; create it first")
     return out
-
-
-def find(file: str) -> Path:
-    """The safetensors file that is to be converted."""
-    try:
-        return find_added("lora", file)
-    except ValueError as error:
-        raise ValueError(str(error).removeprefix("--lora ")) from error
 
 
 def named_base(header: Mapping[str, Any]) -> str | None:
@@ -145,17 +141,6 @@ def converted(
     if layout == "diffusers":
         return found, as_diffusers(found.layers, kept)
     return found, (as_kohya if layout == "kohya" else as_comfyui)(found.layers, parts, kept)
-
-
-def whole_parts(model: str, folder: Path | None) -> dict[str, Any]:
-    """The networks of a model that adapters may be put on, with their weights."""
-    import hubgen
-
-    try:
-        pipe = hubgen.TextToImagePipeline.from_pretrained(str(folder or model))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--model {model}: does not load: {error}") from error
-    return pipe.adaptable_models()
 
 
 def problem(path: Path, error: ValueError, model: str | None) -> ValueError:

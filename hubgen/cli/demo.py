@@ -8,13 +8,15 @@ import importlib.util
 import os
 import socket
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from hubgen.cli.added import is_local, stay_offline
+from hubgen.cli.added import stay_offline
 from hubgen.cli.arguments import add_command
-from hubgen.cli.messages import quiet_libraries, say
-from hubgen.cli.models import BUNDLED, find_model
+from hubgen.cli.messages import few_lines, say
+from hubgen.hub.added import find_added, is_local
+from hubgen.hub.finding import BUNDLED, find_model
 from hubgen.hub.provenance import DTYPES
 
 DESCRIPTION = """\
@@ -97,7 +99,7 @@ def demo(arguments: argparse.Namespace) -> None:
     check_packages(arguments.train)
     if arguments.train and (arguments.second_model is not None or arguments.adapters):
         raise ValueError("--second-model and --adapters are for the page that draws, without --train")
-    folders = [find_model(arguments.model, single_files=False)]
+    folders = [find_model(arguments.model, "--model", single_files=False)]
     if arguments.second_model is not None:
         folders.append(find_model(arguments.second_model, "--second-model", single_files=False))
     if None not in folders and not arguments.train:  # that page may send what it trained
@@ -121,9 +123,19 @@ def demo(arguments: argparse.Namespace) -> None:
         if value:
             os.environ[f"HUBGEN_{name}"] = str(value)
     say(f"loading {'the bundled model' if arguments.model == BUNDLED else arguments.model} ...")
-    with quiet_libraries():
+    with few_lines():
         app = page("train_lora" if arguments.train else "text_to_image")
-    app.main()
+    try:
+        app.main()
+    except ValueError as error:
+        raise ValueError(in_options(str(error), values)) from error
+
+
+def in_options(text: str, names: Collection[str]) -> str:
+    """What is wrong with a variable of the environment, told of the option that it was set by."""
+    variable, space, rest = text.partition(" ")
+    name = variable.removeprefix("HUBGEN_")
+    return f"--{name.lower().replace('_', '-')}{space}{rest}" if variable != name and name in names else text
 
 
 def check_packages(train: bool) -> None:
@@ -137,13 +149,8 @@ def check_packages(train: bool) -> None:
 
 def check_adapters(name: str) -> None:
     """Raises ValueError for a name that is no adapter and no folder, before anything heavy is imported."""
-    from hubgen.cli.added import find_added
-
     if is_local(name) and not Path(name).expanduser().is_dir():
-        try:
-            find_added("lora", name)
-        except ValueError as error:
-            raise ValueError(str(error).replace("--lora", "--adapters", 1)) from error
+        find_added("lora", name, shown=f"--adapters {name}")
     elif not is_local(name) and "/" not in name:
         raise ValueError(f"--adapters {name}: no such file or folder, and no owner/name on the Hub")
 

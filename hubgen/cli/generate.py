@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import re
 import secrets
 import sys
 import tempfile
@@ -14,16 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hubgen.cli.added import (
-    asked_embeddings,
-    asked_loras,
-    asked_or_used,
-    check_loras,
-    find_again,
-    put_on,
-    stay_offline,
-    words_of,
-)
+from hubgen.cli.added import asked_or_used, find_again, put_on, stay_offline
 from hubgen.cli.arguments import (
     add_command,
     count,
@@ -35,9 +25,20 @@ from hubgen.cli.arguments import (
     seed,
     size,
 )
-from hubgen.cli.messages import quiet_libraries, say
-from hubgen.cli.models import BACKBONES, BUNDLED, bare_parts, find_model, read_index
-from hubgen.hub.provenance import DTYPES, FORMATS, LARGEST_SEED, USED, Request, read_request, versions, write_picture
+from hubgen.cli.messages import few_lines, say
+from hubgen.hub.added import asked_embeddings, asked_loras, check_loras, words_of
+from hubgen.hub.finding import BUNDLED, find_model, loaded_commit, read_index
+from hubgen.hub.provenance import (
+    DTYPES,
+    FORMATS,
+    LARGEST_SEED,
+    USED,
+    Request,
+    read_request,
+    slug,
+    versions,
+    write_picture,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -204,7 +205,7 @@ def generate(arguments: argparse.Namespace) -> None:
         arguments.max_pixels,
         {name: told for name in ("image", "mask") if getattr(arguments, name) is None},
     )
-    folder, config = find_model(model), chosen("config")
+    folder, config = find_model(model, "--model"), chosen("config")
     single_file = folder is not None and folder.is_file()
     if config is not None and not single_file:
         raise ValueError(f"--config {config}: for single .safetensors files; {model} is none")
@@ -215,20 +216,22 @@ def generate(arguments: argparse.Namespace) -> None:
     if folder is not None and (not single_file or Path(config or "").expanduser().is_dir()):
         names = [file for file, _ in (*asked_lora, *asked_word)]
         stay_offline([*names, *(one.file for one in (*used_lora, *used_word))])
-    loras = [*asked_loras(asked_lora), *find_again(used_lora, told)]
-    embeddings = [*asked_embeddings(asked_word), *find_again(used_word, told)]
+    loras = [*asked_loras(asked_lora, "--lora"), *find_again(used_lora, told)]
+    embeddings = [*asked_embeddings(asked_word, "--embedding"), *find_again(used_word, told)]
     for embedding in embeddings:
         words_of(embedding)  # a damaged file is told before the model is loaded
     if folder is not None and not prompts:
         for kind in KINDS:  # what can be said without loading anything is said at once
-            if kind.draws and read_index(model, None, folder)["_class_name"] == kind.pipeline:
+            if kind.draws and read_index(model, None, folder, "--model")["_class_name"] == kind.pipeline:
                 raise ValueError(f"no prompt: {kind.draws}")
     n, seed = chosen("n", 1), chosen("seed", secrets.randbelow(2**32))
     if seed + n - 1 > LARGEST_SEED:
         raise ValueError(f"--seed {seed} with -n {n}: the last picture's seed would be above 2^63 - 1")
 
     say(f"loading {'the bundled model' if model == BUNDLED else model} ...")
-    device, dtype = choose_device(chosen("device"), chosen("dtype"))
+    from hubgen.acceleration.device import choose_device
+
+    device, dtype = choose_device(chosen("device"), chosen("dtype"), "--device")
     width, height = arguments.size or ((source.width, source.height) if source else (None, None))
     request = Request(
         prompts=prompts,
@@ -251,13 +254,18 @@ def generate(arguments: argparse.Namespace) -> None:
         lora=[lora.used for lora in loras] or None,
         embedding=[one.used for one in embeddings] or None,
     )
-    with quiet_libraries():
-        index = read_index(model, request.revision, folder)
+    with few_lines():
+        from hubgen.hub.bare import bare_parts
+        from hubgen.pipelines.loading import load_pipeline
+
+        index = read_index(model, request.revision, folder, "--model")
         kind = kind_of(index, request)
         check_size(index, request, folder)
         if loras and not single_file:
-            check_loras(loras, bare_parts(index, model, request.revision, folder))
-        pipe = load_pipeline(kind, request, folder)
+            check_loras(loras, bare_parts(index, model, request.revision, folder, argument="--model"))
+        pipe = load_pipeline(
+            index, model, request.revision, folder, config=config, dtype=request.dtype, argument="--model"
+        )
         put_on(pipe, loras, embeddings)
         pipe = pipe.to(request.device)
         request = complete(kind, request, pipe)
@@ -329,11 +337,6 @@ def default_out(prompt: str, source: Path | None) -> Path:
     return free
 
 
-def slug(prompt: str) -> str:
-    """A file name of the prompt's letters and digits."""
-    return re.sub(r"[\W_]+", "-", prompt.lower())[:60].strip("-") or "picture"
-
-
 def check_out(out: Path) -> Path:
     """Fail before the work, not after it: the format, the folder, and whether it takes a file."""
     if out.is_dir():
@@ -348,23 +351,6 @@ def check_out(out: Path) -> Path:
     except OSError as error:
         raise ValueError(f"--out {out}: cannot write in {out.parent}: {error.strerror}") from error
     return out
-
-
-def choose_device(device: str | None, dtype: str | None) -> tuple[str, str]:
-    """The device and precision to use: those asked for, or the fastest device and what suits it."""
-    import torch
-
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        kind = torch.device(device)
-        torch.empty(1, device=kind)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {device}: not to be had on this machine ({reason}); cpu always is") from error
-    if kind.type == "meta":
-        raise ValueError("--device meta: holds no numbers; expected cpu, cuda or mps")
-    return device, dtype or ("bfloat16" if kind.type == "cuda" else "float32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -396,14 +382,10 @@ def kind_of(index: dict[str, Any], request: Request) -> Kind:
     Raises:
         ValueError: there is none, or the request asks for what that kind cannot do.
     """
-    import hubgen
+    from hubgen.pipelines.loading import reader_of
 
-    name = index["_class_name"]
-    kinds = [kind for kind in KINDS if name in (kind.pipeline, *getattr(hubgen, kind.pipeline).reads)]
-    if not kinds:
-        known = sorted({reads for kind in KINDS for reads in (kind.pipeline, *getattr(hubgen, kind.pipeline).reads)})
-        raise ValueError(f"--model {request.model}: is a {name}; hubgen draws with {', '.join(known)}")
-    kind = kinds[0]
+    name, reader = index["_class_name"], reader_of(index, request.model, "--model")
+    kind = next(kind for kind in KINDS if kind.pipeline == reader.__name__)
     if not request.prompts and kind.draws:
         raise ValueError(f"no prompt: {kind.draws}")
     if request.prompts and not kind.draws:
@@ -423,6 +405,7 @@ def check_size(index: Mapping[str, Any], request: Request, folder: Path | None) 
     import hubgen
     from hubgen.autoencoders.latents import LatentSpace
     from hubgen.conditioning.families import family_of
+    from hubgen.hub.bare import BACKBONES, bare_parts
 
     if request.width is None or request.height is None or (folder is not None and folder.is_file()):
         return
@@ -431,7 +414,7 @@ def check_size(index: Mapping[str, Any], request: Request, folder: Path | None) 
         return
     if any(index[part][1] not in hubgen.HOMES for part in ("vae", parts[0])):
         return
-    models = bare_parts(index, request.model, request.revision, folder, ("vae", parts[0]))
+    models = bare_parts(index, request.model, request.revision, folder, ("vae", parts[0]), "--model")
     if len(models) != 2:
         return
     backbone = models[parts[0]]
@@ -441,26 +424,6 @@ def check_size(index: Mapping[str, Any], request: Request, folder: Path | None) 
         )
     except ValueError as error:
         raise ValueError(f"--size {request.width}x{request.height}: {error}") from error
-
-
-def load_pipeline(kind: Kind, request: Request, folder: Path | None) -> Any:
-    """Loads the bundled model, or the one in `folder`, as the request says."""
-    import torch
-
-    import hubgen
-
-    options: dict[str, Any] = {"torch_dtype": getattr(torch, request.dtype)}
-    pipeline = getattr(hubgen, kind.pipeline)
-    load = pipeline.from_pretrained
-    if folder is None:
-        options["revision"] = request.revision
-    elif folder.is_file():
-        load, options["config"] = pipeline.from_single_file, request.config
-    try:
-        pipe = load(str(folder or request.model), **options)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--model {request.model}: does not load: {error}") from error
-    return pipe
 
 
 def complete(kind: Kind, request: Request, pipe: Any) -> Request:
@@ -476,14 +439,6 @@ def complete(kind: Kind, request: Request, pipe: Any) -> Request:
         num_inference_steps=first_given(request.num_inference_steps, steps),
         guidance_scale=first_given(request.guidance_scale, scale if "guidance_scale" in kind.options else None),
     )
-
-
-def loaded_commit(model: str, revision: str | None) -> str | None:
-    """The commit of the Hub's files that were just loaded, so that a picture can be repeated after the branch moved."""
-    from huggingface_hub import try_to_load_from_cache
-
-    index = try_to_load_from_cache(model, "model_index.json", revision=revision)
-    return Path(index).parent.name if isinstance(index, str) else revision
 
 
 def sample(kind: Kind, pipe: Any, request: Request, opened: dict[str, Any]) -> list[Image.Image]:

@@ -80,6 +80,7 @@ def pipeline_lines(folder: Path) -> Lines:
     """About the folder of a pipeline."""
     from hubgen.formats.checkpoints import read_json
     from hubgen.hub.carried_code import as_installed, is_carried
+    from hubgen.pipelines.loading import READERS
 
     written = read_json(folder / "model_index.json")
     index = as_installed(written)
@@ -97,16 +98,8 @@ def pipeline_lines(folder: Path) -> Lines:
         weights = f", {counted(tensors)}" if tensors else ""
         yield name, f"{value[1]} ({value[0]}){weights}"
     yield "size", size_text(total)
-    if index.get("_class_name") in readable():
+    if index.get("_class_name") in READERS:
         yield "use", f"hubgen generate --model {folder}"
-
-
-def readable() -> set[str]:
-    """Classes of pipelines that hubgen draws with."""
-    import hubgen
-
-    pipelines = (hubgen.TextToImagePipeline, hubgen.ClassToImagePipeline, hubgen.UnconditionalPipeline)
-    return {name for pipeline in pipelines for name in (pipeline.__name__, *pipeline.reads)}
 
 
 def folder_lines(folder: Path) -> Lines:

@@ -1,13 +1,11 @@
-"""What the command says to the user, and what it keeps the other libraries from saying."""
+"""What the command says to the user."""
 
 import logging
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-CHATTY = ("torchao", "torch.utils._pytree")
-"""Loggers that warn of their own parts when they are imported"""
+from hubgen.hub.quiet import quiet_libraries
 
 
 def say(text: str) -> None:
@@ -30,28 +28,12 @@ class SayOnce(logging.Handler):
 
 
 @contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Keep the other libraries' remarks and loading bars out of the command's few lines; errors still come through."""
-    import diffusers.utils.logging as diffusers_logging
-    import transformers.utils.logging as transformers_logging
-
+def few_lines() -> Iterator[None]:
+    """hubgen's own warnings, in the command's words, and nothing of the other libraries' remarks and loading bars."""
     ours, handler = logging.getLogger("hubgen"), SayOnce()
     ours.addHandler(handler)
-    chatty = [(logger, logger.level) for logger in map(logging.getLogger, CHATTY)]
-    for logger, _ in chatty:
-        logger.setLevel(logging.ERROR)
-    saved = [(module, module.get_verbosity()) for module in (diffusers_logging, transformers_logging)]
-    for module, _ in saved:
-        module.set_verbosity_error()
-        module.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet_libraries():
             yield
     finally:
         ours.removeHandler(handler)
-        for logger, level in chatty:
-            logger.setLevel(level)
-        for module, verbosity in saved:
-            module.set_verbosity(verbosity)
-            module.enable_progress_bar()

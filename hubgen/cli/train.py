@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,10 @@ from typing import Any
 from hubgen.cli.added import stay_offline
 from hubgen.cli.arguments import add_command, count, positive, positive_number, repository, seed
 from hubgen.cli.data import check_out
-from hubgen.cli.messages import quiet_libraries, say
-from hubgen.cli.models import BUNDLED, HUB_ID, bare_pipeline, find_model, read_index
-from hubgen.cli.plan import Material, column, completed, plan
+from hubgen.cli.messages import few_lines, say
+from hubgen.cli.plan import column, plan
+from hubgen.hub.finding import BUNDLED, HUB_ID, find_model, read_index
+from hubgen.training.kit.usual import Material, completed
 
 LORA_DESCRIPTION = """\
 Teach a model a style, a theme or a subject from a folder of pictures with captions, by an adapter (LoRA): a small file
@@ -153,7 +153,7 @@ def train_lora(arguments: argparse.Namespace) -> None:
     captioned = prepare(arguments)
     if not captioned and trigger is None:
         raise ValueError(NO_CAPTIONS.format(folder=arguments.data))
-    with quiet_libraries():
+    with few_lines():
         if captioned:
             from hubgen.training import train_lora as script
 
@@ -170,7 +170,7 @@ def train_dreambooth(arguments: argparse.Namespace) -> None:
     words = check_words("--class-prompt", arguments.class_prompt)
     given |= {"prior.weight": 0} if words is None else {"prior.prompt": words}
     prepare(arguments)
-    with quiet_libraries():
+    with few_lines():
         from hubgen.training import train_dreambooth as script
 
         train(arguments, "dreambooth", script, given, False)
@@ -235,11 +235,12 @@ def train(
         captioned: Whether pictures have captions of their own; else all are given the same words.
     """
     from hubgen.data.sources import open_examples
+    from hubgen.pipelines.loading import bare_pipeline
 
     out: Path = arguments.out or Path("runs") / f"{Path(arguments.data).resolve().name}-{kind}"
     given = {"data.source": arguments.data, "run.output_dir": str(out), **stands_for, **options_of(arguments)}
     further = further_of(arguments.settings)
-    asked = settings_of(script, given, further)  # what is wrong with it is said at once
+    asked = checked_settings(script, given, further)  # what is wrong with it is said at once
     base = asked.base.model or BUNDLED
     folder = find_model(base, "--base", single_files=False)
     pipe = bare_pipeline(read_index(base, None, folder, "--base"), base, None, folder, "--base")
@@ -248,7 +249,7 @@ def train(
     column_of_captions = data.caption_column if captioned else None
     examples = open_examples(data.source, data.split, caption_column=column_of_captions, **options)
     material, known = Material(base, pipe, examples, captioned), {*given, *further}
-    settings = settings_of(script, {**completed(asked, known, material), **given}, further)
+    settings = checked_settings(script, {**completed(asked, known, material), **given}, further)
     check_out(settings.run.output_dir)
     say("\n".join(column(plan(settings, known, material))))
     run(script, settings)
@@ -296,32 +297,14 @@ def further_of(texts: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
-def settings_of(script: Any, values: Mapping[str, Any], further: Mapping[str, Sequence[str]]) -> Any:
-    """The settings of a script, as its own command line would have read them.
+def checked_settings(script: Any, values: Mapping[str, Any], further: Mapping[str, Sequence[str]]) -> Any:
+    """See `settings_of`; what wins stands in --set."""
+    from hubgen.training.kit.parse import SettingsError, settings_of
 
-    Args:
-        script: Module of hubgen.training.
-        values: By dotted name, what stands for a recipe.
-        further: What wins over it.
-
-    Raises:
-        SettingsError: One is unknown, or none of its kind.
-    """
-    import yaml
-
-    from hubgen.training.kit.parse import SettingsError, parse_settings
-
-    argv = []
-    for name, words in further.items():
-        argv += [f"--{name}={words[0]}"] if len(words) == 1 else [f"--{name}", *words]
-    with tempfile.TemporaryDirectory() as folder:
-        recipe = Path(folder) / "recipe.yaml"
-        recipe.write_text(yaml.safe_dump(dict(values), allow_unicode=True), encoding="utf-8")
-        try:
-            return parse_settings(script.Settings, ["--config", str(recipe), *argv])
-        except SettingsError as error:
-            text = str(error).replace(f" in {recipe}", "").replace("on the command line", "of --set")
-            raise SettingsError(text) from None
+    try:
+        return settings_of(script, values, further)
+    except SettingsError as error:
+        raise SettingsError(str(error).replace("on the command line", "of --set")) from None
 
 
 def check_push(repo: str | None) -> None:

@@ -1,4 +1,5 @@
 """Publishing and loading.
 
-The bundled model, model cards, what a picture says about itself, and hubgen's classes in diffusers' loader.
+Models and adapters by name, the bundled model, model cards, what a picture says about itself, and hubgen's classes in
+diffusers' loader.
 """

@@ -134,6 +134,11 @@ def version_of(package: str) -> str:
     return installed_version(package)
 
 
+def slug(prompt: str) -> str:
+    """A file name of the prompt's letters and digits."""
+    return re.sub(r"[\W_]+", "-", prompt.lower())[:60].strip("-") or "picture"
+
+
 def write_picture(out: Path, picture: Image.Image, request: Request) -> None:
     """Write a picture; a PNG gets the request with it.
 

@@ -273,11 +273,11 @@ def told(message: str) -> gr.Error:
 
 
 def log_to_stderr() -> None:
-    """The queue's figures and faults, a line each, if nobody has set up logging."""
-    ours = logging.getLogger("hubgen.spaces")
+    """hubgen's warnings, the queue's figures and faults, a line each, if nobody has set up logging."""
+    ours = logging.getLogger("hubgen")
     if not ours.handlers:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         ours.addHandler(handler)
-        ours.setLevel(logging.INFO)
+        logging.getLogger("hubgen.spaces").setLevel(logging.INFO)
         ours.propagate = False

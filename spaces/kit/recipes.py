@@ -7,8 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from hubgen.cli.generate import slug
-from hubgen.hub.provenance import Request, read_request, write_picture
+from hubgen.hub.provenance import Request, read_request, slug, write_picture
 from hubgen.spaces.kit.limits import Refused
 
 

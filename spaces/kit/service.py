@@ -20,14 +20,16 @@ from typing import Any
 import torch
 from PIL import Image
 
+from hubgen.acceleration.device import choose_device
 from hubgen.autoencoders.latents import LatentSpace, decode
-from hubgen.cli.generate import choose_device, kind_of, load_pipeline, seeded
-from hubgen.cli.messages import quiet_libraries
-from hubgen.cli.models import ADAPTABLE, BUNDLED, bare_parts, bare_pipeline, find_model, read_index
 from hubgen.conditioning.text import WORD
 from hubgen.controls.control import Control
+from hubgen.hub.bare import bare_parts
+from hubgen.hub.finding import BUNDLED, find_model, loaded_commit, read_index
 from hubgen.hub.provenance import Request
+from hubgen.hub.quiet import quiet_libraries
 from hubgen.pipelines.defaults import Defaults
+from hubgen.pipelines.loading import bare_pipeline, load_pipeline
 from hubgen.spaces.kit.frames import Mosaic, Step, Steps
 from hubgen.spaces.kit.limits import Refused
 from hubgen.spaces.kit.recipes import shown_name, without_paths
@@ -103,20 +105,20 @@ class Model:
     Args:
         name: As it was named at the start.
         settings: Of the page.
-        option: What messages call the setting.
+        argument: What messages call the name.
 
     Raises:
         ValueError: It is nowhere, draws no prompts, or cannot be made of its configs; no weights are read.
     """
 
-    def __init__(self, name: str, settings: Settings, option: str = "HUBGEN_MODEL"):
-        self.name, self.settings = name, settings
-        self.folder = find_model(name, option, single_files=False)
-        self.index = read_index(name, None, self.folder, option)
-        self.bare = bare_pipeline(self.index, name, None, self.folder, option)
-        self.device, self.dtype = choose_device(settings.device, settings.dtype)
+    def __init__(self, name: str, settings: Settings, argument: str = "HUBGEN_MODEL"):
+        self.name, self.settings, self.argument = name, settings, argument
+        self.folder = find_model(name, argument, single_files=False)
+        self.index = read_index(name, None, self.folder, argument)
+        self.bare = bare_pipeline(self.index, name, None, self.folder, argument)
+        self.device, self.dtype = choose_device(settings.device, settings.dtype, "HUBGEN_DEVICE")
         self.space: LatentSpace = self.bare.latent_space
-        self.revision = None if self.folder is not None else commit_of(name)
+        self.revision = None if self.folder is not None else loaded_commit(name)
         self.pipe: Any = None
         self.mosaic: Mosaic | None = None
         self.decode_seconds = 0.0
@@ -133,9 +135,10 @@ class Model:
 
     def load(self) -> None:
         """Reads the weights, and draws once, so that the first visitor does not wait for what happens once."""
-        request = self.request(Drawing(prompt="warm", steps=1, guidance=1.0, width=1, height=1, seed=0), hide=False)
         with quiet_libraries():
-            pipe = load_pipeline(kind_of(self.index, request), request, self.folder).to(self.device)
+            pipe = load_pipeline(
+                self.index, self.name, self.revision, self.folder, dtype=self.dtype, argument=self.argument
+            ).to(self.device)
         pipe.set_progress_bar_config(disable=True)
         height, width = self.space.default_size
         pipe("warm", num_inference_steps=1, height=height, width=width)
@@ -207,7 +210,7 @@ class Model:
                 width=drawing.width,
                 num_inference_steps=drawing.steps,
                 guidance_scale=drawing.guidance,
-                generator=[seeded(drawing.seed + number) for number in range(drawing.pictures)],
+                generator=[torch.Generator().manual_seed(drawing.seed + number) for number in range(drawing.pictures)],
                 **options,
             ).images
             heats = {}
@@ -341,7 +344,7 @@ class Service:
             if settings.second_model is not None:
                 self.models.append(Model(settings.second_model, settings, "HUBGEN_SECOND_MODEL"))
             first = self.models[0]
-            parts = bare_parts(first.index, first.name, None, first.folder, ADAPTABLE) if settings.adapters else None
+            parts = bare_parts(first.index, first.name, None, first.folder) if settings.adapters else None
         self.styles: list[Style] = find_styles(settings.adapters, parts)
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
         self.ready: Future[None] = Future()
@@ -432,13 +435,6 @@ class Service:
 def words_in(prompt: str) -> list[str]:
     """Words that attention maps can be asked for, each once."""
     return list(dict.fromkeys(match[0] for match in WORD.finditer(prompt)))
-
-
-def commit_of(name: str) -> str | None:
-    """The commit of a model on the Hub that is in the cache."""
-    from hubgen.cli.generate import loaded_commit
-
-    return loaded_commit(name, None)
 
 
 # ---- GPUs that are lent for a call (ZeroGPU) ----

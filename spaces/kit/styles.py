@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hubgen.cli.added import Added, asked_loras, check_loras
+from hubgen.hub.added import Added, asked_loras, check_loras
 from hubgen.hub.provenance import UsedLora
 from hubgen.spaces.kit.limits import Limits, Refused, checked_number
 
@@ -42,12 +42,9 @@ def find_styles(named: Sequence[str], parts: Mapping[str, Any] | None = None) ->
         ValueError: One is nowhere, holds none, is damaged, or is for another model.
     """
     files = [file for name in named for file in files_of(name)]
-    try:
-        added = asked_loras([(file, 1.0) for file in files])
-        if parts is not None:
-            check_loras(added, parts)
-    except ValueError as error:
-        raise ValueError(str(error).replace("--lora", "--adapters", 1)) from error
+    added = asked_loras([(file, 1.0) for file in files], "HUBGEN_ADAPTERS")
+    if parts is not None:
+        check_loras(added, parts)
     styles: list[Style] = []
     for one in added:
         name, taken = name_of(one.used.file, one.path), {style.name for style in styles}

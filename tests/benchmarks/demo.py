@@ -90,7 +90,7 @@ def time_of_a_picture(pairs: int) -> dict[str, list[float]]:
 
     from hubgen.cli.demo import page as page_module
     from hubgen.cli.generate import KINDS, sample
-    from hubgen.cli.messages import quiet_libraries
+    from hubgen.hub.quiet import quiet_libraries
 
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

@@ -30,6 +30,7 @@ import inspect
 import itertools
 import math
 import sys
+import tempfile
 import textwrap
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -120,6 +121,29 @@ def parse_settings(cls: type[T], argv: Sequence[str] | None = None, *, descripti
             where = f"in {recipe} or on the command line" if recipe is not None else "on the command line"
             raise SettingsError(f"setting '{name}' is missing; expected {_name(leaf.expected)} {where}.")
     return _built(cls, {name: leaf.default for name, leaf in leaves.items()} | values)
+
+
+def settings_of(script: Any, values: Mapping[str, Any], further: Mapping[str, Sequence[str]]) -> Any:
+    """The settings of a script, as its own command line would have read them.
+
+    Args:
+        script: Module of hubgen.training.
+        values: By dotted name, what stands for a recipe.
+        further: Words of the command line, by dotted name, which win over it.
+
+    Raises:
+        SettingsError: One is unknown, or none of its kind.
+    """
+    argv = []
+    for name, words in further.items():
+        argv += [f"--{name}={words[0]}"] if len(words) == 1 else [f"--{name}", *words]
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = Path(folder) / "recipe.yaml"
+        recipe.write_text(yaml.safe_dump(dict(values), allow_unicode=True), encoding="utf-8")
+        try:
+            return parse_settings(script.Settings, ["--config", str(recipe), *argv])
+        except SettingsError as error:
+            raise SettingsError(str(error).replace(f" in {recipe}", "")) from None
 
 
 def leaves_of(cls: type, default: Any = None, prefix: str = "") -> Iterator[tuple[str, Leaf]]:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from hubgen.cli.models import BUNDLED
-from hubgen.cli.plan import Material, Usual, completed, disk_needed, usual, what_learns
-from hubgen.cli.train import settings_of
+from hubgen.hub.finding import BUNDLED
 from hubgen.spaces.kit.limits import Limits, Refused
 from hubgen.spaces.kit.service import Model
+from hubgen.training.kit.parse import settings_of
+from hubgen.training.kit.usual import Material, Usual, completed, disk_needed, usual, what_learns
 from steps.bench import Bench
 
 Kind = Literal["style", "subject"]

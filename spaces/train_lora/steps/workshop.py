@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from hubgen.cli.added import asked_loras
-from hubgen.cli.plan import Usual
+from hubgen.hub.added import asked_loras
 from hubgen.spaces.kit.limits import Refused, checked_number
 from hubgen.spaces.kit.page import FOLDER, sweep
 from hubgen.spaces.kit.recipes import write_recipe
 from hubgen.spaces.kit.service import ZERO_GPU, Call, Drawing, Progress, Service
 from hubgen.spaces.kit.styles import LARGEST_WEIGHT, Style, Worn
+from hubgen.training.kit.usual import Usual
 from steps.bench import Bench, Benches
 from steps.recipe import PRIOR_PICTURES, Wish, checked_wish, settings_for, usual_for
 from steps.runs import Run, Trainings
@@ -151,7 +151,7 @@ class Workshop:
         """The adapter in the layout of kohya's scripts, where the base has one."""
         from hubgen.adaptation.locate import load_adapter
         from hubgen.adaptation.lora_files import as_kohya, read_adapter
-        from hubgen.cli.models import ADAPTABLE, bare_parts
+        from hubgen.hub.bare import ADAPTABLE, bare_parts
 
         model = self.model
         parts = bare_parts(model.index, model.name, None, model.folder, ADAPTABLE)
