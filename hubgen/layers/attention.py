@@ -143,6 +143,8 @@ class AttentionCall:
     """Queries of the image tokens, keys and values of the same, or of the context in cross-attention, before norms."""
     query: torch.Tensor
     """Queries of the image tokens after their norm, before rotation, (B, L, H, D)."""
+    stream: torch.Tensor
+    """The same of all tokens that come in with the image's, which in FLUX's single blocks are the text's, in front."""
 
 
 class Part:
@@ -255,7 +257,7 @@ class AttnProcessor:
         projected = query[:, text_tokens:], key[:, text_tokens:], value[:, text_tokens:]
         query, key = normalise(query, key, attn.norm_q, attn.norm_k)
         image, text = slice(text_tokens, x.shape[1]), slice(0, text_tokens)
-        return query, key, value, AttentionCall(attn, image, text, projected, query[:, text_tokens:])
+        return query, key, value, AttentionCall(attn, image, text, projected, query[:, text_tokens:], query)
 
     def tokens_out(
         self, attn: Any, out: torch.Tensor, x: torch.Tensor, context: torch.Tensor | None, call: Any
