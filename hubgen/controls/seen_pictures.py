@@ -1,0 +1,188 @@
+"""What attention sees of an IP-Adapter's pictures: their tokens, keys and values, and how these meet a layer's queries.
+
+Shapes: n pictures, F features of the image encoder, P patches, S tokens of a picture with D features, L image tokens;
+b sets of pictures, a divisor of the number of results; rows are those of all branches.
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers.image_processor import IPAdapterMaskProcessor
+
+from hubgen.conditioning.guidance import POSITIVE
+from hubgen.conditioning.predict import BackboneCall
+from hubgen.controls.control import Prepared, Span, Target
+from hubgen.controls.image_attention import Adapter
+from hubgen.layers.attention import AttentionCall, Part, attend
+from hubgen.layers.decoupled_attention import KeyValue
+
+Places = Mapping[str, tuple[int, float]]
+
+
+class Seen(Prepared):
+    """What attention sees of an adapter's pictures; subclasses differ in where keys and values come from.
+
+    Args:
+        adapter: The weights.
+        places: Numbers of layers and how much they count, by names of processors.
+        masks: (n, 1, H, W).
+    """
+
+    def __init__(self, adapter: Adapter, places: Places, masks: torch.Tensor | None = None):
+        self.network, self.after_mlp = adapter.network, adapter.kind.after_mlp
+        self.places, self.pixel_masks = places, masks
+        self.token_masks: dict[int, list[torch.Tensor]] = {}
+        self.live = True
+
+    def parts(self) -> Mapping[str, Any]:
+        part = LookAfterMLP if self.after_mlp else Look
+        return {name: part(self, number, scale) for name, (number, scale) in self.places.items()}
+
+    @abstractmethod
+    def keys_values(self, number: int, heads: int) -> list[KeyValue]:
+        """Of all pictures together, or with masks of each: (rows, S, heads, features of a head) twice."""
+
+    def look(self, number: int, scale: float, call: AttentionCall) -> torch.Tensor | None:
+        """What one layer adds: (rows, L, D), or with text tokens in front where these look too."""
+        if not self.live:
+            return None
+        layer, total = self.network.layer(number), None
+        query = layer.query(call)
+        for i, pair in enumerate(self.keys_values(number, call.attn.heads)):
+            key, value = layer.among(call, *(one.to(query.dtype) for one in pair))
+            seen = scale * attend(call.attn.processor, query, key, value).flatten(2)
+            if self.pixel_masks is not None:
+                seen = seen * self.mask(i, call.query.shape[1], seen.shape[1]).to(seen)
+            total = seen if total is None else total + seen
+        return total
+
+    def mask(self, picture: int, tokens: int, rows: int) -> torch.Tensor:
+        """A picture's mask for so many image tokens, (1, rows, 1), as diffusers has it.
+
+        What comes in front are text tokens, which lie nowhere: they see as much of the picture as the image on average.
+        """
+        if rows not in self.token_masks:
+            assert self.pixel_masks is not None
+            found = [IPAdapterMaskProcessor.downsample(one, 1, tokens, 1) for one in self.pixel_masks]
+            before = rows - tokens
+            self.token_masks[rows] = [torch.cat([one.mean(1, True).expand(1, before, 1), one], 1) for one in found]
+        return self.token_masks[rows][picture]
+
+
+class InCall(Seen):
+    """In a call of a pipeline. Tokens are made once, keys and values too, unless they follow the time.
+
+    Args:
+        adapter: The weights.
+        places: See `Seen`.
+        target: Of the call.
+        span: The steps in which it is live.
+        embeds: Of the positive and of any other branch, (b, n, F) or (b, n, P, F) each.
+        masks: See `Seen`.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        places: Places,
+        target: Target,
+        span: Span,
+        embeds: tuple[torch.Tensor, torch.Tensor],
+        masks: torch.Tensor | None = None,
+    ):
+        super().__init__(adapter, places, masks)
+        self.span, self.target = span, target
+        self.embeds = [one.to(target.device, self.network.dtype) for one in embeds]
+        self.tokens: dict[bool, torch.Tensor] = {}
+        """By whether it is the positive branch: (b, n, S, D)"""
+        self.kept: dict[tuple[int, tuple[str, ...]], list[KeyValue]] = {}
+        self.temb: torch.Tensor | None = None
+        self.branches = tuple[str, ...]()
+        if not self.timed:
+            self.project()
+
+    @property
+    def timed(self) -> bool:
+        """Whether tokens follow the time."""
+        return self.network.image_proj.timed
+
+    def before_call(self, call: BackboneCall) -> None:
+        self.live, self.branches = self.span.covers(call.step, len(self.target.timesteps)), call.branches
+        if self.live and self.timed:
+            self.project(self.target.family.timestep(call.timestep[:1]))
+
+    def project(self, timestep: torch.Tensor | None = None) -> None:
+        """Makes the tokens."""
+        needed = {branch == POSITIVE for branch in self.target.branches}
+        for positive, embeds in zip((True, False), self.embeds, strict=True):
+            if positive in needed:
+                pictures = embeds.flatten(0, 1)  # (b * n, ...)
+                if timestep is None:
+                    tokens = self.network.image_proj(pictures)
+                else:
+                    tokens, temb = self.network.image_proj(pictures, timestep.expand(len(pictures)))
+                    self.temb = temb[:1]
+                self.tokens[positive] = tokens.unflatten(0, embeds.shape[:2])
+
+    def keys_values(self, number: int, heads: int) -> list[KeyValue]:
+        key = (number, self.branches)
+        if key in self.kept:
+            return self.kept[key]
+        found = [self.of_rows(tokens, number, heads) for tokens in self.sets()]
+        if not self.timed:
+            self.kept[key] = found
+        return found
+
+    def sets(self) -> list[torch.Tensor]:
+        """Tokens of all pictures, or with masks of each, (branches * b, S, D)."""
+        rows = torch.cat([self.tokens[branch == POSITIVE] for branch in self.branches])  # (branches * b, n, S, D)
+        return [rows.flatten(1, 2)] if self.pixel_masks is None else list(rows.unbind(1))
+
+    def of_rows(self, tokens: torch.Tensor, number: int, heads: int) -> KeyValue:
+        """Keys and values for all rows of the backbone."""
+        temb = None if self.temb is None else self.temb.expand(len(tokens), -1)
+        key, value = (
+            torch.cat([self.target.for_all(rows) for rows in one.chunk(len(self.branches))])
+            for one in self.network.layer(number)(tokens, heads, temb)
+        )
+        return key, value
+
+
+class InTraining(Seen):
+    """In training: one picture for each row, anew in every layer, so that gradients flow.
+
+    Args:
+        adapter: The weights.
+        places: See `Seen`.
+        embeds: (B, F) or (B, P, F).
+        timestep: (B,), as the backbone takes it.
+    """
+
+    def __init__(self, adapter: Adapter, places: Places, embeds: torch.Tensor, timestep: torch.Tensor | None):
+        super().__init__(adapter, places)
+        self.temb: torch.Tensor | None = None
+        if self.network.image_proj.timed:
+            self.tokens, self.temb = self.network.image_proj(embeds, timestep)
+        else:
+            self.tokens = self.network.image_proj(embeds)  # (B, S, D)
+
+    def keys_values(self, number: int, heads: int) -> list[KeyValue]:
+        return [self.network.layer(number)(self.tokens, heads, self.temb)]
+
+
+class Look(Part):
+    """One layer's look at the pictures, added to its own attention."""
+
+    def __init__(self, seen: Seen, number: int, scale: float):
+        self.seen, self.number, self.scale = seen, number, scale
+
+    def added(self, call: AttentionCall) -> torch.Tensor | None:
+        return self.seen.look(self.number, self.scale, call)
+
+
+class LookAfterMLP(Look):
+    """The same, added past the block's MLP."""
+
+    where = "after_mlp"
