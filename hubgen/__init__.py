@@ -32,9 +32,12 @@ if TYPE_CHECKING:
     from hubgen.acceleration.optimize import restore as restore
     from hubgen.autoencoders.autoencoder_kl import AutoencoderKL as AutoencoderKL
     from hubgen.autoencoders.vq_model import VQModel as VQModel
+    from hubgen.backbones.controlnet import ControlNetModel as ControlNetModel
+    from hubgen.backbones.controlnet_union import ControlNetUnionModel as ControlNetUnionModel
     from hubgen.backbones.dit import DiTTransformer2DModel as DiTTransformer2DModel
     from hubgen.backbones.flux import FluxTransformer2DModel as FluxTransformer2DModel
     from hubgen.backbones.sd3 import SD3Transformer2DModel as SD3Transformer2DModel
+    from hubgen.backbones.t2i_adapter import T2IAdapter as T2IAdapter
     from hubgen.backbones.unet import UNet2DModel as UNet2DModel
     from hubgen.backbones.unet_condition import UNet2DConditionModel as UNet2DConditionModel
     from hubgen.conditioning.guidance import ClassifierFreeGuidance as ClassifierFreeGuidance
@@ -63,6 +66,8 @@ HOMES = {
     "AutoencoderKL": "hubgen.autoencoders.autoencoder_kl",
     "ClassToImagePipeline": "hubgen.pipelines.class_to_image",
     "ClassifierFreeGuidance": "hubgen.conditioning.guidance",
+    "ControlNetModel": "hubgen.backbones.controlnet",
+    "ControlNetUnionModel": "hubgen.backbones.controlnet_union",
     "CosinePath": "hubgen.paths.continuous",
     "DDIMScheduler": "hubgen.schedulers.ddim",
     "DDPMScheduler": "hubgen.schedulers.ddpm",
@@ -75,6 +80,7 @@ HOMES = {
     "RectifiedFlowPath": "hubgen.paths.path",
     "SD3Transformer2DModel": "hubgen.backbones.sd3",
     "ScoreSdeVeScheduler": "hubgen.schedulers.score_sde_ve",
+    "T2IAdapter": "hubgen.backbones.t2i_adapter",
     "TextCondition": "hubgen.conditioning.text",
     "TextEmbeddings": "hubgen.conditioning.text",
     "TextToImagePipeline": "hubgen.pipelines.text_to_image",

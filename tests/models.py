@@ -119,6 +119,21 @@ GUIDED: Config = {
     "out_channels": 6,
     "num_class_embeds": 7,
 }
+CONTROLNET: Config = {
+    **{key: value for key, value in UNET.items() if key not in ("sample_size", "out_channels", "up_block_types")},
+    "conditioning_embedding_out_channels": (4, 8),
+}
+CONTROLNET_SDXL: Config = {
+    **{key: value for key, value in SDXL.items() if key not in ("sample_size", "out_channels", "up_block_types")},
+    "conditioning_embedding_out_channels": (4, 8),
+}
+UNION: Config = {
+    **CONTROLNET_SDXL,
+    "num_control_type": 6,
+    "num_trans_channel": 8,
+    "num_trans_head": 2,
+    "num_proj_channel": 8,
+}
 AUTOENCODER: Config = {
     "down_block_types": ("DownEncoderBlock2D",) * 2,
     "up_block_types": ("UpDecoderBlock2D",) * 2,
@@ -160,6 +175,31 @@ def unet_inputs(config: Config, size: Size = (8, 8)) -> Inputs:
     if "time_cond_proj_dim" in config:
         inputs["timestep_cond"] = drawn(2, config["time_cond_proj_dim"], seed=3)
     return inputs
+
+
+def controlnet_inputs(config: Config, size: Size = (8, 8)) -> Inputs:
+    """Of a hint with two pixels a latent."""
+    return {**unet_inputs(config, size), "controlnet_cond": hint(config, size)}
+
+
+def union_inputs(config: Config, size: Size = (8, 8)) -> Inputs:
+    """Of two hints."""
+    marks = torch.zeros(2, config["num_control_type"])
+    marks[:, [3, 1]] = 1
+    return {
+        **unet_inputs(config, size),
+        "controlnet_cond": [hint(config, size), hint(config, size, seed=5)],
+        "control_type": marks,
+        "control_type_idx": [3, 1],
+        "conditioning_scale": [0.8, 0.6],
+    }
+
+
+def hint(config: Config, size: Size = (8, 8), seed: int = 4) -> torch.Tensor:
+    """Pixels in [0, 1], as many a latent as the network's embedding makes one of."""
+    factor = 2 ** (len(config["conditioning_embedding_out_channels"]) - 1)
+    shape = (2, config.get("conditioning_channels", 3), factor * size[0], factor * size[1])
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def sd3_inputs(config: Config, size: Size = (8, 8)) -> Inputs:
@@ -252,7 +292,13 @@ AUTOENCODERS = {
         "VQModel", {**AUTOENCODER, "latent_channels": 3, "num_vq_embeddings": 32}, autoencoder_inputs
     ),
 }
-NETWORKS = {**DENOISERS, **AUTOENCODERS}
+CONTROLNETS = {
+    "ControlNet, SD 1.x": Network("ControlNetModel", CONTROLNET, controlnet_inputs),
+    "ControlNet, SDXL": Network("ControlNetModel", CONTROLNET_SDXL, controlnet_inputs),
+    "ControlNet Union, SDXL": Network("ControlNetUnionModel", UNION, union_inputs),
+}
+"""Networks that return residuals for another's blocks."""
+NETWORKS = {**DENOISERS, **AUTOENCODERS, **CONTROLNETS}
 
 # A whole text-to-image pipeline of hubgen's.
 

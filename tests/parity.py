@@ -37,8 +37,14 @@ def share_weights_(ours: nn.Module, theirs: nn.Module, seed: int = 0) -> None:
 
 
 def first_output(output: Any) -> torch.Tensor:
-    """The first tensor of whatever a model returned."""
-    return output if isinstance(output, torch.Tensor) else output[0]
+    """The first tensor of whatever a model returned; of a ControlNet, which returns many, all their values in a row."""
+    if isinstance(output, torch.Tensor):
+        return output
+    first = output[0]
+    if isinstance(first, torch.Tensor):
+        return first
+    rest = [output[i] for i in range(1, len(output))]
+    return torch.cat([tensor.flatten() for tensor in [*first, *rest]])
 
 
 @torch.no_grad()

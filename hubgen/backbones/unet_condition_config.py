@@ -1,11 +1,13 @@
 """Configs of the text-conditioned U-Net: those of published models, and what can be built.
 
-Written for `UNet2DConditionModel`; a net that shares its encoder half has the same keys but for the way up.
+Written for `UNet2DConditionModel`; a ControlNet, which shares its encoder half, has the same keys but for the way up
+and those of `LEFT_OUT`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hubgen.checks import whole
 from hubgen.layers.checks import per_level, require_all_positive, require_supported
 from hubgen.layers.unet_blocks import (
     CrossAttnDownBlock2D,
@@ -40,6 +42,17 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "addition_embed_type_num_heads": (64,),
 }
 """Values that can be built, of the arguments that have more of them in diffusers (Kandinsky, DeepFloyd IF, GLIGEN)."""
+
+LEFT_OUT: dict[str, Any] = {
+    "center_input_sample": False,
+    "class_embeddings_concat": False,
+    "conv_in_kernel": 3,
+    "dropout": 0.0,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "time_cond_proj_dim": None,
+    "time_embedding_dim": None,
+}
+"""What the encoder half is built with where the config has no such key, as those of ControlNets have none."""
 
 
 def stable_diffusion_1() -> dict[str, Any]:
@@ -105,34 +118,31 @@ def stable_diffusion_xl_refiner() -> dict[str, Any]:
 
 def check_config(config: Any) -> None:
     """Raises ValueError naming the argument whose value cannot be built or does not fit another."""
-    require_supported(config, SUPPORTED)
+    check_encoder(config)
+    check_block_types("up_block_types", config, UP_BLOCKS)
+    require_all_positive("out_channels", config.out_channels)
+    require_odd("conv_out_kernel", config.conv_out_kernel)
+    check_transformer_layers(config)
+
+
+def check_encoder(config: Any) -> None:
+    """The same for the half that ControlNets share, of whose keys theirs has not all."""
+    require_supported(config, {name: values for name, values in SUPPORTED.items() if name in config})
     levels = len(config.block_out_channels)
     if any(per_level("only_cross_attention", config.only_cross_attention, levels)):
         raise ValueError(f"`only_cross_attention`: got {config.only_cross_attention!r}, expected False.")
-    for name, known in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
-        if len(config[name]) != levels:
-            raise ValueError(
-                f"`{name}`: got {config[name]!r}, expected one entry a level, {levels} as `block_out_channels`."
-            )
-        for block_type in config[name]:
-            if block_type not in known:
-                raise ValueError(f"`{name}`: got {block_type!r}, expected one of {list(known)} for each level.")
+    check_block_types("down_block_types", config, DOWN_BLOCKS)
     for name in (
         "in_channels",
-        "out_channels",
         "block_out_channels",
         "layers_per_block",
         "norm_num_groups",
         "cross_attention_dim",
         "transformer_layers_per_block",
         "attention_head_dim",
-        "conv_in_kernel",
-        "conv_out_kernel",
     ):
         require_all_positive(name, config[name])
-    for name in ("conv_in_kernel", "conv_out_kernel"):
-        if config[name] % 2 == 0:
-            raise ValueError(f"`{name}`: got {config[name]}, expected an odd number.")
+    require_odd("conv_in_kernel", config.get("conv_in_kernel", LEFT_OUT["conv_in_kernel"]))
     if config.downsample_padding not in (0, 1):
         raise ValueError(f"`downsample_padding`: got {config.downsample_padding!r}, expected 0 or 1.")
 
@@ -148,8 +158,25 @@ def check_config(config: Any) -> None:
                 f"`attention_head_dim`: got {count} heads (the name is kept for old configs), expected at most the "
                 f"level's {channels} channels."
             )
-    check_transformer_layers(config)
     check_embeddings(config)
+
+
+def check_block_types(name: str, config: Any, known: Mapping[str, Any]) -> None:
+    """Raises ValueError unless there is one of the `known` types for each level."""
+    levels = len(config.block_out_channels)
+    if len(config[name]) != levels:
+        raise ValueError(
+            f"`{name}`: got {config[name]!r}, expected one entry a level, {levels} as `block_out_channels`."
+        )
+    for block_type in config[name]:
+        if block_type not in known:
+            raise ValueError(f"`{name}`: got {block_type!r}, expected one of {list(known)} for each level.")
+
+
+def require_odd(name: str, value: Any) -> None:
+    """Raises ValueError unless `value` is a positive odd number."""
+    if whole(name, value) % 2 == 0:
+        raise ValueError(f"`{name}`: got {value}, expected an odd number.")
 
 
 def check_transformer_layers(config: Any) -> None:
@@ -191,12 +218,13 @@ def check_embeddings(config: Any) -> None:
         for size in sizes if config[name] == value else ():
             if not isinstance(config[size], int) or config[size] < 1:
                 raise ValueError(f"`{size}`: got {config[size]!r}, expected a whole number with `{name}` = {value!r}.")
-    if config.class_embeddings_concat and config.addition_embed_type is not None:
+    beside = config.get("class_embeddings_concat", LEFT_OUT["class_embeddings_concat"])
+    if beside and config.addition_embed_type is not None:
         raise ValueError(
             f"`class_embeddings_concat`: got True, expected False with `addition_embed_type` = "
             f"{config.addition_embed_type!r}, whose embedding is added."
         )
-    if config.class_embeddings_concat and config.class_embed_type is None and config.num_class_embeds is None:
+    if beside and config.class_embed_type is None and config.num_class_embeds is None:
         raise ValueError("`class_embeddings_concat`: got True, expected False without `class_embed_type`.")
     if config.class_embed_type is not None and config.num_class_embeds is not None:
         raise ValueError(

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hubgen.backbones.base import Backbone
-from hubgen.backbones.unet_condition_config import DOWN_BLOCKS, MID_BLOCKS
+from hubgen.backbones.unet_condition_config import DOWN_BLOCKS, LEFT_OUT, MID_BLOCKS
 from hubgen.formats.single_file import SingleFileMixin
 from hubgen.layers.checks import per_level
 from hubgen.layers.conditioned import modulations
@@ -22,20 +22,22 @@ from hubgen.layers.unet_blocks import LevelAttention
 class UNetConditionEncoder(SingleFileMixin, Backbone):
     """Embeddings of all conditions, the first convolution, the way down and the middle.
 
-    A subclass has a config with `UNet2DConditionModel`'s keys, but for the way up as it needs, and calls
-    `build_way_down` and `build_middle` in its constructor: the order in which parts are made is the order of
-    `attn_processors`, by which IP-Adapter files are numbered, and of the random numbers of fresh weights.
+    A subclass has a config with `UNet2DConditionModel`'s keys, but for the way up and those that have a value in
+    `LEFT_OUT` as it needs, and calls `build_way_down` and `build_middle` in its constructor: the order in which parts
+    are made is the order of `attn_processors`, by which IP-Adapter files are numbered, and of the random numbers of
+    fresh weights.
     """
 
     def build_way_down(self) -> None:
         """Makes `conv_in`, the embeddings and `down_blocks`."""
         config, widths = self.config, self.config.block_out_channels
-        kernel, waves = config.conv_in_kernel, (config.flip_sin_to_cos, config.freq_shift)
+        kernel, waves = self.option("conv_in_kernel"), (config.flip_sin_to_cos, config.freq_shift)
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], kernel, padding=kernel // 2)
 
         temb_dim = self.temb_dim
         self.time_proj = Timesteps(widths[0], *waves)
-        self.time_embedding = TimestepEmbedding(widths[0], temb_dim, cond_proj_dim=config.time_cond_proj_dim)
+        guidance_dim = self.option("time_cond_proj_dim")
+        self.time_embedding = TimestepEmbedding(widths[0], temb_dim, cond_proj_dim=guidance_dim)
         self.encoder_hid_proj = (
             None if config.encoder_hid_dim is None else nn.Linear(config.encoder_hid_dim, config.cross_attention_dim)
         )
@@ -72,13 +74,13 @@ class UNetConditionEncoder(SingleFileMixin, Backbone):
 
     def build_middle(self) -> None:
         """Makes `mid_block`, which may be None."""
-        config = self.config
+        config, kind = self.config, self.option("mid_block_type")
         self.mid_block = None
-        if config.mid_block_type is not None:
-            self.mid_block = MID_BLOCKS[config.mid_block_type](
+        if kind is not None:
+            self.mid_block = MID_BLOCKS[kind](
                 config.block_out_channels[-1],
                 self.vector_dim,
-                self.level_attention(-1, self.down_depths[-1], config.mid_block_type),
+                self.level_attention(-1, self.down_depths[-1], kind),
                 output_scale_factor=config.mid_block_scale_factor,
                 **self.norm_options,
             )
@@ -87,6 +89,10 @@ class UNetConditionEncoder(SingleFileMixin, Backbone):
         """The levels down, and up where there are any, and the middle."""
         middle = [] if self.mid_block is None else [self.mid_block]
         return [*self.down_blocks, *getattr(self, "up_blocks", ()), *middle]
+
+    def option(self, name: str) -> Any:
+        """A value of the config that a ControlNet's has no key for."""
+        return self.config.get(name, LEFT_OUT[name])
 
     def per_level(self, name: str) -> tuple[Any, ...]:
         """An argument of the config that is one value for all levels or one each, as one each."""
@@ -100,19 +106,19 @@ class UNetConditionEncoder(SingleFileMixin, Backbone):
     @property
     def temb_dim(self) -> int:
         """Features of the time embedding (T)."""
-        given = self.config.time_embedding_dim
+        given = self.option("time_embedding_dim")
         return 4 * self.config.block_out_channels[0] if given is None else given
 
     @property
     def vector_dim(self) -> int:
         """Features of what the residual blocks see of time, class, text and sizes: T, or 2 T with the class beside."""
-        return self.temb_dim * (2 if self.config.class_embeddings_concat else 1)
+        return self.temb_dim * (2 if self.option("class_embeddings_concat") else 1)
 
     @property
     def norm_options(self) -> dict[str, Any]:
         """Keywords that all levels have in common."""
         config = self.config
-        return {"groups": config.norm_num_groups, "eps": config.norm_eps, "dropout": config.dropout}
+        return {"groups": config.norm_num_groups, "eps": config.norm_eps, "dropout": self.option("dropout")}
 
     def level_attention(self, level: int, depth: int | tuple[int, ...], block_type: str) -> LevelAttention | None:
         """The attention of a level; `None` for a type without."""
@@ -186,7 +192,8 @@ class UNetConditionEncoder(SingleFileMixin, Backbone):
             if self.config.class_embed_type is not None:
                 class_labels = class_labels.to(dtype)
             embedded = self.class_embedding(class_labels).to(dtype)  # (B, T)
-            temb = torch.cat([temb, embedded], dim=-1) if self.config.class_embeddings_concat else temb + embedded
+            beside = self.option("class_embeddings_concat")
+            temb = torch.cat([temb, embedded], dim=-1) if beside else temb + embedded
 
         if added_cond_kwargs:
             numbers = added_cond_kwargs["time_ids"]  # (B, N)
@@ -278,10 +285,11 @@ class UNetConditionEncoder(SingleFileMixin, Backbone):
             vector = (widths[config.class_embed_type],) if config.class_embed_type in widths else ()
             if tuple(class_labels.shape) != (batch, *vector):
                 raise ValueError(f"`class_labels`: got {tuple(class_labels.shape)}, expected {(batch, *vector)}.")
-        if timestep_cond is not None and timestep_cond.shape[-1] != config.time_cond_proj_dim:
+        guidance_dim = self.option("time_cond_proj_dim")
+        if timestep_cond is not None and timestep_cond.shape[-1] != guidance_dim:
             raise ValueError(
                 f"`timestep_cond`: got {tuple(timestep_cond.shape)}, expected `time_cond_proj_dim` = "
-                f"{config.time_cond_proj_dim} features."
+                f"{guidance_dim} features."
             )
 
         keys = {"text_embeds", "time_ids"} if config.addition_embed_type == "text_time" else set()

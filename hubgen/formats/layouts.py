@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hubgen.formats import flux_layout, ldm_unet, sd3_layout
+from hubgen.formats import flux_layout, ldm_controlnet, ldm_unet, sd3_layout
 from hubgen.formats.headers import TensorHeader, listing, read_header
 from hubgen.formats.key_maps import Rule
 from hubgen.formats.markers import NAMES, read_markers
@@ -24,7 +24,7 @@ class Layout:
 
     title: str
     backbone: str
-    """Its component: `unet` or `transformer`"""
+    """Its component: `unet`, `transformer`, or `controlnet`, which stands beside one of them"""
     backbone_class: str
     key_map: Callable[[Mapping[str, Any]], list[Rule]]
     """Of the backbone"""
@@ -74,6 +74,10 @@ LAYOUTS: dict[str, Layout] = {
     "sd3": Layout("Stable Diffusion 3 and 3.5", **SD3, latents="sd3", text_encoders={
         "text_encoder": CLIP_L, "text_encoder_2": CLIP_G, "text_encoder_3": T5,
     }),
+    "controlnet": Layout(
+        "a ControlNet of Stable Diffusion 1.x, 2.x or XL", "controlnet", "ControlNetModel",
+        ldm_controlnet.key_map, ldm_controlnet.infer_config, latents="sd", text_encoders={},
+    ),
     "flux": Layout("FLUX.1", **FLUX, latents="flux", vae_prefix="vae.", text_encoders={
         "text_encoder": CLIP_L, "text_encoder_2": T5,
     }),
@@ -81,8 +85,10 @@ LAYOUTS: dict[str, Layout] = {
 
 BACKBONE_PREFIXES = ("model.diffusion_model.", "")
 VAE_PREFIXES = ("first_stage_model.", "vae.", "")
+CONTROLNET_PREFIX = "control_model."
 # a backbone's key, after its prefix, that no other layout has
 UNET_KEY = "input_blocks.0.0.weight"
+CONTROLNET_KEY = "input_hint_block.0.weight"
 SD3_KEY = "joint_blocks.0.x_block.attn.qkv.weight"
 FLUX_KEY = "double_blocks.0.img_attn.qkv.weight"
 VAE_KEY = "decoder.mid.block_1.conv1.weight"
@@ -96,10 +102,13 @@ LEFT_BY_TRAINING = re.compile(
     r"|text_encoders\.\w+\.(transformer\.)?logit_scale|text_encoders\.t5xxl\.spiece_model)"
 )
 HINTS = (  # what else people have files of: (a pattern of keys, what it is)
+    (r"^lllite_unet_", "a ControlLLLite of kohya's, which changes layers of the U-Net: no ControlNet, not read here"),
+    (r"^lora_controlnet$", "a Control-LoRA, the difference of a ControlNet to its base, which is not read here"),
     (r"lora_(down|up|A|B)\.", "a LoRA, which is loaded onto a model"),
     (r"^(down_blocks|up_blocks)\.\d+\.resnets|^(single_)?transformer_blocks\.\d+\.attn|^encoder\.down_blocks\.",
      "one model in diffusers' layout: the model's class reads it, by `from_single_file` with a `config`"),
     (r"^control_model\.|^controlnet_|^input_hint_block", "a ControlNet"),
+    (r"^(adapter\.)?body\.\d+\.", "a T2I-adapter"),
     (r"^text_model\.|^encoder\.block\.\d+\.layer\.", "a text encoder of transformers"),
 )  # fmt: skip
 # What quantised files have beside or in the place of weights: (a pattern of keys, what it is).
@@ -165,6 +174,8 @@ def open_single_file(path: Path, extract_ema: bool = False) -> SingleFile:
     if layout is not None:
         prefixes[LAYOUTS[layout].backbone] = backbone_prefix
         prefixes |= LAYOUTS[layout].text_encoders
+        if CONTROLNET_PREFIX + CONTROLNET_KEY in tensors:
+            prefixes["controlnet"] = CONTROLNET_PREFIX
     parts: dict[str, dict[str, TensorHeader]] = {}
     others = []
     longest_first = sorted(prefixes.items(), key=lambda item: -len(item[1]))
@@ -230,6 +241,8 @@ def ema_key(key: str) -> str:
 
 def detect(tensors: Mapping[str, TensorHeader]) -> tuple[str | None, str]:
     """The layout of a file, and the prefix of its backbone; (None, "") where it has no backbone."""
+    if CONTROLNET_KEY in tensors:
+        return "controlnet", ""
     for prefix in BACKBONE_PREFIXES:
         if prefix + SD3_KEY in tensors:
             return "sd3", prefix
@@ -237,6 +250,8 @@ def detect(tensors: Mapping[str, TensorHeader]) -> tuple[str | None, str]:
             return "flux", prefix
         if prefix + UNET_KEY in tensors:
             return detect_unet(tensors, prefix), prefix
+    if CONTROLNET_PREFIX + CONTROLNET_KEY in tensors:
+        return "controlnet", CONTROLNET_PREFIX
     return None, ""
 
 

@@ -4,7 +4,7 @@ The original numbers all blocks of a half in one row (`input_blocks.N.M`: M is 0
 attention, and the last for the upsampling); ours numbers levels, and residual blocks and attentions within a level.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hubgen.formats.headers import Shapes, TensorHeader
@@ -54,7 +54,7 @@ def key_map(config: Mapping[str, Any]) -> list[Rule]:
 
 def blocks(config: Mapping[str, Any]) -> Iterator[tuple[tuple[Line, ...], str, str]]:
     """(kind, the original's name, ours) of every residual block, attention and resampling."""
-    down, up = config["down_block_types"], config["up_block_types"]
+    down, up = config["down_block_types"], config.get("up_block_types", ())  # a ControlNet has no way up
     layers = config.get("layers_per_block", 2)
     layers = [layers] * len(down) if isinstance(layers, int) else list(layers)
     number = 1
@@ -71,8 +71,8 @@ def blocks(config: Mapping[str, Any]) -> Iterator[tuple[tuple[Line, ...], str, s
     yield ATTENTION, "middle_block.1", "mid_block.attentions.0"
     yield RESNET, "middle_block.2", "mid_block.resnets.1"
     number = 0
-    for level, (kind, depth) in enumerate(zip(up, reversed(layers), strict=True)):
-        for layer in range(depth + 1):
+    for level, kind in enumerate(up):
+        for layer in range(layers[-1 - level] + 1):
             yield RESNET, f"output_blocks.{number}.0", f"up_blocks.{level}.resnets.{layer}"
             if "Attn" in kind:
                 yield ATTENTION, f"output_blocks.{number}.1", f"up_blocks.{level}.attentions.{layer}"
@@ -95,55 +95,85 @@ def infer_config(tensors: Mapping[str, TensorHeader]) -> dict[str, Any]:
         ValueError: A key is missing, or the levels are not those of such a U-Net.
     """
     shape = Shapes("U-Net", tensors)
+    middle = transformer_layers(shape, "middle_block.1")
+    if not middle:
+        raise ValueError("no such U-Net: its middle has no attention")
+    text_width = shape("middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1]
+    linear = len(shape("middle_block.1.proj_in.weight")) == 2
+    encoder = encoder_config(*levels_down(shape), middle, text_width, linear)
+    up = [kind.replace("Down", "Up") for kind in reversed(encoder["down_block_types"])]
+    return {
+        "sample_size": SAMPLE_SIZES.get(text_width, 64),
+        "in_channels": shape("input_blocks.0.0.weight")[1],
+        "out_channels": shape("out.2.weight")[0],
+        "up_block_types": up,
+        **encoder,
+        **added_config(shape, "label_emb.0.0.weight"),
+    }
 
-    def transformer_layers(name: str) -> int:
-        """How many layers the attention at `name` has; 0 where there is none."""
-        return shape.count(name + ".transformer_blocks.{}.norm1.weight")
 
-    levels: list[list[int]] = [[]]  # per level, the transformer layers of each residual block's attention
+def transformer_layers(shape: Shapes, name: str) -> int:
+    """How many layers the attention at `name` has; 0 where there is none."""
+    return shape.count(name + ".transformer_blocks.{}.norm1.weight")
+
+
+def levels_down(shape: Shapes) -> tuple[list[list[int]], list[int]]:
+    """Of each level of the way down, the transformer layers behind each residual block, and the channels."""
+    levels: list[list[int]] = [[]]
     widths: list[int] = []
     number = 1
     while True:
         name = f"input_blocks.{number}"
-        if f"{name}.0.op.weight" in tensors:
+        if f"{name}.0.op.weight" in shape.tensors:
             levels.append([])
-        elif f"{name}.0.in_layers.2.weight" in tensors:
+        elif f"{name}.0.in_layers.2.weight" in shape.tensors:
             if not levels[-1]:
                 widths.append(shape(f"{name}.0.in_layers.2.weight")[0])
-            levels[-1].append(transformer_layers(f"{name}.1"))
+            levels[-1].append(transformer_layers(shape, f"{name}.1"))
         else:
-            break
+            return levels, widths
         number += 1
+
+
+def encoder_config(
+    levels: Sequence[Sequence[int]], widths: Sequence[int], middle: int, text_width: int, linear: bool
+) -> dict[str, Any]:
+    """The part of our config that a U-Net shares with its ControlNets.
+
+    Args:
+        levels: Of each level of the way down, the transformer layers behind each residual block.
+        widths: Channels of each level.
+        middle: Transformer layers of the middle; 0 where it has no attention.
+        text_width: Features of a text token.
+        linear: Whether transformers begin and end with linear layers.
+
+    Raises:
+        ValueError: The levels are not those of such a U-Net.
+    """
     if any(len(set(level)) != 1 for level in levels) or len({len(level) for level in levels}) != 1:
-        raise ValueError(f"no such U-Net: its levels have {levels} attention layers")
+        raise ValueError(f"no such U-Net: its levels have {[list(level) for level in levels]} attention layers")
     depths = [level[0] for level in levels]
-    middle = transformer_layers("middle_block.1")
-    if not middle:
-        raise ValueError("no such U-Net: its middle has no attention")
     # what stands for a level without attention is read by nobody, but for the last one's: it is the middle's depth
-    filled = [depth or (middle if i == len(depths) - 1 else 1) for i, depth in enumerate(depths)]
-    text_width = shape("middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1]
-    linear = len(shape("middle_block.1.proj_in.weight")) == 2
-    kinds = ["CrossAttn" if depth else "" for depth in depths]
-    config: dict[str, Any] = {
-        "sample_size": SAMPLE_SIZES.get(text_width, 64),
-        "in_channels": shape("input_blocks.0.0.weight")[1],
-        "out_channels": shape("out.2.weight")[0],
-        "down_block_types": [f"{kind}DownBlock2D" for kind in kinds],
-        "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(kinds)],
-        "block_out_channels": widths,
+    filled = [depth or ((middle or 1) if i == len(depths) - 1 else 1) for i, depth in enumerate(depths)]
+    if middle and middle != filled[-1]:
+        raise ValueError(f"no such U-Net: {middle} attention layers in its middle, {filled[-1]} in the level above")
+    return {
+        "down_block_types": [f"{'CrossAttn' if depth else ''}DownBlock2D" for depth in depths],
+        "block_out_channels": list(widths),
         "layers_per_block": len(levels[0]),
         "transformer_layers_per_block": 1 if set(filled) == {1} else filled,
         "cross_attention_dim": text_width,
         "attention_head_dim": [max(width // HEAD_WIDTH, 1) for width in widths] if linear else 8,
         "use_linear_projection": linear,
     }
-    if middle != filled[-1]:
-        raise ValueError(f"no such U-Net: {middle} attention layers in its middle, {filled[-1]} in the level above")
-    if "label_emb.0.0.weight" in tensors:
-        config |= {
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": TIME_ID_WIDTH,
-            "projection_class_embeddings_input_dim": shape("label_emb.0.0.weight")[1],
-        }
-    return config
+
+
+def added_config(shape: Shapes, name: str) -> dict[str, Any]:
+    """The part of our config about pooled text and sizes, if there is a layer `name` that sees them."""
+    if name not in shape.tensors:
+        return {}
+    return {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": TIME_ID_WIDTH,
+        "projection_class_embeddings_input_dim": shape(name)[1],
+    }

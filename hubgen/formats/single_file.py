@@ -59,7 +59,7 @@ class SingleFileMixin:
                 repository, of the model or of a pipeline with it, is taken as it stands. Not to be seen in a file
                 are an autoencoder's latent scale (taken from the family; that of a file with a bare autoencoder is
                 taken for Stable Diffusion's or FLUX's by its channels, with a warning) and a U-Net's heads. A file in
-                diffusers' layout needs it.
+                diffusers' layout needs it, unless it is a U-Net's ControlNet.
             torch_dtype: Of the model; float32 by default, as with `from_pretrained`.
             subfolder: Of `config`, where the model's config lies in it; found by itself in a pipeline's folder.
             extract_ema: Take the averaged weights, where the file has both.
@@ -83,6 +83,11 @@ class SingleFileMixin:
     def to_original(self) -> dict[str, torch.Tensor]:
         """The state dict in the original layout, without a prefix: the inverse of `from_single_file`."""
         return to_original(self.state_dict(), key_map_of(type(self), self.config))  # type: ignore[attr-defined]
+
+    @classmethod
+    def config_of_tensors(cls, tensors: Mapping[str, TensorHeader]) -> dict[str, Any] | None:
+        """The config of a file in diffusers' layout; `None` where such a file does not tell it."""
+        return None
 
 
 def check_keywords(method: str, given: Mapping[str, Any], known: Collection[str]) -> None:
@@ -113,15 +118,17 @@ def prepare_own_layout(
     """Checks a model that is alone in a file, in diffusers' layout; the function that it returns loads it.
 
     Raises:
-        ValueError: Without a config, which such a file does not tell; or keys and shapes do not fit it.
+        ValueError: Without a config, where such a file does not tell it; or keys and shapes do not fit it.
     """
-    if config is None or isinstance(config, Mapping):
+    told = isinstance(config, str | os.PathLike)
+    inferred = None if told else own_config(cls, path, headers)
+    if not told and inferred is None:
         raise ValueError(
             f"`config`: got {config!r}, expected a folder or repository: {path} is in diffusers' layout, which does "
             "not tell the config."
         )
-    settings = resolve_config(config, component_name(cls), dict, hub)
-    cls.check_config_file(settings, Path(os.fspath(config), CONFIG))
+    settings = resolve_config(config, component_name(cls), lambda: inferred, hub)
+    cls.check_config_file(settings, Path(os.fspath(config), CONFIG) if told else path)  # type: ignore[arg-type]
     meta = on_meta(cls, settings, headers, f"the config for {path}")
     cls.check_checkpoint(meta, Checkpoint(path, False, dict(headers)))
 
@@ -139,10 +146,19 @@ def prepare_own_layout(
     return load
 
 
+def own_config(cls: Any, path: Path, headers: Mapping[str, TensorHeader]) -> dict[str, Any] | None:
+    """`config_of_tensors`, whose errors name the file."""
+    try:
+        return cls.config_of_tensors(headers)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def component_name(cls: type) -> str:
     """What pipelines call a model of this class."""
     names = {base.__name__ for base in cls.__mro__}
-    return next((layout.backbone for layout in LAYOUTS.values() if layout.backbone_class in names), "vae")
+    other = "controlnet" if any("ControlNet" in name for name in names) else "vae"
+    return next((layout.backbone for layout in LAYOUTS.values() if layout.backbone_class in names), other)
 
 
 def find_file(path: str | os.PathLike[str], hub: Mapping[str, Any]) -> Path:
@@ -216,6 +232,8 @@ def component_of(cls: type, file: SingleFile) -> str:
     names = {base.__name__ for base in cls.__mro__}
     if "AutoencoderKL" in names:
         component = "vae"
+    elif LAYOUTS["controlnet"].backbone_class in names:
+        component = "controlnet"
     elif backbone is not None and backbone.backbone_class in names:
         component = backbone.backbone
     else:
@@ -229,6 +247,8 @@ def inferred_config(file: SingleFile, component: str) -> dict[str, Any]:
     """Our config of a part, from its keys and shapes."""
     headers = file.parts[component]
     try:
+        if component == "controlnet":  # it may lie beside its base
+            return LAYOUTS[component].infer_config(headers)
         if component != "vae":
             assert file.layout is not None
             return LAYOUTS[file.layout].infer_config(headers)

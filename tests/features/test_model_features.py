@@ -276,6 +276,11 @@ MISSING: dict[str, tuple[type[Exception], str]] = {
     "step cache": (AttributeError, "has no attribute 'enable_cache'"),
 }
 """How a class of diffusers fails that is without a feature."""
+BROKEN: dict[tuple[str, str], tuple[type[Exception], str]] = {
+    ("ControlNet Union, SDXL", "layerwise casting"): (RuntimeError, "must have the same dtype"),
+    ("ControlNet Union, SDXL", "group offload"): (AssertionError, "outputs differ by"),
+}
+"""How one fails that has the feature: the union's attention reads the weights of a layer that is never called."""
 CASES = [
     (name, feature)
     for name in NETWORKS
@@ -293,7 +298,7 @@ def test_the_feature_works(name: str, feature: str, tmp_path: Path, shows: Calla
     try:
         function("diffusers", network, tmp_path / "theirs")
     except Exception as problem:
-        kind, message = MISSING.get(feature, ((), ""))
+        kind, message = BROKEN.get((name, feature)) or MISSING.get(feature, ((), ""))
         if not isinstance(problem, kind) or message not in str(problem):
             raise
         reason = f"{type(problem).__name__}: {str(problem).splitlines()[0]}"[:200]

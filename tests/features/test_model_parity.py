@@ -18,6 +18,8 @@ BY_FAMILY = pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
 BY_DENOISER = pytest.mark.parametrize("network", DENOISERS.values(), ids=DENOISERS)
 NUMBERS = ("UNet2DConditionModel", "UNet2DModel")
 """Classes that take the timestep as a plain number, too."""
+REQUIRED = {"UNet2DModel": {"sample_size": 32}, "ControlNetUnionModel": {"addition_time_embed_dim": 256}}
+"""What the class of diffusers cannot be made without, in spite of its defaults."""
 ADAPTER_SCALE = {
     "UNet2DConditionModel": "cross_attention_kwargs",
     "DiTTransformer2DModel": "cross_attention_kwargs",
@@ -29,6 +31,14 @@ ADAPTER_SCALE = {
 
 def run(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
     return first_output(model(**inputs))
+
+
+def shapes(output: Any) -> dict[str, Any]:
+    """Of every tensor of an output, by its field."""
+    return {
+        name: value.shape if isinstance(value, torch.Tensor) else [tensor.shape for tensor in value]
+        for name, value in output.items()
+    }
 
 
 def processors(model: nn.Module) -> list[str]:
@@ -48,7 +58,7 @@ def test_config_parameters_and_processors_are_named_as_in_diffusers(network: Net
 def test_the_default_config_is_that_of_diffusers(name: str) -> None:
     with torch.device("meta"):
         ours, theirs = (getattr(library, name) for library in LIBRARIES.values())
-        ours, theirs = (cls(sample_size=32) if name == "UNet2DModel" else cls() for cls in (ours, theirs))
+        ours, theirs = (cls(**REQUIRED.get(name, {})) for cls in (ours, theirs))
     assert dict(ours.config) == dict(theirs.config)
 
 
@@ -101,9 +111,9 @@ def test_one_timestep_serves_the_whole_batch(network: Network) -> None:
 @torch.no_grad()
 def test_the_output_is_an_object_or_a_tuple(network: Network) -> None:
     (ours, theirs), inputs = network.pair(), network.inputs()
-    output = ours(**inputs)
-    assert {k: v.shape for k, v in output.items()} == {k: v.shape for k, v in theirs(**inputs).items()}
-    assert torch.equal(ours(**inputs, return_dict=False)[0], output.sample)
+    output, expected = ours(**inputs), theirs(**inputs)
+    assert shapes(output) == shapes(expected)
+    assert torch.equal(first_output(ours(**inputs, return_dict=False)), first_output(output))
 
 
 @BY_DENOISER
