@@ -106,7 +106,7 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin, AdapterMix
         tokenizer_3: Its tokenizer.
         safety_checker: Looks at each picture with `feature_extractor`, and blackens what it objects to.
         feature_extractor: What the safety checker sees pictures through.
-        image_encoder: Kept and saved with the rest, and not used.
+        image_encoder: Sees pictures for IP-Adapters, through `feature_extractor`.
         requires_safety_checker: Kept for diffusers' pipeline, which warns where it is true and there is none; `None`
             for whether there is one.
         force_zeros_for_empty_prompt: Whether, for SDXL, guidance without a negative prompt leads away from zeros.
@@ -366,6 +366,8 @@ class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin, AdapterMix
             branches=guidance.all_branches,
             timesteps=until(self.scheduler, start.remaining(self.scheduler, grid), denoising_end),
             generator=list(generator) if isinstance(generator, tuple) else generator,
+            image_encoder=self.image_encoder,
+            feature_extractor=self.feature_extractor,
         )
         steering = [*start.controls(), *check_controls(controls)]
         start.check(target)

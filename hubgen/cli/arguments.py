@@ -113,6 +113,29 @@ def file_and_weight(text: str) -> tuple[str, float]:
     return file, number
 
 
+CONTROL = re.compile(
+    r"(?P<net>[^=]+)=(?P<image>.+?)(:(?P<scale>-?[\d.]+)(:(?P<start>[\d.]+)-(?P<end>[\d.]+))?)?", re.DOTALL
+)
+
+
+def control(text: str) -> dict[str, Any]:
+    """`owner/canny=edges.png:0.8:0-0.6` to the fields of `UsedControl`."""
+    expected = "NET=PICTURE, and :SCALE or :SCALE:START-END behind it or not"
+    match = CONTROL.fullmatch(text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}")
+    try:
+        numbers = {name: float(match[name]) for name in ("scale", "start", "end") if match[name] is not None}
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}") from error
+    found = {"net": match["net"], "image": match["image"], "scale": 1.0, "start": 0.0, "end": 1.0, **numbers}
+    if not 0 <= found["start"] < found["end"] <= 1:
+        raise argparse.ArgumentTypeError(
+            f"got {match['start']}-{match['end']} in {text!r}, expected 0 <= START < END <= 1"
+        )
+    return found
+
+
 def file_and_word(text: str) -> tuple[str, str | None]:
     """`frog.safetensors=<zog>` to the file and what prompts are to call its word; `None` for the file's own name."""
     file, equals, word = text.rpartition("=")

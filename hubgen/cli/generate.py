@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from hubgen.cli.added import asked_or_used, find_again, put_on, stay_offline
 from hubgen.cli.arguments import (
     add_command,
+    control,
     count,
     file_and_weight,
     file_and_word,
@@ -34,6 +35,7 @@ from hubgen.hub.provenance import (
     LARGEST_SEED,
     USED,
     Request,
+    UsedControl,
     read_request,
     slug,
     versions,
@@ -68,6 +70,7 @@ examples:
   hubgen generate "a hat" --model owner/model --image photo.png --mask head.png --out hat.png
   hubgen generate "a cat" --model v1-5.safetensors --config my/sd15-folder --out cat.png
   hubgen generate "a cat" --lora style.safetensors:0.8 --lora owner/name --out cat.png
+  hubgen generate "a red house" --model owner/model --control owner/canny=edges.png:0.8:0-0.6 --out house.png
   hubgen generate "golden retriever" --model facebook/DiT-XL-2-256 --out dog.png
   hubgen generate --model google/ddpm-cifar10-32 -n 16 --out samples.png
   hubgen generate --from cat.png                           the same picture, written beside it under a new name
@@ -151,6 +154,15 @@ def add_generate(commands: Any) -> None:
         help="a learned word (textual inversion) that prompts may use: a .safetensors file, a folder with one, or "
         "owner/name on the Hub; may be given several times (default word: the file's own; none: none, beside --from)",
     )
+    parser.add_argument(
+        "--control",
+        type=control,
+        action="append",
+        metavar="NET=PICTURE[:SCALE[:START-END]]",
+        help="steers by a picture: NET is the folder, file or owner/name of a ControlNet or T2I-adapter, for which "
+        "PICTURE is a hint (`hubgen data hints`), or of an IP-Adapter, which shows it to the model, or `model` for the "
+        "model's own ControlNet; START and END are shares of the steps; may be given several times",
+    )
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what the picture should not show (default: nothing)")
     parser.add_argument(
         "-n",
@@ -205,6 +217,8 @@ def generate(arguments: argparse.Namespace) -> None:
         arguments.max_pixels,
         {name: told for name in ("image", "mask") if getattr(arguments, name) is None},
     )
+    controls = asked_controls(arguments.control, source)
+    hints = opened_hints(controls, arguments.max_pixels, told if arguments.control is None else "")
     folder, config = find_model(model, "--model"), chosen("config")
     single_file = folder is not None and folder.is_file()
     if config is not None and not single_file:
@@ -215,7 +229,8 @@ def generate(arguments: argparse.Namespace) -> None:
     asked_word, used_word = asked_or_used(arguments.embedding, getattr(source, "embedding", None))
     if folder is not None and (not single_file or Path(config or "").expanduser().is_dir()):
         names = [file for file, _ in (*asked_lora, *asked_word)]
-        stay_offline([*names, *(one.file for one in (*used_lora, *used_word))])
+        nets = [one.net for one in controls if one.net != "model"]
+        stay_offline([*names, *nets, *(one.file for one in (*used_lora, *used_word))])
     loras = [*asked_loras(asked_lora, "--lora"), *find_again(used_lora, told)]
     embeddings = [*asked_embeddings(asked_word, "--embedding"), *find_again(used_word, told)]
     for embedding in embeddings:
@@ -253,6 +268,7 @@ def generate(arguments: argparse.Namespace) -> None:
         config=config,
         lora=[lora.used for lora in loras] or None,
         embedding=[one.used for one in embeddings] or None,
+        control=controls or None,
     )
     with few_lines():
         from hubgen.hub.bare import bare_parts
@@ -260,6 +276,7 @@ def generate(arguments: argparse.Namespace) -> None:
 
         index = read_index(model, request.revision, folder, "--model")
         kind = kind_of(index, request)
+        check_names(controls, index)
         check_size(index, request, folder)
         if loras and not single_file:
             check_loras(loras, bare_parts(index, model, request.revision, folder, argument="--model"))
@@ -268,6 +285,8 @@ def generate(arguments: argparse.Namespace) -> None:
         )
         put_on(pipe, loras, embeddings)
         pipe = pipe.to(request.device)
+        if controls:
+            opened["controls"] = opened_controls(controls, hints, pipe)
         request = complete(kind, request, pipe)
         if folder is None:
             request = dataclasses.replace(request, revision=loaded_commit(model, request.revision))
@@ -327,6 +346,50 @@ def opened_pictures(
     return opened
 
 
+def asked_controls(asked: list[dict[str, Any]] | None, source: Request | None) -> list[UsedControl]:
+    """What --control says, else what the picture to repeat was steered by."""
+    if asked is not None:
+        return [UsedControl(**one) for one in asked]
+    return [] if source is None else source.control or []
+
+
+def opened_hints(controls: list[UsedControl], max_pixels: int | None, told: str) -> list[Image.Image]:
+    """The pictures that controls are shown; errors are those of `opened_pictures`."""
+    from hubgen.data.pictures import MAX_PIXELS, on_white, read_picture
+
+    return [
+        on_white(read_picture(one.image, max_pixels or MAX_PIXELS, f"{told}--control {one.net}={one.image}"))
+        for one in controls
+    ]
+
+
+def check_names(controls: list[UsedControl], index: Mapping[str, Any]) -> None:
+    """Raises ValueError for a control that cannot be opened, before the model's weights are read."""
+    from hubgen.errors import one_line
+
+    for one in controls:
+        from hubgen.controls.opening import check_name
+
+        try:
+            check_name(one.net, index)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--control {one.net}: {one_line(error).removeprefix(f'{one.net}: ')}") from error
+
+
+def opened_controls(controls: list[UsedControl], hints: list[Image.Image], pipe: Any) -> list[Any]:
+    """The controls with their pictures, on the pipeline's device."""
+    from hubgen.controls.opening import open_control
+    from hubgen.errors import one_line
+
+    found = []
+    for one, hint in zip(controls, hints, strict=True):
+        try:
+            found.append(open_control(one.net, hint, pipe, scale=one.scale, start=one.start, end=one.end))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--control {one.net}: {one_line(error).removeprefix(f'{one.net}: ')}") from error
+    return found
+
+
 def default_out(prompt: str, source: Path | None) -> Path:
     """A name that is free: after the file that is repeated, beside it, or after the prompt, here."""
     folder, stem = (source.parent, source.stem) if source is not None else (Path(), slug(prompt))
@@ -369,9 +432,24 @@ KINDS = (
     Kind(
         "TextToImagePipeline",
         'say what to draw, such as hubgen generate "a smiling cat" --out cat.png',
-        ("negative_prompt", "guidance_scale", "height", "width", "image", "mask", "strength", "lora", "embedding"),
+        (
+            "negative_prompt",
+            "guidance_scale",
+            "height",
+            "width",
+            "image",
+            "mask",
+            "strength",
+            "lora",
+            "embedding",
+            "control",
+        ),
     ),
-    Kind("ClassToImagePipeline", "name a class or its number", ("guidance_scale", "height", "width")),
+    Kind(
+        "ClassToImagePipeline",
+        "name a class or its number",
+        ("guidance_scale", "height", "width", "image", "mask", "strength", "control"),
+    ),
     Kind("UnconditionalPipeline", "", ()),
 )
 
@@ -454,7 +532,7 @@ def sample(kind: Kind, pipe: Any, request: Request, opened: dict[str, Any]) -> l
     prompts = [word for word in words for _ in range(request.n)]
     seeds = [request.seed + j for _ in words for j in range(request.n)]
     options = {name: getattr(request, name) for name in kind.options if getattr(request, name) is not None}
-    beside = ("image", "mask", *(used.option for used in USED))  # opened, or on the pipeline already
+    beside = ("image", "mask", "control", *(used.option for used in USED))  # opened, or on the pipeline already
     options = {name: value for name, value in options.items() if name not in beside} | opened
     pictures: list[Image.Image] = []
     for start in range(0, len(prompts), request.batch_size):

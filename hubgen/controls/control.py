@@ -49,6 +49,10 @@ class Target:
     """(n,), those of the scheduler that are left to do; its device is where everything goes"""
     generator: Generator = None
     """one, or one for each of the B pictures"""
+    image_encoder: Any = None
+    """the pipeline's, which sees pictures for controls"""
+    feature_extractor: Any = None
+    """what it sees them through"""
 
     @property
     def device(self) -> torch.device:

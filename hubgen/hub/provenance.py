@@ -78,6 +78,28 @@ class UsedEmbedding(UsedFile):
         return super().is_valid(value) and (value["word"] is None or isinstance(value["word"], str))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UsedControl:
+    """A control that steered a picture."""
+
+    net: str
+    """Folder, file or owner/name of a ControlNet, T2I-adapter or IP-Adapter; `model` for the model's own"""
+    image: str
+    """File that it was shown"""
+    scale: float
+    start: float
+    end: float
+
+    @classmethod
+    def is_valid(cls, value: Any) -> bool:
+        """Whether a stored value has these fields, each of its type and range."""
+        if not isinstance(value, dict) or value.keys() != {field.name for field in dataclasses.fields(cls)}:
+            return False
+        numbers = all(is_number(value[name]) for name in ("scale", "start", "end"))
+        texts = isinstance(value["net"], str) and isinstance(value["image"], str)
+        return texts and numbers and 0 <= value["start"] < value["end"] <= 1
+
+
 USED: tuple[type[UsedFile], ...] = (UsedLora, UsedEmbedding)
 """Each is a field of `Request` by the name of its option"""
 
@@ -121,6 +143,8 @@ class Request:
     """Adapters on the model, in their order."""
     embedding: list[UsedEmbedding] | None = None
     """Learned words that its text encoders know, in their order."""
+    control: list[UsedControl] | None = None
+    """What else steers, in its order."""
 
 
 def versions() -> dict[str, str]:
@@ -195,6 +219,8 @@ def read_request(path: Path) -> tuple[Request, dict[str, str]]:
     for kind in USED:
         if fields.get(kind.option) is not None:
             fields[kind.option] = [kind(**one) for one in fields[kind.option]]
+    if fields.get("control") is not None:
+        fields["control"] = [UsedControl(**one) for one in fields["control"]]
     return Request(**fields), {str(name): str(number) for name, number in made_with.items()}
 
 
@@ -210,6 +236,8 @@ def is_valid(name: str, value: Any) -> bool:
         case "lora" | "embedding":
             (kind,) = (one for one in USED if one.option == name)
             return value is None or (isinstance(value, list) and bool(value) and all(map(kind.is_valid, value)))
+        case "control":
+            return value is None or (isinstance(value, list) and bool(value) and all(map(UsedControl.is_valid, value)))
         case "dtype":
             return value in DTYPES
         case "guidance_scale":

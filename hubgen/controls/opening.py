@@ -1,0 +1,113 @@
+"""Controls by the names of their files: which kind of control a folder, file or repository holds.
+
+open_control("owner/sd-controlnet-canny", edges, pipe, scale=0.8, end=0.6)
+open_control("ip-adapter.safetensors", cat, pipe)
+open_control("model", edges, pipe)          # the ControlNet that the pipeline itself has
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hubgen.conditioning.families.flux import FluxFamily
+from hubgen.conditioning.families.mmdit import MMDiTFamily
+from hubgen.controls.control import Control
+from hubgen.controls.controlnet import ControlNet
+from hubgen.controls.ip_adapter import IPAdapter
+from hubgen.formats.headers import read_header
+from hubgen.hub.classes import require_class
+
+OWN = "model"
+"""The name of the network that the pipeline itself has"""
+NO_NETWORK = f"{OWN}: the model has no ControlNet of its own, expected the name of one"
+NETWORKS = (
+    "ControlNetModel",
+    "ControlNetUnionModel",
+    "SD3ControlNetModel",
+    "FluxControlNetModel",
+    "DiTControlNetModel",
+    "T2IAdapter",
+)
+
+
+def open_control(name: str, image: Any, pipe: Any, revision: str | None = None, **settings: Any) -> Control:
+    """The control of a name.
+
+    Args:
+        name: A folder with a network's config.json, owner/name of such a repository, a .safetensors file with a
+            network or an IP-Adapter (also .bin), or `OWN`.
+        image: What it is shown.
+        pipe: That it is for; the network goes to where its backbone is, and to its type.
+        revision: Of a repository.
+        settings: `scale`, `start`, `end`; of a ControlNet also `mode`.
+
+    Raises:
+        ValueError: There is nothing of this name, it holds no control, or the settings do not suit it.
+        OSError: The Hub cannot be reached, or has no such repository.
+    """
+    path = Path(name).expanduser()
+    if name == OWN:
+        net = getattr(pipe, "controlnet", None)
+        if net is None:
+            raise ValueError(NO_NETWORK)
+        return ControlNet(net, image, **settings)
+    if path.is_file():
+        if is_adapter(path):
+            return IPAdapter(path, image, **settings)
+        net = require_class("hubgen", single_file_class(pipe), where=name).from_single_file(path)  # type: ignore[attr-defined]
+    else:
+        net = network(name, revision)
+    backbone = pipe.backbone
+    return ControlNet(net.to(backbone.device, backbone.dtype).eval(), image, **settings)
+
+
+def check_name(name: str, index: Mapping[str, Any]) -> None:
+    """Raises what `open_control` would for a name, before any weights are read.
+
+    Args:
+        name: See `open_control`.
+        index: The `model_index.json` of the pipeline that it is for.
+    """
+    if name == OWN and index.get("controlnet") in (None, [None, None]):
+        raise ValueError(NO_NETWORK)
+    if name != OWN and not Path(name).expanduser().is_file():
+        network_class(name)
+
+
+def network(name: str, revision: str | None = None) -> Any:
+    """The network of a folder or repository, of hubgen's class."""
+    options = {} if Path(name).expanduser().is_dir() else {"revision": revision}
+    return require_class("hubgen", network_class(name, revision), where=name).from_pretrained(name, **options)  # type: ignore[attr-defined]
+
+
+def network_class(name: str, revision: str | None = None) -> str:
+    """The class of the network of a folder or repository, by its config."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        config = path / "config.json"
+        if not config.is_file():
+            raise ValueError(f"{name}: holds no config.json, expected the folder of a network")
+    else:
+        from huggingface_hub import hf_hub_download
+
+        config = Path(hf_hub_download(name, "config.json", revision=revision))
+    class_name = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
+    if class_name not in NETWORKS:
+        raise ValueError(f"{name}: got a {class_name}, expected one of {', '.join(NETWORKS)}")
+    return str(class_name)
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a file is an IP-Adapter's, by its keys; a pickled one can be nothing else here."""
+    if path.suffix != ".safetensors":
+        return True
+    return any("ip_adapter" in key or key.startswith("image_proj.") for key in read_header(path))
+
+
+def single_file_class(pipe: Any) -> str:
+    """The class of a bare ControlNet's file, which is that of the model's family."""
+    family = pipe.family
+    if isinstance(family, FluxFamily):
+        return "FluxControlNetModel"
+    return "SD3ControlNetModel" if isinstance(family, MMDiTFamily) else "ControlNetModel"
