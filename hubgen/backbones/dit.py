@@ -28,134 +28,113 @@ from diffusers.utils import apply_lora_scale
 from torch import nn
 
 from hubgen.backbones.base import Backbone
-from hubgen.layers.attention import Attention
 from hubgen.layers.checks import require_shape
-from hubgen.layers.embeddings import PatchEmbed, TimestepEmbedding, Timesteps
-from hubgen.layers.feed_forward import FeedForward
-from hubgen.layers.mmdit_blocks import add_gated
-from hubgen.layers.normalization import AdaLayerNormZero, modulate
+from hubgen.layers.dit_blocks import DiTBlock, Embedded, initialize_dit_
+from hubgen.layers.embeddings import PatchEmbed
+from hubgen.layers.normalization import modulate
 from hubgen.layers.residuals import shared_by_neighbours
 
 CLASS_DROPOUT = 0.1  # section 4: what makes classifier-free guidance possible
 
 
-class LabelEmbedding(nn.Module):
-    """A vector for each class, and one more, the last, for no class: (B,) -> (B, D)."""
+class DiTStem(Backbone):
+    """What DiT and ControlNets for it begin with: positions, blocks, and the checks of config and inputs."""
 
-    def __init__(self, num_classes: int, hidden_size: int):
-        super().__init__()
-        self.num_classes = num_classes
-        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+    def build_stem(self) -> None:
+        """Makes the patch embedding and the blocks that the config describes.
 
-    def forward(self, labels: torch.Tensor) -> torch.Tensor:
-        return self.embedding_table(labels)
-
-
-class CombinedTimestepLabelEmbeddings(nn.Module):
-    """Embedded timestep plus embedded class; the lowest frequency is exactly 1/10000 here, unlike in an MM-DiT."""
-
-    def __init__(self, num_classes: int, embedding_dim: int):
-        super().__init__()
-        self.time_proj = Timesteps(num_channels=256, flip_sin_to_cos=True, downscale_freq_shift=1)
-        self.timestep_embedder = TimestepEmbedding(in_channels=256, time_embed_dim=embedding_dim)
-        self.class_embedder = LabelEmbedding(num_classes, embedding_dim)
-
-    def forward(self, timestep: torch.Tensor, class_labels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """(B,), (B,) -> (B, D)."""
-        waves = self.time_proj(timestep).to(dtype)  # (B, 256)
-        return self.timestep_embedder(waves) + self.class_embedder(class_labels)
-
-
-class ClassAdaLayerNormZero(AdaLayerNormZero):
-    """adaLN-Zero that owns the embedders of its condition."""
-
-    def __init__(self, embedding_dim: int, num_classes: int):
-        super().__init__(embedding_dim)
-        self.emb = CombinedTimestepLabelEmbeddings(num_classes, embedding_dim)
-
-
-class Embedded:
-    """Carries the first block's embedded condition to the output, under group offloading.
-
-    Not a list, because offloading hooks hand on copies of lists.
-    """
-
-    temb: torch.Tensor | None = None  # (B, D)
-
-
-class DiTBlock(nn.Module):
-    """Figure 3, "DiT Block with adaLN-Zero": modulated attention and MLP, both gated.
-
-    Args:
-        dim: Features of a token.
-        num_attention_heads: Heads.
-        attention_head_dim: Features of a head.
-        num_classes: Classes, the one for no class not counted.
-        dropout: Probability of dropping a feature of attention's output and inside the MLP.
-        activation_fn: See `FeedForward`.
-        attention_bias: Whether queries, keys and values have a bias.
-        upcast_attention: See `Attention`.
-        norm_elementwise_affine: Whether the MLP's norm has a weight and a bias.
-        norm_eps: Epsilon of the MLP's norm; attention's is always 1e-6. (The paper's code has 1e-6 for both, the
-            published configs 1e-5.)
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_attention_heads: int,
-        attention_head_dim: int,
-        num_classes: int,
-        dropout: float = 0.0,
-        activation_fn: str = "gelu-approximate",
-        attention_bias: bool = True,
-        upcast_attention: bool = False,
-        norm_elementwise_affine: bool = False,
-        norm_eps: float = 1e-5,
-    ):
-        super().__init__()
-        self.norm1 = ClassAdaLayerNormZero(dim, num_classes)
-        self.attn1 = Attention(
-            dim,
-            heads=num_attention_heads,
-            dim_head=attention_head_dim,
-            bias=attention_bias,
-            dropout=dropout,
-            upcast_attention=upcast_attention,
-        )
-        self.norm3 = nn.LayerNorm(dim, eps=norm_eps, elementwise_affine=norm_elementwise_affine)
-        self.ff = FeedForward(dim, dropout=dropout, activation_fn=activation_fn)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        timestep: torch.Tensor,
-        class_labels: torch.Tensor,
-        cross_attention_kwargs: dict[str, Any] | None = None,
-        residual: torch.Tensor | None = None,
-        embedded: Embedded | None = None,
-    ) -> torch.Tensor:
-        """(B, T, D), (B,), (B,) -> (B, T, D).
-
-        Args:
-            hidden_states: Tokens, (B, T, D).
-            timestep: (B,).
-            class_labels: (B,).
-            cross_attention_kwargs: Further keywords of the attention's processor.
-            residual: A ControlNet's, (B, T, D), added at the end; see `JointTransformerBlock.forward`.
-            embedded: Receives the block's embedded condition.
+        Raises:
+            ValueError: See `DiTTransformer2DModel`.
         """
-        x = hidden_states
-        temb = self.norm1.emb(timestep, class_labels, x.dtype)  # (B, D)
-        if embedded is not None:
-            embedded.temb = temb
-        x_in, gate, shift_mlp, scale_mlp, gate_mlp = self.norm1(x, temb)
-        x = add_gated(x, gate, self.attn1(x_in, **(cross_attention_kwargs or {})))
-        x = add_gated(x, gate_mlp, self.ff(modulate(self.norm3(x), scale_mlp, shift_mlp)))
-        return x if residual is None else x + residual
+        config = self.config
+        self.check_config()
+        self.inner_dim = config.num_attention_heads * config.attention_head_dim
+        self.pos_embed = self.patches()
+        self.transformer_blocks = nn.ModuleList(
+            DiTBlock(
+                dim=self.inner_dim,
+                num_attention_heads=config.num_attention_heads,
+                attention_head_dim=config.attention_head_dim,
+                num_classes=config.num_embeds_ada_norm,
+                dropout=config.dropout,
+                activation_fn=config.activation_fn,
+                attention_bias=config.attention_bias,
+                upcast_attention=config.upcast_attention,
+                norm_elementwise_affine=config.norm_elementwise_affine,
+                norm_eps=config.norm_eps,
+            )
+            for _ in range(config.num_layers)
+        )
+
+    def patches(self, **changes: Any) -> PatchEmbed:
+        """An embedding of latents; `changes` of its arguments."""
+        config = self.config
+        arguments: dict[str, Any] = {
+            "height": config.sample_size,
+            "width": config.sample_size,
+            "patch_size": config.patch_size,
+            "in_channels": config.in_channels,
+            "embed_dim": self.inner_dim,
+        }
+        return PatchEmbed(**{**arguments, **changes})
+
+    def check_config(self) -> None:
+        """Raises ValueError naming the argument whose value cannot be built."""
+        config = self.config
+        if config.norm_type != "ada_norm_zero":
+            raise ValueError(f"`norm_type`: got {config.norm_type!r}, expected 'ada_norm_zero'.")
+        classes, size, patch = config.num_embeds_ada_norm, config.sample_size, config.patch_size
+        if classes is None or classes < 1:
+            raise ValueError(f"`num_embeds_ada_norm`: got {classes!r}, expected the number of classes.")
+        if config.num_layers < 1:
+            raise ValueError(f"`num_layers`: got {config.num_layers!r}, expected at least 1.")
+        if size % patch:
+            raise ValueError(f"`sample_size`: got {size}, expected a multiple of `patch_size` = {patch}.")
+        heads, features = config.num_attention_heads, config.attention_head_dim
+        if heads * features % 4:
+            raise ValueError(
+                f"`num_attention_heads` * `attention_head_dim`: got {heads} * {features}, expected a multiple of 4 for "
+                "the sines and cosines of positions."
+            )
+
+    def time_embedders(self) -> list[nn.Module]:
+        """The modules that `modulations` depends on, besides the layers themselves."""
+        return [block.norm1.emb for block in self.transformer_blocks]
+
+    def modulations(
+        self, timestep: torch.Tensor, class_labels: torch.Tensor
+    ) -> Iterator[tuple[nn.Module, torch.Tensor]]:
+        """What every layer answers that sees time and class alone; the arguments are those of `forward`."""
+        for block in self.transformer_blocks:
+            temb = block.norm1.emb(timestep, class_labels, self.dtype)  # (B, D)
+            yield block.norm1.emb, temb
+            yield block.norm1.linear, block.norm1.linear(F.silu(temb))
+
+    def check_inputs(
+        self, hidden_states: torch.Tensor, timestep: torch.Tensor | None, class_labels: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The timesteps and labels, one for each of the batch."""
+        batch, config = len(hidden_states), self.config
+        classes = config.num_embeds_ada_norm
+        require_shape("hidden_states", hidden_states, (batch, config.in_channels, "height", "width"))
+        one_for_all = (1,) if timestep is not None and timestep.shape == (1,) else (batch,)
+        require_shape("timestep", timestep, one_for_all)
+        one_for_all = (1,) if class_labels is not None and class_labels.shape == (1,) else (batch,)
+        require_shape("class_labels", class_labels, one_for_all)
+        assert timestep is not None and class_labels is not None
+        if class_labels.is_floating_point():
+            raise ValueError(f"`class_labels`: got {class_labels.dtype}, expected whole numbers.")
+        # On an accelerator a look at the values would make the host wait.
+        if class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            wrong = class_labels[(class_labels < 0) | (class_labels > classes)]
+            if len(wrong):
+                raise ValueError(
+                    f"`class_labels`: got {wrong.tolist()}, expected 0 to {classes - 1}, or {classes} for no class."
+                )
+        return timestep.expand(batch), class_labels.expand(batch)
 
 
-class DiTTransformer2DModel(Backbone):
+class DiTTransformer2DModel(DiTStem):
     """The class-conditional diffusion transformer (2212.09748); same name, same checkpoint as diffusers' class.
 
     Three things differ from that class, none of them in evaluation: a fresh model predicts exactly 0 (adaLN-Zero, as
@@ -212,44 +191,8 @@ class DiTTransformer2DModel(Backbone):
         norm_eps: float = 1e-5,
     ):
         super().__init__()
-        if norm_type != "ada_norm_zero":
-            raise ValueError(f"`norm_type`: got {norm_type!r}, expected 'ada_norm_zero'.")
-        if num_embeds_ada_norm is None or num_embeds_ada_norm < 1:
-            raise ValueError(f"`num_embeds_ada_norm`: got {num_embeds_ada_norm!r}, expected the number of classes.")
-        if num_layers < 1:
-            raise ValueError(f"`num_layers`: got {num_layers!r}, expected at least 1.")
-        if sample_size % patch_size:
-            raise ValueError(f"`sample_size`: got {sample_size}, expected a multiple of `patch_size` = {patch_size}.")
-        self.inner_dim = num_attention_heads * attention_head_dim
-        if self.inner_dim % 4:
-            raise ValueError(
-                f"`num_attention_heads` * `attention_head_dim`: got {num_attention_heads} * {attention_head_dim}, "
-                "expected a multiple of 4 for the sines and cosines of positions."
-            )
+        self.build_stem()
         self.out_channels = in_channels if out_channels is None else out_channels
-
-        self.pos_embed = PatchEmbed(
-            height=sample_size,
-            width=sample_size,
-            patch_size=patch_size,
-            in_channels=in_channels,
-            embed_dim=self.inner_dim,
-        )
-        self.transformer_blocks = nn.ModuleList(
-            DiTBlock(
-                dim=self.inner_dim,
-                num_attention_heads=num_attention_heads,
-                attention_head_dim=attention_head_dim,
-                num_classes=num_embeds_ada_norm,
-                dropout=dropout,
-                activation_fn=activation_fn,
-                attention_bias=attention_bias,
-                upcast_attention=upcast_attention,
-                norm_elementwise_affine=norm_elementwise_affine,
-                norm_eps=norm_eps,
-            )
-            for _ in range(num_layers)
-        )
         self.norm_out = nn.LayerNorm(self.inner_dim, elementwise_affine=False, eps=1e-6)
         self.proj_out_1 = nn.Linear(self.inner_dim, 2 * self.inner_dim)
         self.proj_out_2 = nn.Linear(self.inner_dim, patch_size * patch_size * self.out_channels)
@@ -260,18 +203,7 @@ class DiTTransformer2DModel(Backbone):
 
     def initialize_weights(self) -> None:
         """adaLN-Zero (section 3.2): every block starts as the identity, and the prediction as exactly 0."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                nn.init.xavier_uniform_(module.weight.flatten(1))  # the convolution is a linear layer on patches
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        for module in self.modules():
-            if isinstance(module, CombinedTimestepLabelEmbeddings):
-                nn.init.normal_(module.timestep_embedder.linear_1.weight, std=0.02)
-                nn.init.normal_(module.timestep_embedder.linear_2.weight, std=0.02)
-                nn.init.normal_(module.class_embedder.embedding_table.weight, std=0.02)
-            elif isinstance(module, AdaLayerNormZero):
-                nn.init.zeros_(module.linear.weight)
+        initialize_dit_(self)
         nn.init.zeros_(self.proj_out_1.weight)
         nn.init.zeros_(self.proj_out_2.weight)
 
@@ -329,20 +261,14 @@ class DiTTransformer2DModel(Backbone):
         sample = self.unpatchify(x, height, width)  # (B, C, H, W)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
-    def time_embedders(self) -> list[nn.Module]:
-        """The modules that `modulations` depends on, besides the layers themselves."""
-        return [block.norm1.emb for block in self.transformer_blocks]
-
     def modulations(
         self, timestep: torch.Tensor, class_labels: torch.Tensor
     ) -> Iterator[tuple[nn.Module, torch.Tensor]]:
         """What every layer answers that sees time and class alone; the arguments are those of `forward`."""
-        first = None
-        for block in self.transformer_blocks:
-            temb = block.norm1.emb(timestep, class_labels, self.dtype)  # (B, D)
-            first = temb if first is None else first
-            yield block.norm1.emb, temb
-            yield block.norm1.linear, block.norm1.linear(F.silu(temb))
+        first = None  # the first block's embedded condition, (B, D)
+        for layer, answer in super().modulations(timestep, class_labels):
+            first = answer if first is None else first
+            yield layer, answer
         assert first is not None
         yield self.proj_out_1, self.proj_out_1(F.silu(first))
 
@@ -356,29 +282,6 @@ class DiTTransformer2DModel(Backbone):
         p = self.config.patch_size
         x = x.reshape(-1, height // p, width // p, p, p, self.out_channels)  # (B, h, w, p, p, C)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, height, width)
-
-    def check_inputs(
-        self, hidden_states: torch.Tensor, timestep: torch.Tensor | None, class_labels: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The timesteps and labels, one for each of the batch."""
-        batch, config = len(hidden_states), self.config
-        classes = config.num_embeds_ada_norm
-        require_shape("hidden_states", hidden_states, (batch, config.in_channels, "height", "width"))
-        one_for_all = (1,) if timestep is not None and timestep.shape == (1,) else (batch,)
-        require_shape("timestep", timestep, one_for_all)
-        one_for_all = (1,) if class_labels is not None and class_labels.shape == (1,) else (batch,)
-        require_shape("class_labels", class_labels, one_for_all)
-        assert timestep is not None and class_labels is not None
-        if class_labels.is_floating_point():
-            raise ValueError(f"`class_labels`: got {class_labels.dtype}, expected whole numbers.")
-        # On an accelerator a look at the values would make the host wait.
-        if class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
-            wrong = class_labels[(class_labels < 0) | (class_labels > classes)]
-            if len(wrong):
-                raise ValueError(
-                    f"`class_labels`: got {wrong.tolist()}, expected 0 to {classes - 1}, or {classes} for no class."
-                )
-        return timestep.expand(batch), class_labels.expand(batch)
 
 
 def dit_s_2(size: int = 256, **changes: Any) -> DiTTransformer2DModel:

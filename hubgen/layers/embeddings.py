@@ -213,7 +213,8 @@ class PatchEmbed(nn.Module):
 
     With `pos_embed_max_size` one square table of positions is a part of the state dict, and smaller latents take its
     middle, so that a picture's centre has the same position at every size (2403.03206, section 5.3.2). Without, the
-    table fits `height` and `width`, is made anew for other sizes, and stays out of the state dict.
+    table fits `height` and `width`, is made anew for other sizes, and stays out of the state dict. What is added to
+    tokens that know their positions already, a ControlNet's hint, has none of its own (`pos_embed_type=None`).
 
     Args:
         height: Rows of the latents that the model was made for.
@@ -223,9 +224,10 @@ class PatchEmbed(nn.Module):
         embed_dim: Features of a token.
         interpolation_scale: Divides all positions.
         pos_embed_max_size: Rows and columns of the table in patches.
+        pos_embed_type: `"sincos"`, or `None` for no positions.
     """
 
-    pos_embed: torch.Tensor
+    pos_embed: torch.Tensor | None
 
     def __init__(
         self,
@@ -236,16 +238,20 @@ class PatchEmbed(nn.Module):
         embed_dim: int = 768,
         interpolation_scale: float = 1,
         pos_embed_max_size: int | None = None,
+        pos_embed_type: str | None = "sincos",
     ):
         super().__init__()
+        if pos_embed_type not in ("sincos", None):
+            raise ValueError(f"`pos_embed_type`: got {pos_embed_type!r}, expected 'sincos' or None.")
         self.patch_size = patch_size
         self.height, self.width = height // patch_size, width // patch_size
         self.interpolation_scale = interpolation_scale
-        self.pos_embed_max_size = pos_embed_max_size
+        self.pos_embed_max_size = None if pos_embed_type is None else pos_embed_max_size
         self.in_channels = in_channels  # not that of `proj`, which an adapter may wrap
         self.proj = nn.Conv2d(in_channels, embed_dim, kernel_size=patch_size, stride=patch_size)
         size = (self.height, self.width) if pos_embed_max_size is None else (pos_embed_max_size,) * 2
-        self.register_buffer("pos_embed", self.positions(*size), persistent=pos_embed_max_size is not None)
+        table = None if pos_embed_type is None else self.positions(*size)
+        self.register_buffer("pos_embed", table, persistent=pos_embed_max_size is not None)
 
     def positions(self, rows: int, columns: int, device: torch.device | None = None) -> torch.Tensor:
         """(1, rows * columns, D); a grid of any size spans the `height` patches that the model was made for."""
@@ -258,6 +264,7 @@ class PatchEmbed(nn.Module):
     def cropped_positions(self, rows: int, columns: int) -> torch.Tensor:
         """(1, rows * columns, D), the middle of the table."""
         size = self.pos_embed_max_size
+        assert self.pos_embed is not None
         top, left = (size - rows) // 2, (size - columns) // 2
         table = self.pos_embed.unflatten(1, (size, size))  # (1, size, size, D)
         return table[:, top : top + rows, left : left + columns].flatten(1, 2)
@@ -286,6 +293,8 @@ class PatchEmbed(nn.Module):
                 f"{self.pos_embed_max_size} patches of {self.patch_size})."
             )
         tokens = self.proj(latent).flatten(2).transpose(1, 2)  # (B, T, D)
+        if self.pos_embed is None:
+            return tokens
         if self.pos_embed_max_size is not None:
             positions = self.cropped_positions(rows, columns)
         elif (rows, columns) == (self.height, self.width):

@@ -3,6 +3,7 @@
     double block    text and image have weights of their own and one attention in common (SD3, 2403.03206, figure 2b);
                     FLUX's differs in that queries and keys are normalised and turned by their positions
     single block    text and image are one sequence; attention and MLP stand side by side (2302.05442), FLUX only
+    image block     no text, an attention and an MLP (Stability's ControlNets for SD3.5)
 
 All are modulated by the timestep (adaLN-Zero; DiT, 2212.09748). Class names and parameter names are diffusers', where
 `device_map`, step caches and adapters look for them.
@@ -133,6 +134,33 @@ class JointTransformerBlock(nn.Module):
         return context, x
 
 
+class SD3SingleTransformerBlock(nn.Module):
+    """An image block: a double block's half, whose tokens attend to each other alone.
+
+    Args:
+        dim: Features of a token.
+        num_attention_heads: Heads.
+        attention_head_dim: Features of a head.
+    """
+
+    def __init__(self, dim: int, num_attention_heads: int, attention_head_dim: int):
+        super().__init__()
+        self.norm1 = AdaLayerNormZero(dim)
+        self.attn = Attention(
+            dim, heads=num_attention_heads, dim_head=attention_head_dim, bias=True, processor=JointAttnProcessor()
+        )
+        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.ff = FeedForward(dim, activation_fn="gelu-approximate")
+
+    def forward(
+        self, hidden_states: torch.Tensor, temb: torch.Tensor, joint_attention_kwargs: dict[str, Any] | None = None
+    ) -> torch.Tensor:
+        """(B, T, D), (B, D) -> (B, T, D); see `JointTransformerBlock.forward`."""
+        x_in, gate, shift_mlp, scale_mlp, gate_mlp = self.norm1(hidden_states, temb)
+        x = add_gated(hidden_states, gate, self.attn(x_in, **(joint_attention_kwargs or {})))
+        return add_gated(x, gate_mlp, self.ff(modulate(self.norm2(x), scale_mlp, shift_mlp)))
+
+
 class FluxTransformerBlock(JointTransformerBlock):
     """A double block whose queries and keys are normalised and turned by the tokens' positions."""
 
@@ -205,7 +233,7 @@ class FluxSingleTransformerBlock(nn.Module):
 
 
 def initialize_joint_(model: Any) -> None:
-    """adaLN-Zero (2212.09748) for a transformer of these blocks, whose last layer is `proj_out`.
+    """adaLN-Zero (2212.09748) for a transformer of these blocks, whose last layer, if it has one, is `proj_out`.
 
     Every block starts as the identity, and the prediction as exactly 0.
     """
@@ -221,4 +249,5 @@ def initialize_joint_(model: Any) -> None:
             nn.init.normal_(module.linear_2.weight, std=0.02)
         elif isinstance(module, zeroed):
             nn.init.zeros_(module.linear.weight)
-    nn.init.zeros_(model.proj_out.weight)
+    if hasattr(model, "proj_out"):
+        nn.init.zeros_(model.proj_out.weight)
