@@ -121,8 +121,8 @@ class ControlNetEncoder(UNetConditionEncoder):
             config.block_out_channels[0], config.conditioning_channels, config.conditioning_embedding_out_channels
         )
         levels = zip(config.block_out_channels, self.per_level("layers_per_block"), strict=True)
-        # One for each feature map on the way down: what `conv_in` makes, and of each level what its residual blocks make
-        # and what it is halved to, but for the last level.
+        # One for each feature map on the way down: what `conv_in` makes, what each residual block makes, and what each
+        # level but the last is halved to.
         widths = [config.block_out_channels[0]]
         widths += [width for width, layers in levels for _ in range(layers + 1)][:-1]
         self.controlnet_down_blocks = nn.ModuleList([zero_convolution(width) for width in widths])

@@ -202,6 +202,8 @@ class ControlNetUnionModel(ControlNetEncoder):
     ) -> Self:
         """A network to be trained for a base, which stays as it is; until then its residuals are zero.
 
+        It is on the CPU and in the default type, whatever the base is.
+
         Args:
             unet: A `UNet2DConditionModel` of hubgen or diffusers.
             controlnet_conditioning_channel_order: `"rgb"`.
