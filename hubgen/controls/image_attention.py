@@ -133,15 +133,13 @@ class Adapter:
             ValueError: The adapter is for another backbone.
         """
         expected, network = places(backbone, self.layout), self.network
-        wrong = [
-            f"ip_adapter.{number}: missing, for {expected[number]}" for number in expected.keys() - network.numbers
-        ]
-        for number in network.numbers:
-            if number not in expected:
-                wrong.append(f"ip_adapter.{number}: of no such layer")
+        wrong = [f"ip_adapter.{number}: unknown" for number in network.numbers if number not in expected]
+        for number, name in expected.items():
+            if number not in network.numbers:
+                wrong.append(f"ip_adapter.{number}: missing, for {name}")
                 continue
-            name, width = expected[number], network.layer(number).to_k_ip.out_features
-            if (own := attention(backbone, name).to_q.out_features) != width:
+            width, own = network.layer(number).to_k_ip.out_features, attention(backbone, name).to_q.out_features
+            if own != width:
                 wrong.append(f"ip_adapter.{number}: {width} features, expected {own} as {name} has them")
         if wrong:
             raise ValueError(
@@ -207,6 +205,17 @@ def places(backbone: Any, layout: Layout) -> dict[int, str]:
         return dict(enumerate(name for name in names if getattr(attention(backbone, name), "added_kv_proj_dim", None)))
     to_text = {n: name for n, name in enumerate(names) if attention(backbone, name).is_cross_attention}
     return to_text if which == "text" and to_text else dict(enumerate(names))
+
+
+def check_takes_parts(backbone: Any, names: Mapping[int, str]) -> None:
+    """Raises ValueError where a layer's processor has no place for what a control adds."""
+    processors = backbone.attn_processors
+    without = [name for name in names.values() if not hasattr(processors[name], "parts")]
+    if without:
+        raise ValueError(
+            f"`controls`: got an IP-Adapter for {type(processors[without[0]]).__name__} of {type(backbone).__name__}, "
+            "expected processors that take parts, which hubgen's backbones have."
+        )
 
 
 def in_order(line: str) -> list[int | str]:

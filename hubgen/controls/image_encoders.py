@@ -48,8 +48,10 @@ def encode(encoder: Any, pixels: torch.Tensor, patches: bool) -> torch.Tensor:
 
 
 def features_of(encoder: Any, patches: bool) -> int:
-    """F of `encode`."""
-    config = encoder.config
+    """F of `encode`; ValueError for what is no vision model."""
+    config = getattr(encoder, "config", None)
+    if not hasattr(config, "image_size") or not hasattr(config, "hidden_size"):
+        raise ValueError(f"`image_encoder`: got {type(encoder).__name__}, expected a vision model of transformers.")
     projected = not patches and hasattr(encoder, "visual_projection")
     return config.projection_dim if projected else config.hidden_size
 

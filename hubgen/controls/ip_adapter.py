@@ -3,7 +3,8 @@
     pipe("a cat", controls=[IPAdapter("ip-adapter_sd15.safetensors", image=cat, scale=0.5, image_encoder=clip)])
 
 One control for all published layouts (`hubgen.formats.ip_adapter_files`) and all backbones, which it knows by their
-attention layers alone. Several add up. One that is off, or of scale 0, is not run.
+attention layers alone. Several add up. One that is off, or of scale 0, is not run. FaceID's files hold LoRA layers
+besides, which the pipeline loads as any others (`IPAdapter.lora`).
 
 To train one, with the base frozen:
 
@@ -26,7 +27,7 @@ from torch import nn
 
 from hubgen.conditioning.guidance import POSITIVE
 from hubgen.controls.control import Control, Prepared, Span, Start, Target, opened
-from hubgen.controls.image_attention import Adapter, Scale, check_scale, layer_scales
+from hubgen.controls.image_attention import Adapter, Scale, check_scale, check_takes_parts, layer_scales
 from hubgen.controls.image_encoders import black_like, encode, features_of, pixels_of
 from hubgen.controls.seen_pictures import InCall, InTraining
 from hubgen.data.images import mask_processor, read_hints, read_masks
@@ -136,6 +137,8 @@ class IPAdapter(Control):
             if not torch.is_tensor(one) or not one.is_floating_point() or one.ndim not in (ndim, ndim + 1):
                 got = tuple(one.shape) if torch.is_tensor(one) else type(one).__name__
                 raise ValueError(f"`image_embeds`: got {got}, expected numbers ({shape}) or (b, {shape}), or a pair.")
+            if not one.isfinite().all():
+                raise ValueError("`image_embeds`: got NaN or infinity, expected finite numbers.")
             if one.shape[-1] != self.features:
                 raise ValueError(f"`image_embeds`: got {one.shape[-1]} features, expected {self.features}.")
         found = [one[None] if one.ndim == ndim else one for one in pair]
@@ -146,7 +149,9 @@ class IPAdapter(Control):
 
     def check(self, target: Target) -> None:
         """Raises ValueError where adapter, pictures and call do not fit each other."""
-        layer_scales(self.scale, self.adapter.names(target.backbone))
+        names = self.adapter.names(target.backbone)
+        layer_scales(self.scale, names)
+        check_takes_parts(target.backbone, names)
         if self.embeds is not None:
             if target.batch % len(self.embeds[0]):
                 raise ValueError(
@@ -159,7 +164,8 @@ class IPAdapter(Control):
         encoder = self.encoder(target)
         if encoder is None:
             raise ValueError("`image_encoder`: got None, and the pipeline has none, expected one to see `image` with.")
-        if (found := features_of(encoder, self.patches)) != self.features:
+        found = features_of(encoder, self.patches)
+        if found != self.features:
             raise ValueError(f"`image_encoder`: got one of {found} features, expected {self.features}.")
 
     def encoder(self, target: Target) -> Any:
@@ -189,9 +195,9 @@ class IPAdapter(Control):
         shown = encode(encoder, pixels, self.patches)
         if target.branches == (POSITIVE,) or without == "zeros":
             return shown[None], torch.zeros_like(shown)[None]
-        nothing = (
-            pixels_of(black_like(self.images), encoder, extractor) if without == "black" else torch.zeros_like(pixels)
-        )
+        nothing = torch.zeros_like(pixels)
+        if without == "black":
+            nothing = pixels_of(black_like(self.images), encoder, extractor)
         return shown[None], encode(encoder, nothing, self.patches)[None]
 
     def masks(self, target: Target) -> torch.Tensor | None:
