@@ -6,7 +6,7 @@
     paths/           x_t and its target: probability paths, prediction types, timestep densities, loss weightings
     schedulers/      the way back: DDPM, DDIM, score SDE, flow-match Euler and Heun
     conditioning/    prompts, classes, sizes -> conditions; families/, how each backbone is called; guidance
-    controls/        what steers a call from outside, whatever the backbone: inpainting, attention maps
+    controls/        what steers a call from outside, whatever the backbone: ControlNet, IP-Adapter, inpainting
     acceleration/    the same results in less time: packed weights, Winograd's convolutions, what is computed once
     data/            image-text data: folders with metadata.jsonl, the emoji builder, caches
     formats/         checkpoint files: strict checks, the original layouts of single files
@@ -43,6 +43,9 @@ if TYPE_CHECKING:
     from hubgen.conditioning.guidance import ClassifierFreeGuidance as ClassifierFreeGuidance
     from hubgen.conditioning.text import TextCondition as TextCondition
     from hubgen.conditioning.text import TextEmbeddings as TextEmbeddings
+    from hubgen.controls.attention_maps import AttentionMaps as AttentionMaps
+    from hubgen.controls.controlnet import ControlNet as ControlNet
+    from hubgen.controls.ip_adapter import IPAdapter as IPAdapter
     from hubgen.hub.bundled import bundled_model as bundled_model
     from hubgen.paths.continuous import CosinePath as CosinePath
     from hubgen.paths.continuous import EdmPath as EdmPath
@@ -63,9 +66,11 @@ if TYPE_CHECKING:
 
 HOMES = {
     "AnnealedLangevinScheduler": "hubgen.schedulers.annealed_langevin",
+    "AttentionMaps": "hubgen.controls.attention_maps",
     "AutoencoderKL": "hubgen.autoencoders.autoencoder_kl",
     "ClassToImagePipeline": "hubgen.pipelines.class_to_image",
     "ClassifierFreeGuidance": "hubgen.conditioning.guidance",
+    "ControlNet": "hubgen.controls.controlnet",
     "ControlNetModel": "hubgen.backbones.controlnet",
     "ControlNetUnionModel": "hubgen.backbones.controlnet_union",
     "CosinePath": "hubgen.paths.continuous",
@@ -76,6 +81,7 @@ HOMES = {
     "FlowMatchEulerDiscreteScheduler": "hubgen.schedulers.flow_match_euler",
     "FlowMatchHeunDiscreteScheduler": "hubgen.schedulers.flow_match_heun",
     "FluxTransformer2DModel": "hubgen.backbones.flux",
+    "IPAdapter": "hubgen.controls.ip_adapter",
     "LogitNormalDensity": "hubgen.paths.timesteps",
     "RectifiedFlowPath": "hubgen.paths.path",
     "SD3Transformer2DModel": "hubgen.backbones.sd3",

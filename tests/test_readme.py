@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from hubgen.cli import main
 
@@ -68,8 +69,32 @@ def test_every_snippet_runs(
 ) -> None:
     """In the place of a model on the Hub, a tiny one of its layout."""
     monkeypatch.chdir(tmp_path)
+    if "IPAdapter" in snippet:
+        snippet = with_tiny_controls(snippet, official("sd1"))
     snippet = snippet.replace(ON_THE_HUB, repr(str(official("sd1"))))
     exec(compile(snippet, "README.md", "exec"), {"__name__": "__main__"})
+
+
+def with_tiny_controls(snippet: str, folder: Path) -> str:
+    """A snippet whose ControlNet, image encoder and IP-Adapter are tiny ones, saved here."""
+    import hubgen
+
+    unet = hubgen.UNet2DConditionModel.from_pretrained(folder / "unet")
+    hubgen.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 8, 8)).save_pretrained("canny")
+    config = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, projection_dim=8, num_hidden_layers=1, num_attention_heads=2,
+        image_size=32, patch_size=16,
+    )  # fmt: skip
+    CLIPVisionModelWithProjection(config).save_pretrained("clip")
+    hubgen.IPAdapter.fresh(unet, image_features=8).save("adapter.safetensors")
+    for named, tiny in {
+        '"lllyasviel/sd-controlnet-canny"': '"canny"',
+        '"h94/IP-Adapter", subfolder="models/image_encoder"': '"clip"',
+        '"ip-adapter_sd15.safetensors"': '"adapter.safetensors"',
+    }.items():
+        assert named in snippet
+        snippet = snippet.replace(named, tiny)
+    return snippet
 
 
 def test_the_generate_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
