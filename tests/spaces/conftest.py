@@ -2,6 +2,7 @@
 
 import os
 import queue
+import secrets
 import shutil
 import signal
 import socket
@@ -9,11 +10,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
+from tests.hub.loopback import Hub, environment_of, loopback_hub
 from tests.spaces.client import Served, adapter_file
 
 
@@ -31,10 +33,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 class started:  # noqa: N801  (a context manager, called like a function)
     """`hubgen demo` on a free port; stopped in the end."""
 
-    def __init__(self, folder: Path, *options: str, **limits: int):
+    def __init__(self, folder: Path, *options: str, environment: Mapping[str, str] = os.environ, **limits: int):
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        environment = {**os.environ, "HUBGEN_LIMIT_QUEUE": "6", "TMPDIR": str(folder)}
+        environment = {**environment, "HUBGEN_LIMIT_QUEUE": "6", "TMPDIR": str(folder)}
         environment |= {f"HUBGEN_LIMIT_{name.upper()}": str(value) for name, value in limits.items()}
         command = [sys.executable, "-m", "hubgen.cli", "demo", "--port", str(port), *options]
         self.begun = time.monotonic()
@@ -77,8 +79,17 @@ def chromium() -> str:
 
 
 @pytest.fixture(scope="session")
-def served_training(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """The page that trains."""
+def training_hub() -> Iterator[Hub]:
+    """The Hub that the page that trains sends to, with a token that it takes."""
+    with loopback_hub() as hub:
+        hub.token = f"hf_{secrets.token_hex(16)}"
+        yield hub
+
+
+@pytest.fixture(scope="session")
+def served_training(tmp_path_factory: pytest.TempPathFactory, training_hub: Hub) -> Iterator[Served]:
+    """The page that trains; it knows this Hub alone, and has no token of its own."""
     pytest.importorskip("gradio", reason="the page needs Gradio (pip install 'hubgen[demo]')")
-    with started(tmp_path_factory.mktemp("training"), "--train", queue=20) as page:
+    folder = tmp_path_factory.mktemp("training")
+    with started(folder, "--train", environment=environment_of(training_hub, folder / "home", None), queue=20) as page:
         yield page

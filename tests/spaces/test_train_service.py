@@ -2,17 +2,18 @@
 
 import json
 import math
-import time
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import yaml
 
+from tests.hub.loopback import Hub
 from tests.spaces.client import Served, file_data
 from tests.spaces.test_service import HUGE, bomb, in_words
-from tests.spaces.training import COLOURS, ball
 from tests.spaces.training import Visitor as Client
+from tests.spaces.training import ball, holding
 
 pytest.importorskip("gradio", reason="the page needs Gradio (pip install 'hubgen[demo]')")
 pytest.importorskip("datasets", reason="training needs datasets (pip install 'hubgen[train]')")
@@ -95,75 +96,129 @@ def test_hostile_wishes_are_refused_in_words(ready: Client, changes: dict[str, A
     assert "no training" in in_words(ready.call("progress"))
 
 
-def test_captions_that_look_like_settings_or_paths_stay_captions(visitor: Client) -> None:
-    """They are trained on as they are, and change no setting of the script."""
+NASTY = [
+    "run: {output_dir: /tmp/stolen}",
+    '"\n  push_to_hub: owner/name',
+    "../../../etc/passwd",
+    "!!python/object/apply:os.system ['id']",
+    "<script>alert(1)</script>",
+    "{% raw %} & *anchor # %YAML",
+]
+
+
+@pytest.fixture(scope="module")
+def learned(served_training: Served) -> Client:
+    """A visitor whose training is done, with captions that look like settings or paths."""
+    visitor = Client(served_training)
     visitor.bring()
-    nasty = [
-        "run: {output_dir: /tmp/stolen}",
-        '"\n  push_to_hub: owner/name',
-        "../../../etc/passwd",
-        "!!python/object/apply:os.system ['id']",
-        "<script>alert(1)</script>",
-        "{% raw %} & *anchor # %YAML",
-    ]
     words = "zog: !!str {a: [b], push_to_hub: x/y}"
-    answer = visitor.train(words=words, captions=nasty, steps=3, rank=1, prompts="- *a: &b")
+    answer = visitor.train(words=words, captions=NASTY, steps=3, rank=1, prompts="- *a: &b")
     assert answer.error is None, answer.error
     assert "stop it first" in in_words(visitor.train())
-    other = Client(visitor.served)
+    in_words(visitor.call("result"))
+    done = visitor.until("done", "failed", "stopped")
+    assert done["state"] == "done", visitor.served.log.read_text()[-2000:]
+    assert done["step"] == done["of"] == 3 and len(done["loss"]) == 3
+    return visitor
+
+
+def test_captions_that_look_like_settings_or_paths_stay_captions(learned: Client) -> None:
+    """They are trained on as they are, and change no setting of the script."""
+    files = learned.call("result").value[0]
+    assert [one["orig_name"] for one in files] == ["pytorch_lora_weights.safetensors", "kohya.safetensors", "README.md"]
+    card = learned.served.fetch(files[2]["path"]).text
+    assert "<script>" not in card and "stolen" not in card.split("---")[1]
+    assert "/tmp" not in card
+    assert not Path("/tmp/stolen").exists()
+    assert not any("push_to_hub: x" in one for one in learned.served.log.read_text().splitlines())
+
+
+def test_what_one_visitor_learned_no_other_sees(learned: Client) -> None:
+    other = Client(learned.served)
     assert "no training" in in_words(other.call("progress"))
     in_words(other.call("stop"))
     in_words(other.call("go_on", False))
     in_words(other.call("result"))
     assert other.call("look", []).value[0] == []
-    in_words(visitor.call("result"))
-
-    done = visitor.until("done", "failed", "stopped")
-    assert done["state"] == "done", visitor.served.log.read_text()[-2000:]
-    assert done["step"] == done["of"] == 3 and len(done["loss"]) == 3
-    files = visitor.call("result").value[0]
-    assert [one["orig_name"] for one in files] == ["pytorch_lora_weights.safetensors", "kohya.safetensors", "README.md"]
-    card = visitor.served.fetch(files[2]["path"]).text
-    assert "<script>" not in card and "stolen" not in card.split("---")[1]
-    assert "/tmp" not in card
-    in_words(other.call("result"))
-    hidden = [path for path in visitor.served.folder.glob("hubgen-training-*/*/**/*") if path.is_file() and path.suffix]
+    hidden = [path for path in learned.served.folder.glob("hubgen-training-*/*/**/*") if path.is_file() and path.suffix]
     assert any(path.name == "recipe.yaml" for path in hidden) and any(path.name == "00.png" for path in hidden)
     for path in hidden[:40]:
-        assert visitor.served.fetch(str(path)).status_code in (400, 403, 404)
-    assert not Path("/tmp/stolen").exists()
-    publishing(visitor)
+        assert learned.served.fetch(str(path)).status_code in (400, 403, 404)
 
 
-def publishing(visitor: Client) -> None:
-    """What was learned is sent to proper names with a token alone; the token is said nowhere."""
+def sending(visitor: Client, repo: Any, licence: Any, private: Any, token: Any) -> str:
+    """What the page says to Send."""
     event = next(
         one["id"]
         for one in visitor.served.config["dependencies"]
         if one["backend_fn"] and len(one["inputs"]) == 4 and len(one["outputs"]) == 2
     )
-    token = "hf_ThisIsVerySecret"
-    for repo, licence, given in (
-        ("../../etc", "mit", token),
-        ("owner/..", "mit", token),
-        ("a/b/c", "mit", token),
-        ("owner/na me", "mit", token),
-        ("x" * 5000, "mit", token),
-        (["owner/name"], "mit", token),
-        ("owner/name", "my own", token),
-        ("owner/name", "mit", ""),
-        ("owner/name", "mit", None),
-        ("owner/name", "mit", "hf_\r\nX: y"),
-        ("owner/name", "mit", token),  # nothing is reached from here
-    ):
-        answer = visitor.served.call(event, repo, licence, False, given, session=visitor.session)
-        text = answer.error or answer.value[0]
-        assert "problem" in text or answer.error, text
-        assert token not in json.dumps(answer.value or "") and token not in text and "/tmp" not in text
-    assert token not in visitor.served.log.read_text()
-    for path in visitor.served.folder.rglob("*"):
-        if path.is_file() and path.stat().st_size < 1_000_000:
-            assert token.encode() not in path.read_bytes(), path
+    answer = visitor.served.call(event, repo, licence, private, token, session=visitor.session)
+    if answer.error:
+        return in_words(answer)
+    said, kept = answer.value
+    assert kept == "", "the token goes from the page"
+    return said
+
+
+REFUSED = "hf_ThisIsVerySecret"
+
+
+@pytest.mark.parametrize(
+    ("repo", "licence", "token", "says"),
+    [
+        ("../../etc", "mit", REFUSED, "owner/name"),
+        ("owner/..", "mit", REFUSED, "owner/name"),
+        ("a/b/c", "mit", REFUSED, "owner/name"),
+        ("owner/na me", "mit", REFUSED, "owner/name"),
+        ("x" * 5000, "mit", REFUSED, "owner/name"),
+        (["owner/name"], "mit", REFUSED, "owner/name"),
+        ("owner/name", "my own", REFUSED, "my own is not in the list"),
+        ("owner/name", "mit", "", "Type a token"),
+        ("owner/name", "mit", None, "Type a token"),
+        ("owner/name", "mit", "hf_\r\nX: y", "no token of the Hub"),
+        ("owner/name", "mit", REFUSED, "does not let this token write to owner/name; expected one with the right to"),
+    ],
+)
+def test_what_cannot_be_sent_is_said_and_the_token_is_kept_nowhere(
+    learned: Client, training_hub: Hub, repo: Any, licence: str, token: str | None, says: str
+) -> None:
+    said = sending(learned, repo, licence, False, token)
+    assert says in said and "It is at" not in said and "/tmp" not in said
+    assert REFUSED not in said and holding(REFUSED, learned.served.folder) == []
+    assert training_hub.commits == [] and "owner/name" not in training_hub.repos
+
+
+def test_what_was_learned_reaches_the_hub_with_its_card_and_the_token_stays_nowhere(
+    learned: Client, training_hub: Hub
+) -> None:
+    assert training_hub.token is not None
+    said = sending(learned, "tester/zog", "cc-by-4.0", True, training_hub.token)
+    address = f"{training_hub.url}/tester/zog"
+    assert f'<a href="{address}"' in said and "problem" not in said
+
+    files = training_hub.repos["tester/zog"]
+    assert training_hub.created["tester/zog"]["visibility"] == "private"
+    assert {"README.md", "pytorch_lora_weights.safetensors", "training.json"} <= set(files)
+    assert not [name for name in files if Path(name).suffix not in (".md", ".safetensors", ".json", ".png")]
+    taken = {one["orig_name"]: one["path"] for one in learned.call("result").value[0]}
+    name = "pytorch_lora_weights.safetensors"
+    assert files[name] == learned.served.fetch(taken[name]).content
+    text = files["README.md"].decode()
+    card = yaml.safe_load(text.split("---")[1])
+    assert card["license"] == "cc-by-4.0" and "lora" in card["tags"] and card["pipeline_tag"] == "text-to-image"
+    assert card["widget"][0]["output"]["url"] in files
+    assert 'load_lora_weights("tester/zog")' in text and str(learned.served.folder) not in text
+
+    assert training_hub.token not in said and training_hub.token not in json.dumps(learned.call("progress").value)
+    assert holding(training_hub.token, learned.served.folder) == []
+    assert training_hub.token.encode() not in b"".join(files.values())
+    for secret in ("environ", "cmdline"):
+        assert training_hub.token.encode() not in Path(f"/proc/{learned.served.pid}/{secret}").read_bytes()
+
+    commits = len(training_hub.commits)
+    assert address in sending(learned, "tester/zog", "cc-by-4.0", True, training_hub.token)
+    assert len(training_hub.commits) == commits, "nothing changed, so nothing is sent"
 
 
 def test_whatever_is_sent_to_whichever_event_is_answered_in_words(served_training: Served) -> None:
@@ -185,44 +240,3 @@ def test_whatever_is_sent_to_whichever_event_is_answered_in_words(served_trainin
 def test_the_endpoints_are_named(served_training: Served) -> None:
     info = httpx.get(f"{served_training.api}/info", timeout=30).json()["named_endpoints"]
     assert set(info) == {"/look", "/train", "/progress", "/stop", "/go_on", "/result", "/about"}
-
-
-def test_who_has_left_is_stopped_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The queue itself, with scripts that run: one trains, one waits, and a third is told that it is full."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent.parent / "spaces" / "train_lora"))
-    from hubgen.spaces.kit.limits import Limits, Refused
-    from hubgen.spaces.kit.service import Model
-    from hubgen.spaces.kit.settings import Settings
-    from steps.bench import Benches
-    from steps.recipe import checked_wish, settings_for, usual_for
-    from steps.runs import Trainings
-
-    model, limits = Model("bundled", Settings()), Limits(trainings_waiting=1, away_seconds=60)
-    benches = Benches(tmp_path / "benches", 64, limits)
-    trainings = Trainings(benches, "cpu")
-    runs = []
-    for name in ("first", "second"):
-        bench = benches.get(name)
-        bench.add([(f"{colour}.png", ball(colour)) for colour in COLOURS], limits)
-        wish = checked_wish(bench, limits, usual_for(model, 6), "style", "zog")
-        runs.append(trainings.start(bench, wish, *settings_for(wish, bench, model, limits)))
-        end = time.monotonic() + 20
-        while trainings.running is None and time.monotonic() < end:
-            time.sleep(0.1)
-    first, second = runs
-    process = first.process
-    assert first.state == "running" and process is not None and second.state == "waiting" and second.place == 2
-    with pytest.raises(Refused, match="waiting already"):
-        trainings.check_room(benches.get("third"))
-    with pytest.raises(Refused, match="stop it first"):
-        trainings.check_room(first.bench)
-    assert benches.find("another") is None and len({one.folder for one in benches.of.values()}) == 3
-
-    for bench in benches.of.values():
-        bench.seen -= 61
-    end = time.monotonic() + 20
-    while any(benches.folder.iterdir()) and time.monotonic() < end:
-        time.sleep(0.1)
-    assert not any(benches.folder.iterdir()) and not benches.of
-    assert process.poll() is not None and trainings.running is None and not trainings.waiting
-    trainings.close()

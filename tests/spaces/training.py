@@ -29,6 +29,12 @@ def ball_files(folder: Path) -> list[str]:
     return [str(folder / f"{colour}-ball.png") for colour in COLOURS]
 
 
+def holding(words: str, *folders: Path) -> list[Path]:
+    """The files below some folders that have these words in them, or in their names."""
+    files = [path for folder in folders for path in folder.rglob("*")]
+    return [path for path in files if words in path.name or (path.is_file() and words.encode() in path.read_bytes())]
+
+
 class Visitor:
     """Somebody at the page that trains, over raw HTTP.
 

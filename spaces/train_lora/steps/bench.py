@@ -4,7 +4,6 @@ import hashlib
 import json
 import re
 import secrets
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -118,14 +117,13 @@ class Bench:
             del self.items[place]
             self.version += 1
 
-    def write_data(self, texts: Sequence[str]) -> Path:
-        """Writes the data folder of a training, anew.
+    def write_data(self, folder: Path, texts: Sequence[str]) -> Path:
+        """Writes the data folder of a training.
 
         Args:
+            folder: A new one.
             texts: Of each of the good pictures.
         """
-        folder = self.folder / "pictures"
-        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         rows = []
         for number, (item, text) in enumerate(zip(self.good, texts, strict=True)):

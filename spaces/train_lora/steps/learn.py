@@ -6,9 +6,10 @@ import gradio as gr
 
 from hubgen.spaces.kit import stage
 from hubgen.spaces.kit.limits import Refused
+from steps.amounts import lasts
 from steps.pictures import Pictures, heading
 from steps.recipe import LONGEST_WORDS, MOST_PROMPTS, usual_for
-from steps.workshop import Workshop, lasts
+from steps.workshop import Workshop
 
 TITLE = "What to learn"
 RATES = (("Gentle", 1 / 3), ("Usual", 1.0), ("Strong", 3.0))
@@ -101,15 +102,18 @@ class Learn:
         words = gr.Textbox(placeholder="a zog monster" if subject else "in the style of zog")
         try:
             wish = self.workshop.wish(bench, *self.values(bench, given))
+            seconds = self.workshop.estimate(bench, wish)
+            self.workshop.check_time(seconds)
         except Refused as problem:
             text = str(problem) if bench.items else "First the pictures."
             return stage.said(text), gr.Textbox(visible=subject), gr.Button(interactive=False), words
         usual = self.workshop.usual(bench)
         uses = round(wish.steps * usual.batch_size / len(wish.texts))
         text = f"{wish.steps:,} steps of {usual.batch_size} pictures: each is seen about {uses:,} times."
-        seconds = self.workshop.estimate(bench, wish)
         if seconds is not None:
             text += f" On this machine that takes about {lasts(seconds)}."
+            most = self.workshop.limits.training_seconds
+            text += f" It is stopped after {lasts(most)}, and what it has learned can be taken." * (seconds > most)
         if wish.kind == "subject":
             text += f" All pictures are called “{wish.words}”; captions are for styles, and not used."
         return stage.said(text), gr.Textbox(visible=subject), gr.Button(interactive=True), words

@@ -16,6 +16,7 @@ from hubgen.spaces.kit.limits import Limits, Refused
 from hubgen.spaces.kit.service import Model
 from hubgen.training.kit.parse import settings_of
 from hubgen.training.kit.usual import Material, Usual, completed, disk_needed, usual, what_learns
+from steps.amounts import room
 from steps.bench import Bench
 
 Kind = Literal["style", "subject"]
@@ -29,7 +30,7 @@ PRIOR_PICTURES = 32
 POINTS = 60
 """Of the curve"""
 GRIDS = 4
-"""Times that pictures are drawn along the way"""
+"""Times that pictures are drawn along the way, the first time aside"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,16 @@ class Wish:
     steps: int
     rank: int
     learning_rate: float
+
+    @property
+    def beside(self) -> int:
+        """Pictures that go beside each in a step: of the class of a subject."""
+        return 1 if self.class_words else 0
+
+    @property
+    def drawn(self) -> int:
+        """Pictures that the base draws for it, before and along the way."""
+        return (min(GRIDS, self.steps) + 1) * len(self.prompts) + self.beside * PRIOR_PICTURES
 
 
 def checked_wish(
@@ -153,8 +164,15 @@ def parameters_of(model: Model) -> int:
     return sum(one.numel() for one in model.bare.backbone.parameters())
 
 
-def settings_for(wish: Wish, bench: Bench, model: Model, limits: Limits) -> tuple[Any, str]:
+def settings_for(wish: Wish, bench: Bench, model: Model, limits: Limits, folder: Path) -> tuple[Any, str]:
     """All settings of the script, and what learns in words; writes the pictures.
+
+    Args:
+        wish: What is to be learned.
+        bench: With the pictures.
+        model: The base.
+        limits: Of the page.
+        folder: Of this training alone.
 
     Raises:
         Refused: The disk is too small for it.
@@ -162,8 +180,8 @@ def settings_for(wish: Wish, bench: Bench, model: Model, limits: Limits) -> tupl
     from hubgen.data.sources import open_examples
 
     script: Any = importlib.import_module(f"hubgen.training.{SCRIPTS[wish.kind]}")
-    source, out = bench.write_data(wish.texts), bench.folder / "run"
-    out.mkdir(exist_ok=True)
+    source, out = bench.write_data(folder / "pictures", wish.texts), folder / "run"
+    out.mkdir()
     captioned = wish.kind == "style"
     given: dict[str, Any] = {
         "data.source": str(source),
@@ -191,12 +209,15 @@ def settings_for(wish: Wish, bench: Bench, model: Model, limits: Limits) -> tupl
     asked = settings_of(script, given, {})
     chosen = completed(asked, given.keys(), material)
     chosen["run.log_steps"] = max(1, wish.steps // POINTS)
-    chosen["validation.steps"] = max(1, wish.steps // GRIDS)
+    chosen["validation.steps"] = -(-wish.steps // GRIDS)
     settings = settings_of(script, {**chosen, **given}, {})
     learns, numbers = what_learns(settings, model.bare)
-    needed = disk_needed(settings, material, numbers)
-    if needed > min(limits.session_bytes, shutil.disk_usage(out).free):
-        raise Refused("There is no room on the disk for such a training; a smaller rank needs less.")
+    needed, most = disk_needed(settings, material, numbers), min(limits.session_bytes, shutil.disk_usage(out).free)
+    if needed > most:
+        raise Refused(
+            f"Such a training writes about {room(needed)}, and there is room for {room(most)}; "
+            "a smaller rank needs less."
+        )
     return settings, learns
 
 

@@ -1,6 +1,6 @@
 """Trainings of visitors: scripts of hubgen, each in a process and a folder of its own, one after the other.
 
-    trainings = Trainings(benches, service); trainings.start(bench, wish, settings)
+    trainings = Trainings(benches, device); trainings.start(bench, wish, folder, settings, learns)
     bench.run.seen()                # what is to be told of it now, read from what the script writes
 
 The script is told by SIGTERM to stop; it saves at the border of a step, and the same command goes on from there.
@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import re
-import secrets
 import shutil
 import signal
 import subprocess
@@ -30,6 +29,7 @@ from hubgen.spaces.kit.limits import Limits, Refused
 from hubgen.training.kit.grids import cut_grid
 from hubgen.training.kit.parse import settings_to_dict
 from hubgen.training.kit.script import NON_FINITE_ERROR, UNFINISHED_ERROR
+from steps.amounts import lasts, room
 from steps.bench import Bench, Benches
 from steps.recipe import SCRIPTS, Wish
 
@@ -43,7 +43,8 @@ GRACE = 90.0
 """Seconds from being told to stop to being ended"""
 SECRETS = re.compile(r"TOKEN|SECRET|PASSWORD|API_KEY")
 """Names of variables that no script of a visitor needs"""
-PROGRESS = re.compile(r"(\d+)/(\d+) \[")
+PROGRESS = re.compile(r"training: [^\r\n]*?(\d+)/(\d+) \[")
+"""Of the script's bars the one of the steps"""
 TAIL = 4000
 
 
@@ -63,6 +64,8 @@ class Seen:
     seconds_left: float | None = None
     goes_on: bool = False
     """Whether it can go on"""
+    saved: int = 0
+    """Steps that can be taken as they are, where it has ended before its time"""
 
 
 @dataclass
@@ -71,6 +74,8 @@ class Run:
 
     bench: Bench
     wish: Wish
+    folder: Path
+    """Its own, named as the log calls it"""
     settings: Any
     learns: str
     limits: Limits
@@ -82,25 +87,33 @@ class Run:
     process: subprocess.Popen[bytes] | None = None
     steps: int = 0
     """That are to be done; fewer than wished where it is to end early"""
+    as_it_is: bool = False
+    """Whether no step is left to do, and what is saved is to be written"""
+    launches: int = 0
     begun: float = 0.0
     told: float = 0.0
     """When it was told to stop"""
     spent: float = 0.0
     """Seconds of the starts before this one"""
     looked: float = 0.0
-    number: str = field(default_factory=lambda: secrets.token_hex(4))
-    """Of the log"""
+    size: int = 0
+    """Bytes of all files of its visitor, when that was looked at last"""
     _grids: dict[int, tuple[Image.Image, ...]] = field(default_factory=dict, repr=False)
+
+    @property
+    def number(self) -> str:
+        """By which the log calls it."""
+        return self.folder.name
 
     @property
     def out(self) -> Path:
         """Where the script writes."""
-        return self.bench.folder / "run"
+        return self.folder / "run"
 
     @property
     def log(self) -> Path:
         """What the script said."""
-        return self.bench.folder / "log.txt"
+        return self.folder / "log.txt"
 
     @property
     def result(self) -> Path | None:
@@ -113,11 +126,23 @@ class Run:
         """That it has had."""
         return self.spent + (time.monotonic() - self.begun if self.process is not None else 0.0)
 
+    def excess(self) -> str:
+        """What it has used up, found and allowed, in words; none if it may go on."""
+        if self.seconds > self.limits.training_seconds:
+            return f"It ran for {lasts(self.seconds)}, and a training may take {lasts(self.limits.training_seconds)}."
+        if self.size > self.limits.session_bytes:
+            return f"Its files take {room(self.size)}, and may take {room(self.limits.session_bytes)}."
+        return ""
+
+    def look(self) -> None:
+        """Sees what its visitor's files take."""
+        self.looked, self.size = time.monotonic(), bytes_below(self.bench.folder)
+
     # ---- its process ----
 
     def launch(self, device: str) -> None:
         """Starts the script, which goes on where it stopped."""
-        recipe = self.bench.folder / "recipe.yaml"
+        recipe = self.folder / "recipe.yaml"
         recipe.write_text(yaml.safe_dump(settings_to_dict(self.settings), sort_keys=False), encoding="utf-8")
         environment = {name: value for name, value in os.environ.items() if not SECRETS.search(name)}
         environment |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}  # the page has its model already
@@ -128,14 +153,14 @@ class Run:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 command,
-                cwd=self.bench.folder,
+                cwd=self.folder,
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self.begun, self.told, self.state = time.monotonic(), 0.0, "running"
+        self.begun, self.told, self.state, self.launches = time.monotonic(), 0.0, "running", self.launches + 1
 
     def tell_to_stop(self, words: str) -> None:
         """Asks the script to save and end; ends it if it does not."""
@@ -181,19 +206,25 @@ class Run:
     def seen(self) -> Seen:
         """As it is now."""
         curve, rate = self.curve()
-        step = max([self.done_steps(), *(at for at, _ in curve[-1:])], default=0)
-        of, left = self.wish.steps, None
+        step, left, halted = self.done_steps(), None, self.state in ("stopped", "failed")
+        if self.state == "done":
+            step = self.steps
+        elif self.state == "stopped":
+            step = saved_step(self.out)
+        elif curve:
+            step = max(step, curve[-1][0])
         if self.state == "running" and rate:
             left = max(self.steps - step, 0) * rate
         return Seen(
             state=self.state,
             text=self.text(step),
-            step=self.wish.steps if self.state == "done" and self.steps == self.wish.steps else step,
-            of=of,
+            step=step,
+            of=self.wish.steps,
             curve=tuple(curve),
             grids=tuple(self.grids()),
             seconds_left=left,
-            goes_on=self.state in ("stopped", "failed") and self.seconds < self.limits.training_seconds,
+            goes_on=halted and not self.excess(),
+            saved=saved_step(self.out) if halted else 0,
         )
 
     def text(self, step: int) -> str:
@@ -203,7 +234,7 @@ class Run:
             others = "1 training is" if before == 1 else f"{before} trainings are"
             return "It is about to begin." if before < 1 else f"{others} before yours."
         if self.state == "running":
-            if self.steps < self.wish.steps:
+            if self.as_it_is:
                 return "What it has learned so far is being made ready."
             if step == 0:
                 return "The script is starting, and draws what the base makes of the words."
@@ -213,9 +244,10 @@ class Run:
         if self.state == "stopping":
             return "It stops at the end of this step, and saves."
         if self.state == "stopped":
-            return f"{self.words} {step} of {self.wish.steps} steps are saved."
+            saved = f"{step} of {self.wish.steps} steps are saved." if step else "Nothing had been learned by then."
+            return f"{self.words} {saved}"
         if self.state == "done":
-            return f"Done: {min(step, self.steps) or self.steps} steps. {self.words}".strip()
+            return f"Done: {step} steps. {self.words}".strip()
         return self.words
 
     def rows(self) -> list[dict[str, Any]]:
@@ -259,6 +291,18 @@ class Run:
         return found
 
 
+@dataclass(frozen=True)
+class Took:
+    """Seconds of a training that went through at once."""
+
+    a_picture: float
+    """Of its steps"""
+    rest: float
+    """Of all beside the steps"""
+    drawn: int
+    """Pictures that were drawn in the rest"""
+
+
 class Trainings:
     """The trainings of a page, one at a time.
 
@@ -274,22 +318,30 @@ class Trainings:
         self.running: Run | None = None
         self.closed = threading.Event()
         self.figures = {"done": 0, "stopped": 0, "failed": 0}
-        self.seconds_per_picture: float | None = None
-        """Of a step, as the last training had it"""
+        self.last: Took | None = None
         threading.Thread(target=self._watch, name="trainings", daemon=True).start()
 
     # ---- what visitors ask ----
 
-    def start(self, bench: Bench, wish: Wish, settings: Any, learns: str) -> Run:
-        """Puts a training into the queue.
+    def start(self, bench: Bench, wish: Wish, folder: Path, settings: Any, learns: str) -> Run:
+        """Puts a training into the queue, in place of the one that the visitor had.
+
+        Args:
+            bench: Of the visitor.
+            wish: What is to be learned.
+            folder: Of this training alone.
+            settings: Of the script, which have it write there.
+            learns: What learns, in words.
 
         Raises:
             Refused: It is full, or the visitor has one that runs.
         """
         with self.lock:
             self.check_room(bench)
-            run = Run(bench, wish, settings, learns, self.limits, steps=wish.steps)
+            run, before = Run(bench, wish, folder, settings, learns, self.limits, steps=wish.steps), bench.run
             bench.run = run
+            if before is not None:
+                shutil.rmtree(before.folder, ignore_errors=True)
             self._wait(run)
         return run
 
@@ -325,13 +377,12 @@ class Trainings:
             if run is None or run.state not in ("stopped", "failed"):
                 raise Refused("There is no training of yours that was stopped.")
             self.check_room(bench)
-            run.steps = run.wish.steps
-            if as_it_is:
-                run.steps = saved_step(run.out)
-                if not run.steps:
-                    raise Refused("It was stopped before anything was learned.")
-            elif run.seconds >= self.limits.training_seconds:
-                raise Refused("The time of a training is used up; take what it has learned so far.")
+            saved, excess = saved_step(run.out), run.excess()
+            if as_it_is and not saved:
+                raise Refused("It ended before anything was learned.")
+            if excess and not as_it_is:
+                raise Refused(f"{excess} {'Take what it has learned so far.' if saved else 'Train anew.'}")
+            run.as_it_is, run.steps = as_it_is, saved if as_it_is else run.wish.steps
             self._wait(run)
 
     def forget(self, bench: Bench) -> None:
@@ -401,20 +452,22 @@ class Trainings:
         self._count()
         self.figures[run.state] += 1
         _, rate = run.curve()
-        if rate:
-            self.seconds_per_picture = rate / run.settings.run.batch_size
+        if rate and run.state == "done" and run.launches == 1:
+            wish, pictures = run.wish, run.settings.run.batch_size * (1 + run.wish.beside)
+            self.last = Took(rate / pictures, run.seconds - rate * wish.steps, wish.drawn)
         totals = ", ".join(f"{number} {name}" for name, number in self.figures.items() if number)
         logger.info("training %s: %s after %.0f s; %s in all", run.number, run.state, run.seconds, totals)
 
     def _hold_to_limits(self, run: Run) -> None:
+        if time.monotonic() - run.looked > LOOK_AT_DISK:
+            run.look()
         if run.told:
             run.tell_to_stop("")
-        elif run.seconds > self.limits.training_seconds and run.steps == run.wish.steps:
-            run.tell_to_stop("The time of a training is over.")
-        elif time.monotonic() - run.looked > LOOK_AT_DISK:
-            run.looked = time.monotonic()
-            if bytes_below(run.bench.folder) > self.limits.session_bytes:
-                run.tell_to_stop("It took too much room on the disk.")
+        elif not run.as_it_is:
+            if excess := run.excess():
+                run.tell_to_stop(excess)
+        elif time.monotonic() - run.begun > self.limits.training_seconds:
+            run.tell_to_stop(f"What was saved was not ready after {lasts(self.limits.training_seconds)}.")
 
 
 def saved_step(out: Path) -> int:

@@ -14,6 +14,7 @@ from hubgen.hub.licences import LICENCES
 from hubgen.spaces.kit import stage
 from hubgen.spaces.kit.limits import Refused
 from hubgen.spaces.kit.service import Progress
+from steps.amounts import room
 from steps.bench import Bench
 from steps.pictures import heading
 from steps.workshop import Workshop
@@ -82,7 +83,7 @@ class Take:
             return [stage.said(LOCKED), gr.Column(visible=False), gr.skip()]
         links = "".join(
             f'<a class="file" href="{escape(stage.file_url(path))}" download="{escape(path.name)}">'
-            f"<strong>{escape(label)}</strong><span>{escape(path.name)}, {size_of(path)}</span></a>"
+            f"<strong>{escape(label)}</strong><span>{escape(path.name)}, {room(path.stat().st_size)}</span></a>"
             for label, path in self.workshop.files(bench).items()
         )
         text = f'<p class="said">It is {escape(run.learns)}.</p>'
@@ -174,12 +175,8 @@ def publish(workshop: Workshop, bench: Bench, repo: Any, licence: Any, private: 
         except PublishError as problem:
             text = str(problem).replace(token.strip(), "…").replace(str(folder), "the adapter")
             logger.info("sending failed: %s", type(problem.__cause__ or problem).__name__)
+            if getattr(getattr(problem.__cause__, "response", None), "status_code", 0) in (401, 403):
+                text = f"The Hub does not let this token write to {repo.strip()}; expected one with the right to."
             raise Refused(text[:300] if temporary not in text else "The Hub did not take it.") from None
     logger.info("sent to the Hub")
     return address
-
-
-def size_of(path: Path) -> str:
-    """Of a file, in words."""
-    size = path.stat().st_size
-    return f"{size / 1e6:.1f} MB" if size > 1e6 else f"{max(size // 1000, 1)} kB"

@@ -6,11 +6,12 @@ import gradio as gr
 
 from hubgen.spaces.kit import stage
 from hubgen.spaces.kit.limits import Refused
+from steps.amounts import lasts
 from steps.curve import curve
 from steps.learn import Learn
 from steps.pictures import Pictures, heading
 from steps.runs import Seen
-from steps.workshop import Workshop, lasts
+from steps.workshop import Workshop
 
 TITLE = "Train"
 SECONDS = 1.0
@@ -102,12 +103,11 @@ class Train:
     def buttons_of(seen: Seen) -> list[Any]:
         """Updates of the buttons."""
         active = seen.state in ACTIVE
-        stopped = seen.state == "stopped"
         return [
             gr.Button("Train anew" if not active else "Train", visible=not active),
             gr.Button(visible=active, interactive=seen.state != "stopping"),
-            gr.Button(visible=stopped and seen.goes_on),
-            gr.Button(visible=stopped and seen.step > 0),
+            gr.Button(visible=seen.state == "stopped" and seen.goes_on),
+            gr.Button(visible=seen.saved > 0),
         ]
 
 
@@ -152,6 +152,7 @@ def described(seen: Seen) -> dict[str, Any]:
         "pictures_at": [step for step, _ in seen.grids],
         "seconds_left": seen.seconds_left,
         "goes_on": seen.goes_on,
+        "saved": seen.saved,
     }
 
 

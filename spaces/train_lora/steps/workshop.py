@@ -21,16 +21,19 @@ from hubgen.spaces.kit.recipes import write_recipe
 from hubgen.spaces.kit.service import ZERO_GPU, Call, Drawing, Progress, Service
 from hubgen.spaces.kit.styles import LARGEST_WEIGHT, Style, Worn
 from hubgen.training.kit.usual import Usual
+from steps.amounts import lasts
 from steps.bench import Bench, Benches
-from steps.recipe import PRIOR_PICTURES, Wish, checked_wish, settings_for, usual_for
+from steps.recipe import Wish, checked_wish, settings_for, usual_for
 from steps.runs import Run, Trainings
 
 logger = logging.getLogger("hubgen.spaces.training")
 
-BACKWARD = 2.5
-"""Time of a step of training to that of a call of the network, a picture"""
-START_SECONDS = 20.0
-"""About what a script takes to begin and to write its result"""
+BACKWARD = 3.0
+"""Time of a step of training to that of a call of the network, a picture: back costs twice what forth does"""
+START_SECONDS = 12.0
+"""About what a script takes to begin and to write its result, until a training has shown it"""
+OVER = 1.5
+"""Times the time of a training that an estimate, which is rough, has to be over it, for a wish to be refused"""
 KOHYA = "kohya.safetensors"
 FILE = "pytorch_lora_weights.safetensors"
 
@@ -87,16 +90,24 @@ class Workshop:
 
     def estimate(self, bench: Bench, wish: Wish) -> float | None:
         """Seconds of a training, by what was measured on this machine; `None` before anything was."""
-        a_picture = self.trainings.seconds_per_picture
-        if a_picture is None and self.call_seconds is not None:
-            a_picture = BACKWARD * self.call_seconds
-        if a_picture is None:
+        if self.call_seconds is None:
             return None
-        seconds = START_SECONDS + wish.steps * self.usual(bench).batch_size * a_picture
-        drawn = 5 * len(wish.prompts)
-        if wish.class_words:
-            seconds, drawn = seconds + (seconds - START_SECONDS), drawn + PRIOR_PICTURES
-        return seconds + drawn * self.defaults.steps * 2 * (self.call_seconds or 0.0)
+        last, a_drawing = self.trainings.last, self.defaults.steps * 2 * self.call_seconds  # two calls: with guidance
+        a_picture, start = BACKWARD * self.call_seconds, START_SECONDS
+        if last is not None:
+            a_picture, start = last.a_picture, max(last.rest - last.drawn * a_drawing, 1.0)
+        pictures = wish.steps * self.usual(bench).batch_size * (1 + wish.beside)
+        return start + pictures * a_picture + wish.drawn * a_drawing
+
+    def check_time(self, seconds: float | None) -> None:
+        """Raises Refused for a training that would be stopped long before its end.
+
+        Args:
+            seconds: As `estimate` has them.
+        """
+        most = self.limits.training_seconds
+        if seconds is not None and seconds > OVER * most:
+            raise Refused(f"That would take {lasts(seconds)}; a training may take {lasts(most)}. Choose fewer steps.")
 
     def start(self, bench: Bench, *values: Any) -> Run:
         """Begins a training.
@@ -107,16 +118,15 @@ class Workshop:
         if ZERO_GPU:
             raise Refused("This Space has its GPU for single calls only, which is too short for a training.")
         wish = self.wish(bench, *values)
-        seconds = self.estimate(bench, wish)
-        if seconds is not None and seconds > 1.5 * self.limits.training_seconds:
-            most = self.limits.training_seconds
-            raise Refused(f"That would take {lasts(seconds)}; a training may take {lasts(most)}. Choose fewer steps.")
+        self.check_time(self.estimate(bench, wish))
         self.trainings.check_room(bench)
-        shutil.rmtree(bench.folder / "run", ignore_errors=True)
-        for name in ("log.txt", "take"):
-            (bench.folder / name).unlink(missing_ok=True)
-        settings, learns = settings_for(wish, bench, self.model, self.limits)
-        return self.trainings.start(bench, wish, settings, learns)
+        folder = bench.folder / secrets.token_hex(4)  # its own: what they have stays theirs until this one begins
+        try:
+            made = settings_for(wish, bench, self.model, self.limits, folder)
+            return self.trainings.start(bench, wish, folder, *made)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
 
     # ---- what was learned ----
 
@@ -134,7 +144,7 @@ class Workshop:
     def files(self, bench: Bench) -> dict[str, Path]:
         """What can be taken, by what it is; copied to where it is served from."""
         folder = self.result(bench)
-        taken = bench.folder / "take"
+        taken = bench.run.folder / "take"
         if not taken.exists():
             sweep(self.limits.kept_seconds)
             served = FOLDER / secrets.token_hex(16)
@@ -221,11 +231,3 @@ class Workshop:
         """The same in a line, for the bottom of the page."""
         device = {"cpu": "a CPU", "mps": "Apple silicon"}.get(self.model.device, "a GPU")
         return [f"Trains {self.model.title}", f"on {device}", "made with hubgen"]
-
-
-def lasts(seconds: float) -> str:
-    """A time in words."""
-    if seconds < 50:
-        return f"{max(round(seconds / 5) * 5, 5)} seconds"
-    minutes = round(seconds / 60)
-    return "a minute" if minutes <= 1 else f"{minutes} minutes" if minutes < 100 else f"{seconds / 3600:.1f} hours"
