@@ -5,6 +5,7 @@ HUBGEN_SCREENSHOTS=1 python -m pytest tests/spaces/test_train_page.py      store
 
 import io
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.hub.loopback import Hub
 from tests.spaces.client import Served
-from tests.spaces.training import ball, ball_files
+from tests.spaces.training import ball, ball_files, holding
 
 pytest.importorskip("gradio", reason="the page needs Gradio (pip install 'hubgen[demo]')")
 pytest.importorskip("playwright", reason="no playwright (pip install playwright)")
@@ -149,6 +151,53 @@ def drawn(pipe: Any, weight: float) -> torch.Tensor:
     pipe.set_adapters(["taken"], [weight])
     options = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0), "output_type": "pt"}
     return pipe("zog, a shiny red ball", **options).images
+
+
+def test_a_subject_that_was_stopped_is_taken_as_it_is_and_sent_to_the_hub(
+    view: Callable[..., TrainView], training_hub: Hub, tmp_path: Path
+) -> None:
+    assert training_hub.token is not None
+    window = view()
+    window.bring(ball_files(tmp_path))
+    window.page.get_by_role("radio", name="A subject").check()
+    window.say("words", "a zog ball")
+    window.until("plan", "All pictures are called “a zog ball”; captions are for styles, and not used.")
+    window.page.wait_for_function("!document.querySelector('#train').disabled")
+    window.page.click("#train")
+    window.page.wait_for_function("+document.querySelector('#curve svg')?.dataset.points >= 1", timeout=PATIENCE)
+    window.page.click("#stop")
+    window.until("state", "are saved")
+    (saved,) = re.findall(r"(\d+) of 500 steps are saved", window.text("state"))
+
+    window.page.click("#as-it-is")
+    window.until("state", f"Done: {saved} steps.")
+    window.page.wait_for_selector("a.file")
+    assert window.page.input_value("#try-prompt :is(input, textarea)") == "a zog ball"
+    assert not window.page.is_visible("#go-on") and not window.page.is_visible("#as-it-is")
+
+    window.page.get_by_role("button", name="Send it to the Hub").click()
+    window.page.wait_for_selector("#send")
+    window.say("repo", "tester/zog-ball")
+    window.say("token", "hf_of_somebody_else")
+    window.page.click("#send")
+    window.until("sent", "The Hub does not let this token write to tester/zog-ball")
+    assert window.page.input_value("#token input") == ""
+    window.say("token", training_hub.token)
+    window.page.get_by_role("checkbox", name="Private").check()
+    window.page.click("#send")
+    window.until("sent", f"It is at {training_hub.url}/tester/zog-ball")
+    assert window.page.input_value("#token input") == ""
+    assert window.page.get_attribute("#sent a", "href") == f"{training_hub.url}/tester/zog-ball"
+
+    sent = training_hub.repos["tester/zog-ball"]
+    card = sent["README.md"].decode()
+    assert "license: apache-2.0" in card and f"max_train_steps: {saved}" in card and "prompt: a zog ball" in card
+    url = window.page.get_attribute("a.file", "href")
+    taken = window.context.request.get(f"{window.served.url}/{url}").body()
+    assert sent["pytorch_lora_weights.safetensors"] == taken
+    assert training_hub.created["tester/zog-ball"]["visibility"] == "private"
+    assert training_hub.token not in window.page.content() and holding(training_hub.token, window.served.folder) == []
+    window.check()
 
 
 @pytest.mark.parametrize("name", ["desktop-dark", "phone-light", "phone-dark"])
