@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import SD3Transformer2DLoadersMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
 from torch import nn
@@ -132,7 +133,7 @@ class SD3Stem(SingleFileMixin, Backbone):
         require_shape("timestep", timestep, (steps,))
 
 
-class SD3Transformer2DModel(SD3Stem):
+class SD3Transformer2DModel(SD3Transformer2DLoadersMixin, SD3Stem):
     """The multimodal diffusion transformer of Stable Diffusion 3 and 3.5 (2403.03206).
 
     Args:
@@ -226,7 +227,8 @@ class SD3Transformer2DModel(SD3Stem):
             timestep: (B,), or (1,) for all; 0 (data) to 1000 (noise), fractions allowed.
             block_controlnet_hidden_states: A ControlNet's residuals, each (B, T, D), added by the blocks but the last;
                 fewer than the blocks are spread over them evenly.
-            joint_attention_kwargs: Keywords for the attention processors, and `scale`, the strength of LoRA layers.
+            joint_attention_kwargs: Keywords for the attention processors; `scale`, the strength of LoRA layers; and
+                `ip_adapter_image_embeds`, the picture of an IP-Adapter that diffusers' loader has put in.
             return_dict: Whether to return an output object rather than a tuple of one.
             skip_layers: Indices of blocks to leave out (skip-layer guidance).
 
@@ -239,12 +241,16 @@ class SD3Transformer2DModel(SD3Stem):
         self.check_inputs(hidden_states, encoder_hidden_states, pooled_projections, timestep)
         assert encoder_hidden_states is not None and pooled_projections is not None and timestep is not None
         height, width = hidden_states.shape[-2:]
+        kwargs = dict(joint_attention_kwargs or {})
+        if "ip_adapter_image_embeds" in kwargs:
+            images = kwargs.pop("ip_adapter_image_embeds")
+            kwargs["ip_hidden_states"], kwargs["temb"] = self.image_proj(images, timestep)
         residuals = spread_evenly(block_controlnet_hidden_states, len(self.transformer_blocks))
 
         x, context, temb = self.embed(hidden_states, encoder_hidden_states, pooled_projections, timestep)
         for i, (block, residual) in enumerate(zip(self.transformer_blocks, residuals, strict=True)):
             if skip_layers is None or i not in skip_layers:  # (B, L, D), (B, T, D)
-                context, x = self.run(block, x, context, temb, joint_attention_kwargs, residual)
+                context, x = self.run(block, x, context, temb, kwargs, residual)
             elif residual is not None:
                 x = x + residual  # (B, T, D)
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import UNet2DConditionLoadersMixin
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.utils import apply_lora_scale
 from torch import nn
@@ -31,7 +32,7 @@ from hubgen.backbones.unet_condition_encoder import UNetConditionEncoder
 from hubgen.layers.unet_blocks import start_at_zero
 
 
-class UNet2DConditionModel(UNetConditionEncoder):
+class UNet2DConditionModel(UNet2DConditionLoadersMixin, UNetConditionEncoder):
     """The U-Net of Stable Diffusion 1.x and 2.x and of SDXL; arguments and weights are those of diffusers' class.
 
     Arguments that are missing below belong to variants that are not built here; they stay in the signature so that any
@@ -227,7 +228,8 @@ class UNet2DConditionModel(UNetConditionEncoder):
             attention_mask: (B, H' * W') with 1 for the pixels that self-attention may see and 0 for the others; only
                 for a model with attention at a single resolution H' x W'.
             cross_attention_kwargs: Keywords for the attention processors; `scale` is the strength of LoRA adapters.
-            added_cond_kwargs: For `addition_embed_type="text_time"`: `text_embeds` (B, P) and `time_ids` (B, N).
+            added_cond_kwargs: For `addition_embed_type="text_time"`: `text_embeds` (B, P) and `time_ids` (B, N); and
+                `image_embeds`, the pictures of IP-Adapters that diffusers' loader has put in.
             down_block_additional_residuals: From a ControlNet: added to the feature maps from the way down, one each.
             mid_block_additional_residual: From a ControlNet: added to the output of the middle.
             down_intrablock_additional_residuals: From a T2I-adapter: added inside the down levels, one each, and a
@@ -241,6 +243,7 @@ class UNet2DConditionModel(UNetConditionEncoder):
         Raises:
             ValueError: An argument is missing, is not for this model, or has the wrong shape; before any computation.
         """
+        added_cond_kwargs, images = self.images_apart(added_cond_kwargs)
         self.check_inputs(sample, timestep, encoder_hidden_states, attention_mask, encoder_attention_mask)
         self.check_embeddings(sample, class_labels, timestep_cond, added_cond_kwargs)
         self.check_residuals(
@@ -252,6 +255,8 @@ class UNet2DConditionModel(UNetConditionEncoder):
         attended = self.attended(
             encoder_hidden_states, attention_mask, encoder_attention_mask, cross_attention_kwargs, sample.dtype
         )
+        if images is not None:
+            attended["encoder_hidden_states"] = (attended["encoder_hidden_states"], self.encoder_hid_proj(images))
         intra = list(down_intrablock_additional_residuals or ())
 
         x, skips = self.way_down(self.conv_in(sample), temb, attended, intra)  # (B, C_last, H', W')
@@ -269,6 +274,16 @@ class UNet2DConditionModel(UNetConditionEncoder):
 
         x = self.conv_out(F.silu(self.conv_norm_out(x)))  # (B, out_channels, H, W)
         return UNet2DConditionOutput(sample=x) if return_dict else (x,)
+
+    def images_apart(self, added_cond_kwargs: dict[str, Any] | None) -> tuple[dict[str, Any] | None, Any]:
+        """`added_cond_kwargs` without `image_embeds`, and these; as it is where no IP-Adapter is in the model."""
+        if not self.has_image_projection:
+            return added_cond_kwargs, None
+        rest = dict(added_cond_kwargs or {})
+        images = rest.pop("image_embeds", None)
+        if images is None:
+            raise ValueError("`added_cond_kwargs`: got no `image_embeds`, expected those of the loaded IP-Adapters.")
+        return rest, images
 
     def check_residuals(
         self,

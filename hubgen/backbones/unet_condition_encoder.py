@@ -142,8 +142,9 @@ class UNetConditionEncoder(SingleFileMixin, Backbone):
         dtype: torch.dtype,
     ) -> dict[str, Any]:
         """Keywords of every level: what its attention looks at, and masks as they are added to the scores."""
-        if self.encoder_hid_proj is not None:
-            encoder_hidden_states = self.encoder_hid_proj(encoder_hidden_states)  # (B, S, E)
+        projection = self.text_projection
+        if projection is not None:
+            encoder_hidden_states = projection(encoder_hidden_states)  # (B, S, E)
         return {
             "encoder_hidden_states": encoder_hidden_states,
             "attention_mask": self.score_bias(attention_mask, dtype),
@@ -204,7 +205,19 @@ class UNetConditionEncoder(SingleFileMixin, Backbone):
 
     def context_layers(self) -> list[nn.Module]:
         """The layers that see the text as it comes in, and nothing else; the attentions name theirs themselves."""
-        return [] if self.encoder_hid_proj is None else [self.encoder_hid_proj]
+        return [] if self.text_projection is None else [self.text_projection]
+
+    @property
+    def text_projection(self) -> nn.Module | None:
+        """What the text goes through first. Diffusers' loader of IP-Adapters puts theirs in the place of its name."""
+        if self.has_image_projection:
+            return getattr(self, "text_encoder_hid_proj", None)
+        return self.encoder_hid_proj
+
+    @property
+    def has_image_projection(self) -> bool:
+        """Whether diffusers' loader has put IP-Adapters in."""
+        return hasattr(self.encoder_hid_proj, "image_projection_layers")
 
     def time_embedders(self) -> list[nn.Module]:
         """The modules that `modulations` depends on, besides the layers themselves."""

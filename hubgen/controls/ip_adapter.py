@@ -51,7 +51,7 @@ class IPAdapter(Control):
         end: ... and ends, see `Span`.
         mask: White where a picture is to be seen, one mask for each picture, which then does not share its place.
         image_encoder: CLIP's or SigLIP's vision model, whatever the adapter was trained with; `None`: the pipeline's.
-        feature_extractor: Its image processor; `None`: the pipeline's, or the usual one of its kind.
+        feature_extractor: Its image processor; `None`: the pipeline's for the pipeline's encoder, or the usual one.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -170,7 +170,7 @@ class IPAdapter(Control):
 
     def encoder(self, target: Target) -> Any:
         """The image encoder of a call."""
-        return getattr(target, "image_encoder", None) if self.image_encoder is None else self.image_encoder
+        return target.image_encoder if self.image_encoder is None else self.image_encoder
 
     def prepare(self, target: Target, start: Start) -> Prepared:
         names, steps = self.adapter.names(target.backbone), len(target.timesteps)
@@ -188,8 +188,9 @@ class IPAdapter(Control):
         if self.embeds is not None:
             return self.embeds
         encoder, without = self.encoder(target), self.adapter.kind.without
-        own = self.feature_extractor
-        extractor = getattr(target, "feature_extractor", None) if own is None else own
+        extractor = self.feature_extractor
+        if self.image_encoder is None and extractor is None:
+            extractor = target.feature_extractor
         assert self.images is not None
         pixels = pixels_of(self.images, encoder, extractor)
         shown = encode(encoder, pixels, self.patches)

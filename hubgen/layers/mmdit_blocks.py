@@ -103,8 +103,8 @@ class JointTransformerBlock(nn.Module):
             encoder_hidden_states: Text tokens, (B, L, D).
             temb: The embedded condition, (B, D).
             joint_attention_kwargs: Further keywords of the joint attention's processor; the second attention, which
-                sees the image alone, has none. The processor may return a third part, image tokens that are added
-                behind the MLP and ungated (an IP-Adapter's).
+                sees the image alone, has of them what IP-Adapters of diffusers look at. The processor may return a
+                third part, image tokens that are added behind the MLP and ungated (an IP-Adapter's).
             residual: A ControlNet's, (B, T, D), added to the image tokens at the end. Here, and not between blocks, so
                 that it belongs to what a step cache keeps of a block.
         """
@@ -122,7 +122,8 @@ class JointTransformerBlock(nn.Module):
         x_out, context_out, *added = self.attn(x_in, context_in, **kwargs)  # (B, T, D), (B, L, D)
         x = add_gated(x, gate, x_out)
         if self.use_dual_attention:
-            x = add_gated(x, gate2, self.attn2(x_in2))
+            pictures = {name: kwargs[name] for name in ("ip_hidden_states", "temb") if name in kwargs}
+            x = add_gated(x, gate2, self.attn2(x_in2, **pictures))
         x = add_gated(x, gate_mlp, self.ff(modulate(self.norm2(x), scale_mlp, shift_mlp)))
         for update in (*added, *([] if residual is None else [residual])):
             x = x + update

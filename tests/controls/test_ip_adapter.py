@@ -53,8 +53,12 @@ class Sides:
     def flux(self) -> bool:
         return "flux" in self.folder.name or "Flux" in type(self.ours.backbone).__name__
 
-    def theirs(self, *layouts: str, encoder: Any = (None, None), paths: list[Path] | None = None) -> Any:
+    def theirs(
+        self, *layouts: str, encoder: Any = (None, None), paths: list[Path] | None = None, backbone: Any = None
+    ) -> Any:
         pipe = diffusers.DiffusionPipeline.from_pretrained(self.folder)
+        if backbone is not None:
+            pipe.register_modules(**{"unet" if hasattr(pipe, "unet") else "transformer": backbone})
         pipe.set_progress_bar_config(disable=True)
         pipe.register_modules(image_encoder=encoder[0], feature_extractor=encoder[1])
         files = [self.path / f"{layout}.safetensors" for layout in layouts] if paths is None else paths
@@ -210,6 +214,38 @@ def test_every_result_may_be_shown_a_picture_of_its_own() -> None:
         shown = IPAdapter(adapter, image_embeds=embeds[i])
         alone = pipe(prompt, generator=models.seeded(i + 1), **call, controls=[shown]).images
         assert (both.images[i] - alone[0]).abs().max() < 1e-4
+
+
+def test_the_encoder_may_be_the_pipelines(sides: Callable[[str], Sides]) -> None:
+    both, (encoder, extractor) = sides("sd1"), clip()
+    adapter = Adapter.read(both.written("base"))
+    expected = both.drawn([IPAdapter(adapter, picture(3), image_encoder=encoder, feature_extractor=extractor)])
+    assert torch.equal(both.drawn([IPAdapter(adapter, picture(3), image_encoder=encoder)]), expected)
+    both.ours.register_modules(image_encoder=encoder, feature_extractor=extractor)
+    assert torch.equal(both.drawn([IPAdapter(adapter, picture(3))]), expected)
+
+
+# ---- diffusers' pipelines and loaders with hubgen's backbones ----
+
+
+@pytest.mark.parametrize(("name", "layout"), CELLS)
+def test_diffusers_loads_adapters_into_our_backbones(name: str, layout: str, sides: Callable[[str], Sides]) -> None:
+    both, encoder = sides(name), encoder_of(layout)
+    both.written(layout)
+    theirs: dict[str, Any] = {**guided(name), "ip_adapter_image": picture(3)}
+    if layout == "faceid":
+        face = torch.randn(1, FACE, generator=seeded())
+        theirs = {"ip_adapter_image_embeds": [torch.stack([torch.zeros_like(face), face])]}
+    expected = scaled(both.theirs(layout, encoder=encoder))
+    mixed = both.theirs(layout, encoder=encoder, backbone=both.ours.backbone)
+    scaled(mixed)
+    found = mixed(**{**CALL, **SIZE, **theirs}, generator=seeded()).images
+    reference = expected(**{**CALL, **SIZE, **theirs}, generator=seeded()).images
+    assert (found - reference).abs().max() < 1e-4 * reference.std()
+    if not name.startswith("sd3"):  # whose pipeline has no way back
+        mixed.unload_ip_adapter()
+        found = mixed(**{**CALL, **SIZE, **guided(name)}, generator=seeded()).images
+        assert (found - reference).abs().max() > 0.02 * reference.std()
 
 
 # ---- what must stay bit-equal ----
