@@ -55,6 +55,9 @@ COLUMNS = (
     *("LoRA adapters", "step cache", "compile_repeated_blocks", "gradient checkpointing"),
     *("attention processors", "attention backends", "device_map", "group offload", "layerwise casting"),
     *("sharded files", "variant, torch_dtype"),
+    *("ControlNet", "ControlNet with an image", "ControlNet with a mask"),
+    *("T2I-adapter", "T2I-adapter with an image", "T2I-adapter with a mask"),
+    *("IP-Adapter", "IP-Adapter with an image", "IP-Adapter with a mask"),
 )
 """Rows of the README's table, in its order, by what tests call them."""
 
