@@ -214,6 +214,8 @@ class IPAdapter(Control):
     ) -> Iterator[None]:
         """The backbone sees pictures inside, with gradients for the adapter: for training.
 
+        With gradient checkpointing the backward pass belongs inside too, since it computes the blocks once more.
+
         Args:
             backbone: Its rows are B pictures.
             image_embeds: (B, F) or (B, P, F), one picture each.

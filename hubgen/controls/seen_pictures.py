@@ -164,6 +164,8 @@ class InTraining(Seen):
         super().__init__(adapter, places)
         self.temb: torch.Tensor | None = None
         if self.network.image_proj.timed:
+            if timestep is None:
+                raise ValueError("`timestep`: got None, expected it: this adapter is told the time.")
             self.tokens, self.temb = self.network.image_proj(embeds, timestep)
         else:
             self.tokens = self.network.image_proj(embeds)  # (B, S, D)

@@ -262,14 +262,18 @@ def test_one_that_is_off_is_not_run_and_changes_nothing(name: str, layout: str, 
     shown["image_encoder"].register_forward_hook(lambda *_: calls.append("encoded"))
     plain = both.drawn([])
     layers = len(adapter.network.numbers)
+    for number in adapter.network.numbers:
+        adapter.network.layer(number).register_forward_hook(lambda *_: calls.append("keys and values"))
     for off in ({"scale": 0}, {"scale": [0] * layers}, {"start": 0.4, "end": 0.6}):
         assert torch.equal(both.drawn([IPAdapter(adapter, **shown, **off)]), plain)
     assert calls == []
     processors = dict(both.ours.backbone.attn_processors)
     changed = both.drawn([IPAdapter(adapter, **shown, end=0.7)])
     assert (changed - plain).abs().max() > 0.02 * plain.std()
-    assert calls.count("projected") == (4 if layout == "sd3" else 2 if name != "flux-dev" else 1)
-    """Of both branches: at each of two steps, or once; FLUX has one branch here."""
+    # Of both branches, of which FLUX has one here: once, or at each of two steps; keys and values are of both at once.
+    once = 2 if layout == "sd3" else 1
+    assert calls.count("projected") == once * (1 if name == "flux-dev" else 2)
+    assert calls.count("keys and values") == once * layers
     assert dict(both.ours.backbone.attn_processors) == processors
     assert not any(one.parts for one in processors.values())
     assert torch.equal(both.drawn([]), plain)
@@ -289,6 +293,20 @@ def test_processors_are_those_of_before_after_an_exception(kind: str) -> None:
         pipe("a cat", num_inference_steps=2, controls=[adapter], callback_on_step_end=stop)
     assert list(pipe.backbone.attn_processors.items()) == list(before.items())
     assert not any(one.parts for one in before.values())
+
+
+@pytest.mark.parametrize(("name", "layout"), [("sd1", "base"), ("sd3.5", "sd3"), ("flux-dev", "instantx")])
+def test_acceleration_and_half_precision_take_it_along(name: str, layout: str, sides: Callable[[str], Sides]) -> None:
+    both = sides(name)
+    control = IPAdapter(tensors(layout, both.ours.backbone), **given(layout, picture(3)), scale=0.7, mask=mask(1))
+    plain, without = both.drawn([control]), both.drawn([])
+    hubgen.optimize(both.ours)
+    for _ in range(2):
+        assert (both.drawn([control]) - plain).abs().max() < 1e-5 * plain.std()
+    assert (both.drawn([]) - without).abs().max() < 1e-5 * without.std()
+    both.ours.to(torch.bfloat16)
+    half = both.drawn([control])
+    assert half.isfinite().all() and (half.float() - plain).abs().mean() < 0.3 * plain.std()
 
 
 # ---- fresh ones, training ----
