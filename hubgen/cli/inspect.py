@@ -222,7 +222,7 @@ def checkpoint_lines(path: Path, tensors: Mapping[str, TensorHeader]) -> Lines:
         file = open_single_file(path)
         for part, inside in file.parts.items():
             yield part, counted(inside)
-        if layout is not None and layout != "controlnet":  # which stands beside a model
+        if layout is not None and LAYOUTS[layout].backbone != "controlnet":  # which stands beside a model
             lacking = sorted({*LAYOUTS[layout].text_encoders, "vae"} - file.parts.keys())
             if lacking:
                 yield "lacks", ", ".join(lacking)

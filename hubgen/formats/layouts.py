@@ -10,7 +10,14 @@ from typing import Any
 
 import torch
 
-from hubgen.formats import flux_layout, ldm_controlnet, ldm_unet, sd3_layout
+from hubgen.formats import (
+    flux_controlnet_layout,
+    flux_layout,
+    ldm_controlnet,
+    ldm_unet,
+    sd3_controlnet_layout,
+    sd3_layout,
+)
 from hubgen.formats.headers import TensorHeader, listing, read_header
 from hubgen.formats.key_maps import Rule
 from hubgen.formats.markers import NAMES, read_markers
@@ -78,6 +85,14 @@ LAYOUTS: dict[str, Layout] = {
         "a ControlNet of Stable Diffusion 1.x, 2.x or XL", "controlnet", "ControlNetModel",
         ldm_controlnet.key_map, ldm_controlnet.infer_config, latents="sd", text_encoders={},
     ),
+    "sd3-controlnet": Layout(
+        "a ControlNet of Stable Diffusion 3.5 large", "controlnet", "SD3ControlNetModel",
+        sd3_controlnet_layout.key_map, sd3_controlnet_layout.infer_config, latents="sd3", text_encoders={},
+    ),
+    "flux-controlnet": Layout(
+        "a ControlNet of FLUX.1", "controlnet", "FluxControlNetModel",
+        flux_controlnet_layout.key_map, flux_controlnet_layout.infer_config, latents="flux", text_encoders={},
+    ),
     "flux": Layout("FLUX.1", **FLUX, latents="flux", vae_prefix="vae.", text_encoders={
         "text_encoder": CLIP_L, "text_encoder_2": T5,
     }),
@@ -91,6 +106,8 @@ UNET_KEY = "input_blocks.0.0.weight"
 CONTROLNET_KEY = "input_hint_block.0.weight"
 SD3_KEY = "joint_blocks.0.x_block.attn.qkv.weight"
 FLUX_KEY = "double_blocks.0.img_attn.qkv.weight"
+SD3_CONTROLNET_KEY = "transformer_blocks.0.attn.qkv.weight"
+TOKEN_CONTROLNET_KEY = "controlnet_blocks.0.weight"
 VAE_KEY = "decoder.mid.block_1.conv1.weight"
 REFINER_WIDTH = 1280  # of its text; the base has 2048
 
@@ -99,7 +116,7 @@ LEFT_BY_TRAINING = re.compile(
     r"^(model_ema\.|first_stage_model\.loss\.|loss\.|alphas_cumprod|betas$|sqrt_|log_one_minus|posterior_|lvlb_weights"
     r"|logvar$|scale_factor$|denoiser\.sigmas|model_sampling\."
     r"|(cond_stage_model|conditioner\.embedders\.\d)\.(model\.|transformer\.)?logit_scale"
-    r"|text_encoders\.\w+\.(transformer\.)?logit_scale|text_encoders\.t5xxl\.spiece_model)"
+    r"|text_encoders\.\w+\.(transformer\.)?logit_scale|text_encoders\.t5xxl\.spiece_model|control_type$)"
 )
 HINTS = (  # what else people have files of: (a pattern of keys, what it is)
     (r"^lllite_unet_", "a ControlLLLite of kohya's, which changes layers of the U-Net: no ControlNet, not read here"),
@@ -241,6 +258,9 @@ def ema_key(key: str) -> str:
 
 def detect(tensors: Mapping[str, TensorHeader]) -> tuple[str | None, str]:
     """The layout of a file, and the prefix of its backbone; (None, "") where it has no backbone."""
+    if TOKEN_CONTROLNET_KEY in tensors:
+        found = {SD3_CONTROLNET_KEY: "sd3-controlnet", FLUX_KEY: "flux-controlnet"}
+        return next(((layout, "") for key, layout in found.items() if key in tensors), (None, ""))
     if CONTROLNET_KEY in tensors:
         return "controlnet", ""
     for prefix in BACKBONE_PREFIXES:

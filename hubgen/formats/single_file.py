@@ -28,7 +28,8 @@ logger = logging.get_logger(__name__)
 HUB_URL = re.compile(r"^(?:https?://)?(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)/(?:blob|resolve)/([^/]+)/([^?]+)")
 # Names of tensors that only the layout of diffusers has.
 OWN_LAYOUT = re.compile(
-    r"(down_blocks|up_blocks)\.\d+\.resnets\.|(single_)?transformer_blocks\.\d+\.attn1?\.|encoder\.down_blocks\."
+    r"(down_blocks|up_blocks)\.\d+\.resnets\.|(single_)?transformer_blocks\.\d+\.attn1?\.(?!qkv\.|proj\.)"
+    r"|encoder\.down_blocks\."
 )
 # Keywords of diffusers' `from_single_file` that choose how files are read or where they are put, not what is read.
 NO_EFFECT = ("use_safetensors", "variant", "disable_mmap", "low_cpu_mem_usage", "resume_download")
@@ -58,8 +59,8 @@ class SingleFileMixin:
             config: By default inferred from keys and shapes. A dictionary changes single values of that. A folder or
                 repository, of the model or of a pipeline with it, is taken as it stands. Not to be seen in a file
                 are an autoencoder's latent scale (taken from the family; that of a file with a bare autoencoder is
-                taken for Stable Diffusion's or FLUX's by its channels, with a warning) and a U-Net's heads. A file in
-                diffusers' layout needs it, unless it is a U-Net's ControlNet.
+                taken for Stable Diffusion's or FLUX's by its channels, with a warning), a U-Net's heads, and whether an
+                SD3 ControlNet is given the pooled text. A file in diffusers' layout needs it, but for a ControlNet.
             torch_dtype: Of the model; float32 by default, as with `from_pretrained`.
             subfolder: Of `config`, where the model's config lies in it; found by itself in a pipeline's folder.
             extract_ema: Take the averaged weights, where the file has both.
@@ -137,8 +138,12 @@ def prepare_own_layout(
 
         model = empty(cls, settings)
         tensors = model._fix_state_dict_keys_on_load(load_file(path))
-        ignored = cls._keys_to_ignore_on_load_unexpected or ()
-        kept = {name: value for name, value in tensors.items() if not any(re.search(p, name) for p in ignored)}
+        ignored, expected = cls._keys_to_ignore_on_load_unexpected or (), model.state_dict()
+        kept = {
+            name: value
+            for name, value in tensors.items()
+            if name in expected or not any(re.search(pattern, name) for pattern in ignored)
+        }
         loaded = assigned(model, kept, torch_dtype)
         loaded.register_to_config(_name_or_path=str(path))
         return loaded
@@ -232,10 +237,10 @@ def component_of(cls: type, file: SingleFile) -> str:
     names = {base.__name__ for base in cls.__mro__}
     if "AutoencoderKL" in names:
         component = "vae"
-    elif LAYOUTS["controlnet"].backbone_class in names:
-        component = "controlnet"
     elif backbone is not None and backbone.backbone_class in names:
         component = backbone.backbone
+    elif LAYOUTS["controlnet"].backbone_class in names and (backbone is None or backbone.backbone != "controlnet"):
+        component = "controlnet"  # beside its base
     else:
         raise ValueError(f"{file.path} holds {file.describe()}, no {cls.__name__}.")
     if component not in file.parts:
@@ -247,11 +252,10 @@ def inferred_config(file: SingleFile, component: str) -> dict[str, Any]:
     """Our config of a part, from its keys and shapes."""
     headers = file.parts[component]
     try:
-        if component == "controlnet":  # it may lie beside its base
-            return LAYOUTS[component].infer_config(headers)
         if component != "vae":
             assert file.layout is not None
-            return LAYOUTS[file.layout].infer_config(headers)
+            beside = LAYOUTS[file.layout].backbone != component  # a ControlNet and its base
+            return LAYOUTS[component if beside else file.layout].infer_config(headers)
         if file.layout is not None:
             return ldm_vae.infer_config(headers, LAYOUTS[file.layout].latents)
         config = ldm_vae.infer_config(headers, "sd")

@@ -86,7 +86,8 @@ class SingleFilePipelineMixin:
         check_keywords(f"{cls.__name__}.from_single_file", kwargs, known)
         kwargs = {name: value for name, value in kwargs.items() if name not in NO_EFFECT}
         file = open_single_file(find_file(pretrained_model_link_or_path, hub), extract_ema)
-        alone = {None: "AutoencoderKL", "controlnet": "ControlNetModel"}
+        nets = {name: layout.backbone_class for name, layout in LAYOUTS.items() if layout.backbone == "controlnet"}
+        alone = {None: "AutoencoderKL", **nets}
         if file.layout in alone:
             raise ValueError(
                 f"{file.path} holds {file.describe()}, no pipeline; `{alone[file.layout]}.from_single_file` reads it."
