@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from hubgen.autoencoders.autoencoder_kl import AutoencoderKL as AutoencoderKL
     from hubgen.autoencoders.vq_model import VQModel as VQModel
     from hubgen.backbones.controlnet import ControlNetModel as ControlNetModel
+    from hubgen.backbones.controlnet_dit import DiTControlNetModel as DiTControlNetModel
+    from hubgen.backbones.controlnet_flux import FluxControlNetModel as FluxControlNetModel
+    from hubgen.backbones.controlnet_sd3 import SD3ControlNetModel as SD3ControlNetModel
     from hubgen.backbones.controlnet_union import ControlNetUnionModel as ControlNetUnionModel
     from hubgen.backbones.dit import DiTTransformer2DModel as DiTTransformer2DModel
     from hubgen.backbones.flux import FluxTransformer2DModel as FluxTransformer2DModel
@@ -76,14 +79,17 @@ HOMES = {
     "CosinePath": "hubgen.paths.continuous",
     "DDIMScheduler": "hubgen.schedulers.ddim",
     "DDPMScheduler": "hubgen.schedulers.ddpm",
+    "DiTControlNetModel": "hubgen.backbones.controlnet_dit",
     "DiTTransformer2DModel": "hubgen.backbones.dit",
     "EdmPath": "hubgen.paths.continuous",
     "FlowMatchEulerDiscreteScheduler": "hubgen.schedulers.flow_match_euler",
     "FlowMatchHeunDiscreteScheduler": "hubgen.schedulers.flow_match_heun",
+    "FluxControlNetModel": "hubgen.backbones.controlnet_flux",
     "FluxTransformer2DModel": "hubgen.backbones.flux",
     "IPAdapter": "hubgen.controls.ip_adapter",
     "LogitNormalDensity": "hubgen.paths.timesteps",
     "RectifiedFlowPath": "hubgen.paths.path",
+    "SD3ControlNetModel": "hubgen.backbones.controlnet_sd3",
     "SD3Transformer2DModel": "hubgen.backbones.sd3",
     "ScoreSdeVeScheduler": "hubgen.schedulers.score_sde_ve",
     "T2IAdapter": "hubgen.backbones.t2i_adapter",

@@ -134,6 +134,18 @@ UNION: Config = {
     "num_trans_head": 2,
     "num_proj_channel": 8,
 }
+CONTROLNET_SD3: Config = {**SD3, "num_layers": 2, "qk_norm": "rms_norm"}
+CONTROLNET_SD35: Config = {
+    **SD3,
+    "num_layers": 2,
+    "joint_attention_dim": None,
+    "caption_projection_dim": 24,
+    "pos_embed_max_size": None,
+    "pos_embed_type": None,
+    "use_pos_embed": False,
+    "force_zeros_for_pooled_projection": False,
+}
+CONTROLNET_FLUX: Config = {**FLUX, "num_layers": 2, "num_single_layers": 3, "guidance_embeds": True, "num_mode": 4}
 AUTOENCODER: Config = {
     "down_block_types": ("DownEncoderBlock2D",) * 2,
     "up_block_types": ("UpDecoderBlock2D",) * 2,
@@ -225,6 +237,28 @@ def flux_inputs(config: Config, size: Size = (8, 8)) -> Inputs:
     return {**inputs, "guidance": torch.tensor([3.5, 2.0])} if config.get("guidance_embeds") else inputs
 
 
+def sd3_net_inputs(config: Config, size: Size = (8, 8)) -> Inputs:
+    """Of a network without an embedding of its own the tokens that its base's makes."""
+    inputs = sd3_inputs({**config, "joint_attention_dim": config["joint_attention_dim"] or 1}, size)
+    if config["joint_attention_dim"] is None:
+        del inputs["encoder_hidden_states"]
+    if not config.get("use_pos_embed", True):
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        inputs["hidden_states"] = drawn(2, size[0] * size[1] // config["patch_size"] ** 2, width)
+    channels = config["in_channels"] + config.get("extra_conditioning_channels", 0)
+    return {**inputs, "controlnet_cond": drawn(2, channels, *size, seed=4)}
+
+
+def flux_net_inputs(config: Config, size: Size = (8, 8)) -> Inputs:
+    """Of latents, or for a network that embeds pixels 8 of them a latent each way."""
+    inputs = flux_inputs(config, size)
+    if config.get("conditioning_embedding_channels"):
+        inputs["controlnet_cond"] = drawn(2, 3, 8 * size[0], 8 * size[1], seed=4)
+    else:
+        inputs["controlnet_cond"] = drawn(*inputs["hidden_states"].shape, seed=4)
+    return {**inputs, "controlnet_mode": torch.tensor([[2], [0]])} if config.get("num_mode") else inputs
+
+
 def dit_inputs(config: Config, size: Size = (8, 8)) -> Inputs:
     return {
         "hidden_states": drawn(2, config["in_channels"], *size),
@@ -251,6 +285,9 @@ class Network:
     """What hubgen and diffusers both call it."""
     config: Config
     inputs_of: Callable[..., Inputs]
+    unread: str = r"^quantize\."
+    """Pattern of the names of parameters without a gradient of the output: a codebook's; of a ControlNet's last block
+    what computes the text."""
 
     def build(self, library: str = "hubgen", seed: int = 0, **changes: Any) -> Any:
         """The model with random weights, the same in both libraries; `changes` of its config."""
@@ -296,6 +333,11 @@ CONTROLNETS = {
     "ControlNet, SD 1.x": Network("ControlNetModel", CONTROLNET, controlnet_inputs),
     "ControlNet, SDXL": Network("ControlNetModel", CONTROLNET_SDXL, controlnet_inputs),
     "ControlNet Union, SDXL": Network("ControlNetUnionModel", UNION, union_inputs),
+    "ControlNet, SD 3": Network(
+        "SD3ControlNetModel", CONTROLNET_SD3, sd3_net_inputs, r"^transformer_blocks\.1\.(ff_context|attn\.to_add_out)\."
+    ),
+    "ControlNet, SD 3.5 large": Network("SD3ControlNetModel", CONTROLNET_SD35, sd3_net_inputs),
+    "ControlNet, FLUX.1": Network("FluxControlNetModel", CONTROLNET_FLUX, flux_net_inputs),
 }
 """Networks that return residuals for another's blocks."""
 NETWORKS = {**DENOISERS, **AUTOENCODERS, **CONTROLNETS}

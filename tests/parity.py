@@ -43,8 +43,9 @@ def first_output(output: Any) -> torch.Tensor:
     first = output[0]
     if isinstance(first, torch.Tensor):
         return first
-    rest = [output[i] for i in range(1, len(output))]
-    return torch.cat([tensor.flatten() for tensor in [*first, *rest]])
+    groups = [output[i] for i in range(len(output))]
+    lists = [group if isinstance(group, list | tuple) else [group] for group in groups if group is not None]
+    return torch.cat([tensor.flatten() for tensors in lists for tensor in tensors])
 
 
 @torch.no_grad()

@@ -84,6 +84,14 @@ class FluxStem(SingleFileMixin, Backbone):
         self.context_embedder = nn.Linear(config.joint_attention_dim, self.inner_dim)
         self.x_embedder = nn.Linear(config.in_channels, self.inner_dim)
 
+    def check_axes(self) -> None:
+        """Raises ValueError unless the axes of the positions share out a head's features in even parts."""
+        axes, head = tuple(self.config.axes_dims_rope), self.config.attention_head_dim
+        if sum(axes) != head or any(dim % 2 for dim in axes):
+            raise ValueError(
+                f"`axes_dims_rope`: got {axes}, expected even numbers that add up to `attention_head_dim` = {head}."
+            )
+
     def embed(
         self,
         hidden_states: torch.Tensor,
@@ -206,11 +214,7 @@ class FluxTransformer2DModel(FluxTransformer2DLoadersMixin, FluxStem):
         axes_dims_rope: tuple[int, ...] = (16, 56, 56),
     ):
         super().__init__()
-        if sum(axes_dims_rope) != attention_head_dim or any(dim % 2 for dim in axes_dims_rope):
-            raise ValueError(
-                f"`axes_dims_rope`: got {tuple(axes_dims_rope)}, expected even numbers that add up to "
-                f"`attention_head_dim` = {attention_head_dim}."
-            )
+        self.check_axes()
         self.inner_dim = num_attention_heads * attention_head_dim
         self.out_channels = in_channels if out_channels is None else out_channels
 

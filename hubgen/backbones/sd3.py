@@ -126,10 +126,16 @@ class SD3Stem(SingleFileMixin, Backbone):
     ) -> None:
         """Raises ValueError where an input is missing or its shape does not fit the config."""
         batch, config = len(hidden_states), self.config
-        steps = 1 if timestep is not None and timestep.shape == (1,) else batch
         require_shape("hidden_states", hidden_states, (batch, config.in_channels, "height", "width"))
         require_shape("encoder_hidden_states", encoder_hidden_states, (batch, "tokens", config.joint_attention_dim))
-        require_shape("pooled_projections", pooled_projections, (batch, config.pooled_projection_dim))
+        self.check_condition(batch, pooled_projections, timestep)
+
+    def check_condition(
+        self, batch: int, pooled_projections: torch.Tensor | None, timestep: torch.Tensor | None
+    ) -> None:
+        """The same for what modulates the blocks."""
+        steps = 1 if timestep is not None and timestep.shape == (1,) else batch
+        require_shape("pooled_projections", pooled_projections, (batch, self.config.pooled_projection_dim))
         require_shape("timestep", timestep, (steps,))
 
 
