@@ -553,7 +553,7 @@ def test_a_bad_picture_or_file_is_told_in_one_line(
         ("ddpm", ("a cat",), "draws without prompts"),
         ("ddpm", ("--guidance-scale", "2"), "--guidance-scale"),
         ("dit", (), "no prompt: name a class"),
-        ("dit", ("1", "--image", "start.png"), "does not take it"),
+        ("dit", ("1", "--negative-prompt", "a dog"), "does not take it"),
         ("dit", ("no such class",), "no such class"),
     ],
 )
