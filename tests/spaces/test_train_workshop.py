@@ -18,7 +18,7 @@ from tests.spaces.training import COLOURS, ball
 pytest.importorskip("gradio", reason="the page needs Gradio (pip install 'hubgen[demo]')")
 pytest.importorskip("datasets", reason="training needs datasets (pip install 'hubgen[train]')")
 
-PATIENCE = 120
+PATIENCE = 400
 """Seconds; the machine may be busy"""
 
 
@@ -104,7 +104,7 @@ def subject(workshops: Callable[..., Any]) -> Subject:
     """Taught from six pictures beside those of its class; the workshop has seen no training before."""
     workshop = workshops()
     bench = visitor(workshop)
-    asked = ("subject", "a zog ball", "a ball", ["a caption"] * 6, 32, 2)
+    asked = ("subject", "a zog ball", "a ball", ["a caption"] * 6, 32, 2, None, "a zog ball on a hill")
     wish = workshop.wish(bench, *asked)
     measure(workshop)
     guess, guessed, begun, cpu = workshop.estimate(bench, wish), [], time.monotonic(), cpu_of_children()
@@ -145,8 +145,7 @@ def test_a_subject_is_taught_by_its_words_beside_pictures_of_its_class(subject: 
     classes = run.out / "class_pictures"
     assert len(list(classes.glob("*.png"))) == 32 and "a zog ball" not in (classes / "metadata.jsonl").read_text()
     assert all(row["prior_loss"] > 0 for row in run.rows() if "loss" in row)
-    assert run.wish.prompts == ("a zog ball", "a ball")
-    assert [len(pictures) for _, pictures in run.seen().grids] == [2, 2, 2]
+    assert [len(pictures) for _, pictures in run.seen().grids] == [1, 1, 1]
     card = (subject.workshop.result(subject.bench) / "README.md").read_text()
     assert "train_dreambooth" in card and "prompt: a zog ball" in card and "a caption" not in card
 
@@ -172,10 +171,12 @@ def test_the_estimate_is_within_a_factor_of_two_of_what_a_training_takes(subject
 
 def test_the_next_estimate_is_what_the_last_training_took(subject: Subject) -> None:
     workshop, bench, wish = subject.workshop, subject.bench, subject.wish
-    assert math.isclose(workshop.estimate(bench, wish), subject.wall, rel_tol=0.15)
+    workshop.call_seconds = 0.001  # what drawing takes counts as much before as after
+    assert math.isclose(workshop.estimate(bench, wish), subject.run.seconds)
+    assert subject.wall / 2 < subject.run.seconds < subject.wall
     style = workshop.wish(bench, "style", "zog", "", [], wish.steps, 2)
     # Its steps are without the pictures of a class.
-    assert math.isclose(2 * steps_alone(workshop, bench, style), steps_alone(workshop, bench, wish), rel_tol=1e-6)
+    assert math.isclose(2 * steps_alone(workshop, bench, style), steps_alone(workshop, bench, wish))
 
 
 # ---- limits ----
@@ -221,6 +222,9 @@ def test_a_training_whose_time_is_over_while_it_starts_leaves_nothing_to_take(wo
         workshop.trainings.go_on(bench)
     with pytest.raises(Refused, match="ended before anything was learned"):
         workshop.trainings.go_on(bench, as_it_is=True)
+
+    anew = workshop.start(bench, "style", "zog", "", [], 2000)
+    assert [path.name for path in bench.folder.iterdir()] == [anew.number] != [run.number]
 
 
 def test_what_a_training_has_saved_is_taken_as_it_is_when_its_limits_are_used_up(
