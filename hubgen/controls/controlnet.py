@@ -21,7 +21,7 @@ from hubgen.conditioning.condition import Condition
 from hubgen.conditioning.guidance import POSITIVE
 from hubgen.conditioning.predict import BackboneCall
 from hubgen.controls.control import Control, Prepared, Span, Start, Target
-from hubgen.controls.net_kinds import Hint, NetKind, check_modes, kind_of
+from hubgen.controls.net_kinds import Hint, NetKind, Rows, check_modes, kind_of
 from hubgen.data.images import mask_processor, read_hints, read_masks
 
 
@@ -107,7 +107,7 @@ class ControlNet(Control):
         mask = None if self.mask is None else fitted(self.mask, mask_processor(target.latents.multiple), target)
         images = [fitted(images, hint_processor(images, target), target) for images in self.images]
         hint = Hint(images, mask, self.modes, self.guess_mode)
-        return Steered(self, self.kind.shown(hint, target), steps)
+        return Steered(self, target, self.kind.shown(hint, target))
 
 
 def hint_processor(images: Any, target: Target) -> VaeImageProcessor:
@@ -126,13 +126,14 @@ class Steered(Prepared):
 
     Args:
         control: With network, scale and span.
+        target: Of the call.
         shown: What the network is shown, for B pictures.
-        steps: Of the call.
     """
 
-    def __init__(self, control: ControlNet, shown: Any, steps: int):
+    def __init__(self, control: ControlNet, target: Target, shown: Any):
         self.kind: NetKind = control.kind
-        self.scale, self.span, self.steps = control.scale, control.span, steps
+        self.target, self.steps = target, len(target.timesteps)
+        self.scale, self.span = control.scale, control.span
         pools = getattr(control.kind, "pools", False)
         self.alone = control.guess_mode or pools or control.reuse
         """Whether only the positive branch is asked"""
@@ -148,9 +149,8 @@ class Steered(Prepared):
         count = 1 if self.alone else len(call.branches)
         if count not in self.shown:
             self.shown[count] = self.kind.repeated(self.shown[1], count)
-        found = self.kind.residuals(
-            call.x_t[rows], call.timestep[rows], self.keywords(call, rows), self.shown[count], self.scale
-        )
+        asked = Rows(call.x_t[rows], call.timestep[rows], self.keywords(call, rows))
+        found = self.kind.residuals(self.target, asked, self.shown[count], self.scale)
         if len(call.branches) == count:
             return found
         return {name: self.of_all(features, call) for name, features in found.items()}

@@ -49,6 +49,18 @@ class Hint:
     guess: bool = False
 
 
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """What a network is asked about, of some rows of a call of the base."""
+
+    x_t: torch.Tensor
+    """(rows, C, h, w)"""
+    timestep: torch.Tensor
+    """(rows,), as schedulers have it"""
+    keywords: Mapping[str, Any]
+    """See `NetKind.keywords`"""
+
+
 class NetKind(ABC):
     """Base of the kinds; one object a network.
 
@@ -109,15 +121,12 @@ class NetKind(ABC):
         return self.family.keywords(condition)
 
     @abstractmethod
-    def residuals(
-        self, x_t: torch.Tensor, timestep: torch.Tensor, keywords: Mapping[str, Any], shown: Any, scale: float
-    ) -> Mapping[str, Any]:
+    def residuals(self, target: Target, rows: Rows, shown: Any, scale: float) -> Mapping[str, Any]:
         """What it adds to the base, by the keywords of the base's forward.
 
         Args:
-            x_t: (rows, C, h, w).
-            timestep: (rows,), as schedulers have it.
-            keywords: See the method.
+            target: Of the call.
+            rows: That it is asked about.
             shown: For these rows.
             scale: Of what it adds.
         """
@@ -168,19 +177,20 @@ class UNetNet(NetKind):
     def repeated(self, shown: tuple[torch.Tensor, bool], count: int) -> tuple[torch.Tensor, bool]:
         return rows_repeated(shown[0], count), shown[1]
 
-    def residuals(
-        self, x_t: torch.Tensor, timestep: torch.Tensor, keywords: Mapping[str, Any], shown: Any, scale: float
-    ) -> Mapping[str, Any]:
+    def residuals(self, target: Target, rows: Rows, shown: Any, scale: float) -> Mapping[str, Any]:
         image, guess = shown
         options = {"controlnet_cond": image, "guess_mode": guess}
-        return self.asked(x_t, timestep, {**keywords, **options}, scale)
+        return self.asked(rows, options, scale)
 
-    def asked(
-        self, x_t: torch.Tensor, timestep: torch.Tensor, keywords: Mapping[str, Any], scale: float
-    ) -> dict[str, Any]:
+    def asked(self, rows: Rows, options: Mapping[str, Any], scale: float) -> dict[str, Any]:
         """Runs the network."""
         down, mid = self.net(
-            self.to_net(x_t), timestep=timestep, conditioning_scale=scale, return_dict=False, **keywords
+            self.to_net(rows.x_t),
+            timestep=rows.timestep,
+            conditioning_scale=scale,
+            return_dict=False,
+            **rows.keywords,
+            **options,
         )
         return {"down_block_additional_residuals": list(down), "mid_block_additional_residual": mid}
 
@@ -204,12 +214,10 @@ class UnionNet(UNetNet):
         images, types, modes, guess = shown
         return [rows_repeated(image, count) for image in images], rows_repeated(types, count), modes, guess
 
-    def residuals(
-        self, x_t: torch.Tensor, timestep: torch.Tensor, keywords: Mapping[str, Any], shown: Any, scale: float
-    ) -> Mapping[str, Any]:
+    def residuals(self, target: Target, rows: Rows, shown: Any, scale: float) -> Mapping[str, Any]:
         images, types, modes, guess = shown
         options = {"controlnet_cond": list(images), "control_type": types, "control_type_idx": modes}
-        return self.asked(x_t, timestep, {**keywords, **options, "guess_mode": guess}, scale)
+        return self.asked(rows, {**options, "guess_mode": guess}, scale)
 
 
 class AdapterNet(NetKind):
@@ -237,9 +245,7 @@ class AdapterNet(NetKind):
     def keywords(self, condition: Condition) -> dict[str, Any]:
         return {}
 
-    def residuals(
-        self, x_t: torch.Tensor, timestep: torch.Tensor, keywords: Mapping[str, Any], shown: Any, scale: float
-    ) -> Mapping[str, Any]:
+    def residuals(self, target: Target, rows: Rows, shown: Any, scale: float) -> Mapping[str, Any]:
         return {"down_intrablock_additional_residuals": [one * scale for one in shown]}
 
 
@@ -257,22 +263,14 @@ class TransformerNet(NetKind):
     base_blocks: ClassVar[Mapping[str, tuple[str, Callable[..., Any]]]]
     """By the keyword of the base's forward: the key of its config that counts the blocks, and the network's rule"""
 
-    def __init__(self, net: nn.Module):
-        super().__init__(net)
-        self.counts: dict[str, int] = {}
-
-    def check(self, target: Target) -> None:
-        super().check(target)
-        self.counts = {keyword: target.family.config[key] for keyword, (key, _) in self.base_blocks.items()}
-
     def repeated(self, shown: torch.Tensor, count: int) -> torch.Tensor:
         return rows_repeated(shown, count)
 
-    def placed(self, keyword: str, residuals: Sequence[torch.Tensor] | None) -> Mapping[str, Any]:
+    def placed(self, target: Target, keyword: str, residuals: Sequence[torch.Tensor] | None) -> Mapping[str, Any]:
         """One residual for each block of the base, `None` where there is none."""
         if not residuals:
             return {}
-        return {keyword: self.rule(keyword)(residuals, self.counts[keyword])}
+        return {keyword: self.rule(keyword)(residuals, target.family.config[self.base_blocks[keyword][0]])}
 
     def rule(self, keyword: str) -> Callable[..., Any]:
         """Which block gets which residual."""
@@ -283,7 +281,8 @@ class SD3Net(TransformerNet):
     """Shown latents of the hint, drawn from the posterior; those for inpainting the mask beside them.
 
     InstantX' (`force_zeros_for_pooled_projection`) see latents without the autoencoder's shift, and no pooled text;
-    Stability's for SD3.5 no text tokens. diffusers draws from the posterior without a generator.
+    Stability's for SD3.5 no text tokens, and x_t as the base embeds it (`use_pos_embed`). diffusers draws from the
+    posterior without a generator.
     """
 
     family_class = MMDiTFamily
@@ -318,18 +317,19 @@ class SD3Net(TransformerNet):
             keywords["encoder_hidden_states"] = None
         return keywords
 
-    def residuals(
-        self, x_t: torch.Tensor, timestep: torch.Tensor, keywords: Mapping[str, Any], shown: Any, scale: float
-    ) -> Mapping[str, Any]:
+    def residuals(self, target: Target, rows: Rows, shown: Any, scale: float) -> Mapping[str, Any]:
+        x = self.to_net(rows.x_t)
+        if not self.config.get("use_pos_embed", True):
+            x = self.to_net(target.backbone.pos_embed(rows.x_t.to(target.backbone.dtype)))  # (rows, T, D)
         (blocks,) = self.net(
-            self.to_net(x_t),
+            x,
             controlnet_cond=shown,
             conditioning_scale=scale,
-            timestep=timestep,
+            timestep=rows.timestep,
             return_dict=False,
-            **keywords,
+            **rows.keywords,
         )
-        return self.placed("block_controlnet_hidden_states", blocks)
+        return self.placed(target, "block_controlnet_hidden_states", blocks)
 
 
 class FluxNet(TransformerNet):
@@ -370,24 +370,22 @@ class FluxNet(TransformerNet):
             condition = replace(condition, guidance_scale=FLUX_GUIDANCE)
         return super().keywords(condition)
 
-    def residuals(
-        self, x_t: torch.Tensor, timestep: torch.Tensor, keywords: Mapping[str, Any], shown: Any, scale: float
-    ) -> Mapping[str, Any]:
+    def residuals(self, target: Target, rows: Rows, shown: Any, scale: float) -> Mapping[str, Any]:
         image, mode = shown
-        x, positions = self.family.enter(self.to_net(x_t), SHUT)
+        x, positions = self.family.enter(self.to_net(rows.x_t), SHUT)
         double, single = self.net(
             x,
             controlnet_cond=image,
             controlnet_mode=mode,
             conditioning_scale=scale,
-            timestep=self.family.timestep(timestep),
+            timestep=self.family.timestep(rows.timestep),
             return_dict=False,
-            **keywords,
+            **rows.keywords,
             **positions,
         )
         return {
-            **self.placed("controlnet_block_samples", double),
-            **self.placed("controlnet_single_block_samples", single),
+            **self.placed(target, "controlnet_block_samples", double),
+            **self.placed(target, "controlnet_single_block_samples", single),
         }
 
 
@@ -404,18 +402,16 @@ class DiTNet(TransformerNet):
     def shown(self, hint: Hint, target: Target) -> torch.Tensor:
         return self.to_net(encode(target.vae, self.rescaled(hint, target), target.generator))
 
-    def residuals(
-        self, x_t: torch.Tensor, timestep: torch.Tensor, keywords: Mapping[str, Any], shown: Any, scale: float
-    ) -> Mapping[str, Any]:
+    def residuals(self, target: Target, rows: Rows, shown: Any, scale: float) -> Mapping[str, Any]:
         (blocks,) = self.net(
-            self.to_net(x_t),
+            self.to_net(rows.x_t),
             controlnet_cond=shown,
             conditioning_scale=scale,
-            timestep=timestep,
+            timestep=rows.timestep,
             return_dict=False,
-            **keywords,
+            **rows.keywords,
         )
-        return self.placed("block_controlnet_hidden_states", blocks)
+        return self.placed(target, "block_controlnet_hidden_states", blocks)
 
 
 # By a key of the config and a layer that networks have and backbones do not; the first that fits.

@@ -235,6 +235,13 @@ def test_sd3_networks_with_and_without_pooled_text(zeros: bool, sides: Callable[
     both.assert_same([ControlNet(net, hint)], net, control_image=hint)
 
 
+def test_networks_for_sd3_5_are_shown_x_t_as_the_base_embeds_it_and_no_text(sides: Callable[[str], Sides]) -> None:
+    both, hint = sides("sd3.5"), picture(3)
+    kind = {"joint_attention_dim": None, "use_pos_embed": False, "pos_embed_type": None}
+    net = small(net_of(both.backbone, **kind, force_zeros_for_pooled_projection=False))
+    both.assert_same([ControlNet(net, hint)], net, control_image=hint)
+
+
 def test_modes_of_a_flux_union(sides: Callable[[str], Sides]) -> None:
     both, hint = sides("flux-dev"), picture(3)
     net = small(net_of(both.backbone, num_mode=4))
