@@ -41,6 +41,7 @@ def target(backbone, batch: int = 2, steps: int = 4, **changes) -> Target:
         "size": (16, 16),
         "batch": batch,
         "per_prompt": 1,
+        "branches": BRANCHES,
         "timesteps": scheduler.timesteps,
         "generator": torch.Generator().manual_seed(0),
     }

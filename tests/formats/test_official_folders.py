@@ -72,7 +72,8 @@ def test_files_of_before_2023_load_as_in_diffusers(name: str, convolutions: bool
 def test_every_model_is_loaded_strictly_and_can_be_checked_without_memory(name: str) -> None:
     cls = getattr(hubgen, name)
     assert issubclass(cls, StrictModelMixin)
-    config = {"sample_size": 32} if name == "UNet2DModel" else {}
+    needed = {"UNet2DModel": {"sample_size": 32}, "ControlNetUnionModel": {"addition_time_embed_dim": 256}}
+    config: dict[str, Any] = needed.get(name, {})
     model = on_meta(cls, config, dict.fromkeys(map(str, range(1000)), torch.empty(0)), "config.json")
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
 

@@ -396,7 +396,7 @@ def test_a_safety_checker_is_kept_with_the_rest(both: Pair, tmp_path: Path) -> N
             "`unet`.*no class 'UNet2DConditionalModel'.*UNet2DCondition",
         ),
         ({"text_encoder": ["transfomers", "CLIPTextModel"]}, "`text_encoder`.*'transfomers'.*hubgen, diffusers"),
-        ({"controlnet": ["diffusers", "ControlNetModel"]}, "`controlnet`.*no place.*text_encoder"),
+        ({"prior": ["diffusers", "PriorTransformer"]}, "`prior`.*no place.*text_encoder"),
         ({"vae": "AutoencoderKL"}, "got `vae` .*, expected \\[library, class\\]"),
         ({"vae": ["diffusers", "AutoencoderKL", "x"]}, "got `vae` .*, expected \\[library, class\\]"),
     ],
