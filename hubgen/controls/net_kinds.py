@@ -320,7 +320,8 @@ class SD3Net(TransformerNet):
     def residuals(self, target: Target, rows: Rows, shown: Any, scale: float) -> Mapping[str, Any]:
         x = self.to_net(rows.x_t)
         if not self.config.get("use_pos_embed", True):
-            x = self.to_net(target.backbone.pos_embed(rows.x_t.to(target.backbone.dtype)))  # (rows, T, D)
+            base: Any = target.backbone
+            x = self.to_net(base.pos_embed(rows.x_t.to(base.dtype)))  # (rows, T, D)
         (blocks,) = self.net(
             x,
             controlnet_cond=shown,
