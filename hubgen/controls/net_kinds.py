@@ -171,6 +171,14 @@ class UNetNet(NetKind):
     def sizes(self, config: Mapping[str, Any], is_net: bool) -> dict[str, Any]:
         return {name: plain(config[name]) for name in ("block_out_channels", "layers_per_block", "cross_attention_dim")}
 
+    def check(self, target: Target) -> None:
+        super().check(target)
+        if self.config.in_channels != target.latents.channels:
+            raise ValueError(
+                f"`net`: got a {type(self.net).__name__} of {self.config.in_channels} input channels, expected "
+                f"{target.latents.channels}: it is shown x_t alone, without what else an inpainting model is shown."
+            )
+
     def shown(self, hint: Hint, target: Target) -> tuple[torch.Tensor, bool]:
         return self.to_net(target.for_all(hint.images[0])), hint.guess or self.pools
 

@@ -403,6 +403,7 @@ def test_hints_go_with_their_prompts(sides: Callable[[str], Sides]) -> None:
             r"`image`: got shape \(1, 4, 32, 40\).*expected 3 channels",
         ),
         ("sd1", "sd1", {"image": [picture(1)] * 3}, "`image`: got 3, expected a number that divides the 1 pictures"),
+        ("sd1", "wide", {}, "`net`: got a ControlNetModel of 9 input channels, expected 4: it is shown x_t alone"),
         ("sd1", "backbone", {}, "`net`: got a UNet2DConditionModel, expected a ControlNet or a T2I-adapter"),
     ],
 )
@@ -412,6 +413,8 @@ def test_what_does_not_fit_is_refused_before_any_network_runs(
     both, ran = sides(name), list[Any]()
     if net_name == "union":
         net = net_of(both.backbone, num_mode=4)
+    elif net_name == "wide":
+        net = net_of(both.backbone, in_channels=9)
     else:
         net = both.backbone if net_name == "backbone" else net_of(sides(net_name).backbone)
     handles = [
