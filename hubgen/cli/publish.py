@@ -10,8 +10,8 @@ from hubgen.cli.arguments import add_command, positive_number
 from hubgen.cli.messages import say
 
 DESCRIPTION = """\
-Send a folder to the Hugging Face Hub: a pipeline, a network, an adapter, a learned word, a data set or a Space. What it
-is, is told by its files; of each kind only those files are sent that it needs, and the others are named.
+Send a folder to the Hugging Face Hub: a pipeline, a network, an adapter, an IP-Adapter, a learned word, a data set or a
+Space. What it is, is told by its files; of each kind only those files are sent that it needs, and the others are named.
 
 It needs a token (`hf auth login`, or HF_TOKEN) and a card (README.md) with a licence, which hubgen's trainers write.
 Running it again sends what is missing or has changed.

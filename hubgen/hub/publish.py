@@ -4,9 +4,9 @@
     print(shipment)
     print(shipment.send())                                        # the address
 
-A folder may be a pipeline, a network, an adapter, a learned word, a data set or a Space. Of each kind only the files
-are sent that it is known to need: what else lies there stays here, and is said. A pipeline that diffusers lacks is sent
-with its code (`hubgen.hub.carried_code`), also if the folder is without.
+A folder may be a pipeline, a network, an adapter, an IP-Adapter (`ip-adapter*.safetensors`), a learned word, a data set
+or a Space. Of each kind only the files are sent that it is known to need: what else lies there stays here, and is said.
+A pipeline that diffusers lacks is sent with its code (`hubgen.hub.carried_code`), also if the folder is without.
 """
 
 import fnmatch
@@ -80,6 +80,7 @@ KINDS = (
     ),
     Kind("adapter", "model", _has("pytorch_lora_weights.safetensors"), WEIGHTS),
     Kind("PEFT adapter", "model", _has("adapter_model.safetensors"), (*WEIGHTS, "adapter_config.json")),
+    Kind("IP-Adapter", "model", _has("ip-adapter*.safetensors"), WEIGHTS),
     Kind("learned word", "model", _has("*embeds.safetensors"), WEIGHTS),
     Kind("network", "model", _has("config.json"), (*WEIGHTS, "config.json", "*.py")),
     Kind(

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from hubgen.hub.publish import PublishError, prepare
+from tests import models
 from tests.hub.loopback import Hub, Trouble, environment_of, loopback_hub
 
 CARD = "---\nlicense: apache-2.0\n---\n# A model\n"
@@ -85,6 +86,17 @@ def test_a_pipeline_is_sent_without_what_else_lies_there_and_not_again(
 def test_adapters_data_sets_and_spaces_go_to_repositories_of_their_type(hub: Hub, tmp_path: Path) -> None:
     assert published(hub, adapter(tmp_path / "lora"), "tester/lora").returncode == 0
     assert sent(hub, "tester/lora") == {"README.md", "pytorch_lora_weights.safetensors"}
+
+    models.NETWORKS["ControlNet, SD 1.x"].build().save_pretrained(tmp_path / "net")
+    (tmp_path / "net" / "README.md").write_text(CARD)
+    assert published(hub, tmp_path / "net", "tester/net").returncode == 0
+    assert sent(hub, "tester/net") == {"README.md", "config.json", "diffusion_pytorch_model.safetensors"}
+
+    (tmp_path / "seen").mkdir()
+    save_file({"image_proj.proj.weight": torch.ones(2, 3)}, tmp_path / "seen" / "ip-adapter_tiny.safetensors")
+    (tmp_path / "seen" / "README.md").write_text(CARD)
+    assert published(hub, tmp_path / "seen", "tester/seen").returncode == 0
+    assert sent(hub, "tester/seen") == {"README.md", "ip-adapter_tiny.safetensors"}
 
     data = tmp_path / "data"
     (data / "train").mkdir(parents=True)
@@ -212,7 +224,7 @@ def test_a_folder_that_is_nothing_or_has_no_weights_is_named(tmp_path: Path) -> 
     with pytest.raises(PublishError, match="nowhere: no such folder, expected pipeline"):
         prepare(tmp_path / "nowhere", "tester/x")
     (tmp_path / "README.md").write_text(CARD)
-    with pytest.raises(PublishError, match="is none of pipeline, adapter, PEFT adapter, learned word, network"):
+    with pytest.raises(PublishError, match="is none of pipeline, adapter, .*, IP-Adapter, learned word, network"):
         prepare(tmp_path, "tester/x")
     (tmp_path / "model_index.json").write_text(json.dumps({}))
     with pytest.raises(PublishError, match=r"a pipeline without weights, expected .safetensors files"):
