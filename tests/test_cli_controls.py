@@ -58,7 +58,7 @@ def test_a_network_steers_and_the_picture_repeats_it(hubgen: Command, official: 
     ("value", "message"),
     [
         ("net=missing.png", "--control net=missing.png: No such file or directory, expected a picture"),
-        ("nowhere=hint.png", "--control nowhere:"),
+        ("nowhere=hint.png", "--control nowhere: no such folder or file, expected one, or owner/name on the Hub"),
         ("model=hint.png", "--control model: the model has no ControlNet of its own"),
         ("empty=hint.png", "--control empty: holds no config.json, expected the folder of a network"),
         ("unet=hint.png", "--control unet: got a UNet2DConditionModel, expected one of ControlNetModel"),

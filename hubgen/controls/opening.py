@@ -17,6 +17,7 @@ from hubgen.controls.controlnet import ControlNet
 from hubgen.controls.ip_adapter import IPAdapter
 from hubgen.formats.headers import read_header
 from hubgen.hub.classes import require_class
+from hubgen.hub.finding import HUB_ID
 
 OWN = "model"
 """The name of the network that the pipeline itself has"""
@@ -88,6 +89,8 @@ def network_class(name: str, revision: str | None = None) -> str:
         config = path / "config.json"
         if not config.is_file():
             raise ValueError(f"{name}: holds no config.json, expected the folder of a network")
+    elif not HUB_ID.fullmatch(name):
+        raise ValueError(f"{name}: no such folder or file, expected one, or owner/name on the Hub")
     else:
         from huggingface_hub import hf_hub_download
 
