@@ -9,7 +9,8 @@ import secrets
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -365,29 +366,33 @@ def opened_hints(controls: list[UsedControl], max_pixels: int | None, told: str)
 
 def check_names(controls: list[UsedControl], index: Mapping[str, Any]) -> None:
     """Raises ValueError for a control that cannot be opened, before the model's weights are read."""
-    from hubgen.errors import one_line
-
-    for one in controls:
+    if controls:
         from hubgen.controls.opening import check_name
-
-        try:
+    for one in controls:
+        with told_as_option(one):
             check_name(one.net, index)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--control {one.net}: {one_line(error).removeprefix(f'{one.net}: ')}") from error
 
 
 def opened_controls(controls: list[UsedControl], hints: list[Image.Image], pipe: Any) -> list[Any]:
     """The controls with their pictures, on the pipeline's device."""
     from hubgen.controls.opening import open_control
-    from hubgen.errors import one_line
 
     found = []
     for one, hint in zip(controls, hints, strict=True):
-        try:
+        with told_as_option(one):
             found.append(open_control(one.net, hint, pipe, scale=one.scale, start=one.start, end=one.end))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--control {one.net}: {one_line(error).removeprefix(f'{one.net}: ')}") from error
     return found
+
+
+@contextmanager
+def told_as_option(used: UsedControl) -> Iterator[None]:
+    """Errors about a control inside name the option that it was asked for by."""
+    from hubgen.errors import one_line
+
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--control {used.net}: {one_line(error).removeprefix(f'{used.net}: ')}") from error
 
 
 def default_out(prompt: str, source: Path | None) -> Path:

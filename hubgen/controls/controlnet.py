@@ -134,8 +134,7 @@ class Steered(Prepared):
         self.kind: NetKind = control.kind
         self.target, self.steps = target, len(target.timesteps)
         self.scale, self.span = control.scale, control.span
-        pools = getattr(control.kind, "pools", False)
-        self.alone = control.guess_mode or pools or control.reuse
+        self.alone = control.guess_mode or control.kind.pools or control.reuse
         """Whether only the positive branch is asked"""
         self.copied = control.reuse
         """Whether what it says of that counts for the others too"""

@@ -76,6 +76,8 @@ class NetKind(ABC):
     """Whether there is a guess mode"""
     masked: bool = False
     """Whether it is shown a mask beside the image"""
+    pools: bool = False
+    """Whether residuals are averaged over the picture, which always is a guess"""
     modes: int = 0
     """How many kinds of hints a union tells apart; 0 for what is no union"""
     several: ClassVar[bool] = False
@@ -161,8 +163,7 @@ class UNetNet(NetKind):
 
     def __init__(self, net: nn.Module):
         super().__init__(net)
-        self.pools: bool = bool(self.config.get("global_pool_conditions"))
-        """Whether residuals are averaged over the picture, which always is a guess"""
+        self.pools = bool(self.config.get("global_pool_conditions"))
 
     @property
     def image_channels(self) -> int:

@@ -1,8 +1,10 @@
 """Controls by the names of their files: which kind of control a folder, file or repository holds.
 
-open_control("owner/sd-controlnet-canny", edges, pipe, scale=0.8, end=0.6)
-open_control("ip-adapter.safetensors", cat, pipe)
-open_control("model", edges, pipe)          # the ControlNet that the pipeline itself has
+    open_control("owner/sd-controlnet-canny", edges, pipe, scale=0.8, end=0.6)
+    open_control("ip-adapter.safetensors", cat, pipe)
+    open_control("model", edges, pipe)          # the ControlNet that the pipeline itself has
+
+The command line asks here; programs make the controls themselves.
 """
 
 import json

@@ -11,6 +11,7 @@ Parameter names are those of the published files, and each class tells its sizes
 Shapes: n pictures, P patches, F features of the encoder, T tokens of D features.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
@@ -26,7 +27,7 @@ HEAD = 64
 """Features of a head of both resamplers"""
 
 
-class Projection(nn.Module):
+class Projection(nn.Module, ABC):
     """Base of the projections."""
 
     reads_patches: ClassVar[bool] = False
@@ -39,9 +40,9 @@ class Projection(nn.Module):
     """D"""
 
     @classmethod
+    @abstractmethod
     def like(cls, weights: Weights) -> Self:
         """One of the sizes of these weights, by their names; KeyError where one is missing."""
-        raise NotImplementedError
 
 
 class LinearProjection(Projection):
