@@ -10,8 +10,9 @@ import pytest
 from hubgen.cli.arguments import control
 from hubgen.hub.provenance import read_request
 from tests import test_cli
-from tests.controls.test_controlnet import net_of, small
+from tests.controls.test_controlnet import net_of
 from tests.official_images import picture
+from tests.parity import quiet_
 from tests.test_cli import Result, pixels, refused
 
 Command = Callable[..., Result]
@@ -37,7 +38,7 @@ def test_a_control_is_a_network_a_picture_and_when() -> None:
 def test_a_network_steers_and_the_picture_repeats_it(hubgen: Command, official: Official) -> None:
     folder = official("sd1")
     unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet")
-    small(net_of(unet)).save_pretrained("net")
+    quiet_(net_of(unet)).save_pretrained("net")
     picture(3).save("hint.png")
     draw = ("generate", "a red cat", "--model", folder, *FEW)
     assert hubgen(*draw, "--out", "plain.png").status == 0

@@ -20,7 +20,7 @@ from hubgen.controls.ip_adapter import IPAdapter
 from hubgen.pipelines.class_to_image import ClassToImagePipeline
 from hubgen.pipelines.text_to_image import TextToImagePipeline
 from tests.official_images import mask, picture
-from tests.parity import randomize_
+from tests.parity import quiet_, randomize_
 
 Official = Callable[[str], Path]
 Maker = Callable[[float], Control]
@@ -53,14 +53,6 @@ def pipes(official: Official) -> Callable[[str], Any]:
     return get
 
 
-def quiet(net: torch.nn.Module) -> torch.nn.Module:
-    """Random, with residuals that do not drown the backbone."""
-    for name, parameter in net.named_parameters():
-        if name.startswith(("controlnet_down", "controlnet_mid", "controlnet_blocks", "controlnet_single")):
-            parameter.data *= 0.2
-    return net.eval()
-
-
 def network(name: str, pipe: Any, seed: int) -> torch.nn.Module:
     """A ControlNet of the backbone's family, all weights random."""
     backbone = pipe.backbone
@@ -74,7 +66,7 @@ def network(name: str, pipe: Any, seed: int) -> torch.nn.Module:
         net = SD3ControlNetModel.from_transformer(backbone, num_layers=2, num_extra_conditioning_channels=0)
     else:
         net = FluxControlNetModel.from_transformer(backbone, num_layers=1, num_single_layers=1)
-    return quiet(randomize_(net, seed))
+    return quiet_(randomize_(net, seed))
 
 
 def makers(name: str, pipe: Any) -> Mapping[str, Maker]:

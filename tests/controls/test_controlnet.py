@@ -14,7 +14,7 @@ from hubgen.controls.attention_maps import AttentionMaps
 from hubgen.controls.controlnet import ControlNet
 from hubgen.pipelines.text_to_image import TextToImagePipeline
 from tests.official_images import mask, picture
-from tests.parity import randomize_
+from tests.parity import quiet_, randomize_
 
 Official = Callable[[str], Path]
 
@@ -66,14 +66,6 @@ def plain(model: Any) -> dict[str, Any]:
 def rebuilt(net: Any, **changes: Any) -> Any:
     """The same class with some arguments changed, and fresh weights."""
     return type(net)(**{**plain(net), **changes})
-
-
-def small(net: Any, scale: float = 0.2) -> Any:
-    """Residuals that do not drown the backbone."""
-    for name, parameter in net.named_parameters():
-        if name.startswith("controlnet_") and "embed" not in name:
-            parameter.data *= scale
-    return net
 
 
 class Sides:
@@ -153,7 +145,7 @@ def hint_name(kind: str) -> str:
 @pytest.mark.parametrize("name", NAMES)
 def test_latents_are_those_of_diffusers(name: str, sides: Callable[[str], Sides]) -> None:
     both = sides(name)
-    net = small(net_of(both.backbone))
+    net = quiet_(net_of(both.backbone))
     hint = picture(3)
     both.assert_same(
         [ControlNet(net, hint, scale=0.7, start=0.3, end=0.8)],
@@ -168,7 +160,7 @@ def test_latents_are_those_of_diffusers(name: str, sides: Callable[[str], Sides]
 @pytest.mark.parametrize("task", [1, 2], ids=["image to image", "inpainting"])
 def test_an_image_and_a_mask_go_beside_it_as_in_diffusers(name: str, task: int, sides: Callable[[str], Sides]) -> None:
     both = sides(name)
-    net, hint = small(net_of(both.backbone)), picture(3)
+    net, hint = quiet_(net_of(both.backbone)), picture(3)
     given: dict[str, Any] = {"image": picture(1), "strength": 0.9, **({"mask_image": mask(2)} if task == 2 else {})}
     both.assert_same(
         [ControlNet(net, hint)], net, task, given, **given, control_image=hint, controlnet_conditioning_scale=1.0
@@ -180,7 +172,7 @@ def test_two_networks_and_a_generator_each_are_those_of_diffusers_and_their_orde
     name: str, sides: Callable[[str], Sides]
 ) -> None:
     both = sides(name)
-    nets = [small(net_of(both.backbone, seed)) for seed in (7, 8)]
+    nets = [quiet_(net_of(both.backbone, seed)) for seed in (7, 8)]
     hints = [picture(3), picture(4)]
     controls = [ControlNet(net, hint, scale=scale) for net, hint, scale in zip(nets, hints, (0.5, 0.8), strict=True)]
     call = {**CALL, **SIZE, "num_images_per_prompt": 2}
@@ -202,7 +194,7 @@ def several() -> list[torch.Generator]:
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
 def test_guess_mode_is_that_of_diffusers(name: str, pools: bool, sides: Callable[[str], Sides]) -> None:
     both, hint = sides(name), picture(3)
-    net = small(net_of(both.backbone, global_pool_conditions=pools))
+    net = quiet_(net_of(both.backbone, global_pool_conditions=pools))
     ours = ControlNet(net, hint, guess_mode=not pools)
     both.assert_same([ours], net, image=hint, guess_mode=not pools)
 
@@ -211,7 +203,7 @@ def test_flux_guided_by_a_negative_prompt_runs_both_rows_or_reuses_one_as_diffus
     sides: Callable[[str], Sides],
 ) -> None:
     both, hint = sides("flux-dev"), picture(3)
-    net = small(net_of(both.backbone))
+    net = quiet_(net_of(both.backbone))
     call = {"negative_prompt": "the dog", "true_cfg_scale": 3.0}
     both.assert_same([ControlNet(net, hint, reuse=True)], net, 0, call, **call, control_image=hint)
     runs = [
@@ -223,7 +215,7 @@ def test_flux_guided_by_a_negative_prompt_runs_both_rows_or_reuses_one_as_diffus
 
 def test_sd3_is_shown_a_mask_beside_the_hint_as_in_diffusers(sides: Callable[[str], Sides]) -> None:
     both, hint, where = sides("sd3"), picture(3), mask(2)
-    net = small(net_of(both.backbone, extra_conditioning_channels=1))
+    net = quiet_(net_of(both.backbone, extra_conditioning_channels=1))
     hard = where.point(lambda level: 255 if level >= 128 else 0)
     both.assert_same([ControlNet(net, hint, mask=hard)], net, 2, control_image=hint, control_mask=hard)
 
@@ -231,27 +223,27 @@ def test_sd3_is_shown_a_mask_beside_the_hint_as_in_diffusers(sides: Callable[[st
 @pytest.mark.parametrize("zeros", [True, False])
 def test_sd3_networks_with_and_without_pooled_text(zeros: bool, sides: Callable[[str], Sides]) -> None:
     both, hint = sides("sd3"), picture(3)
-    net = small(net_of(both.backbone, force_zeros_for_pooled_projection=zeros))
+    net = quiet_(net_of(both.backbone, force_zeros_for_pooled_projection=zeros))
     both.assert_same([ControlNet(net, hint)], net, control_image=hint)
 
 
 def test_networks_for_sd3_5_are_shown_x_t_as_the_base_embeds_it_and_no_text(sides: Callable[[str], Sides]) -> None:
     both, hint = sides("sd3.5"), picture(3)
     kind = {"joint_attention_dim": None, "use_pos_embed": False, "pos_embed_type": None}
-    net = small(net_of(both.backbone, **kind, force_zeros_for_pooled_projection=False))
+    net = quiet_(net_of(both.backbone, **kind, force_zeros_for_pooled_projection=False))
     both.assert_same([ControlNet(net, hint)], net, control_image=hint)
 
 
 def test_modes_of_a_flux_union(sides: Callable[[str], Sides]) -> None:
     both, hint = sides("flux-dev"), picture(3)
-    net = small(net_of(both.backbone, num_mode=4))
+    net = quiet_(net_of(both.backbone, num_mode=4))
     both.assert_same([ControlNet(net, hint, mode=2)], net, control_image=hint, control_mode=2)
 
 
 def test_xlabs_read_pixels_and_repeat_their_residuals(sides: Callable[[str], Sides]) -> None:
     both, hint = sides("flux-dev"), picture(3)
     # The hint block makes a picture eight times smaller: here that is one place a token, and no square of 2x2.
-    net = small(net_of(both.backbone, num_layers=1, conditioning_embedding_channels=64, num_single_layers=0))
+    net = quiet_(net_of(both.backbone, num_layers=1, conditioning_embedding_channels=64, num_single_layers=0))
     both.assert_same([ControlNet(net, hint)], net, control_image=hint)
 
 
@@ -263,7 +255,7 @@ def test_several_types_of_hints_go_into_one_run_of_a_union(modes: list[int], sid
     both = sides("sdxl")
     net = diffusers.ControlNetUnionModel.from_unet(both.backbone, load_weights_from_unet=False)
     sizes = {"num_control_type": 4, "num_trans_channel": 8, "num_trans_head": 2, "num_proj_channel": 8}
-    net = small(randomize_(rebuilt(net, **HINT, **sizes), 7).eval())
+    net = quiet_(randomize_(rebuilt(net, **HINT, **sizes), 7).eval())
     hints = [picture(3), picture(4)][: len(modes)]
     theirs = both.pipeline(diffusers.StableDiffusionXLControlNetUnionPipeline, controlnet=net)
     expected = theirs(**CALL, **SIZE, control_image=hints, control_mode=modes, generator=seeded()).images
@@ -310,7 +302,7 @@ def latents(pipe: TextToImagePipeline, **call: Any) -> torch.Tensor:
 @pytest.mark.parametrize("name", ONE_A_FAMILY)
 def test_a_network_that_is_off_is_not_run_and_changes_nothing(name: str, sides: Callable[[str], Sides]) -> None:
     both, hint = sides(name), picture(3)
-    net = small(net_of(both.backbone))
+    net = quiet_(net_of(both.backbone))
     counted, expected = Counted(net), latents(both.ours)
     controls = [ControlNet(net, hint, scale=0.0), ControlNet(net, hint, start=0.05, end=0.1)]
     for some in ([], controls[:1], controls[1:], controls):
@@ -324,7 +316,7 @@ def test_a_network_that_is_off_is_not_run_and_changes_nothing(name: str, sides: 
 @pytest.mark.parametrize("name", ONE_A_FAMILY)
 def test_fresh_networks_change_nothing(name: str, sides: Callable[[str], Sides]) -> None:
     both = sides(name)
-    net = small(net_of(both.backbone), scale=0.0)
+    net = quiet_(net_of(both.backbone), 0.0)
     noise = torch.randn(both.ours.latent_space.shape(1, (32, 40)), generator=seeded())  # FLUX's hint takes some first
     controlled = latents(both.ours, controls=[ControlNet(net, picture(3))], latents=noise)
     assert torch.equal(controlled, latents(both.ours, latents=noise))
@@ -333,7 +325,7 @@ def test_fresh_networks_change_nothing(name: str, sides: Callable[[str], Sides])
 @pytest.mark.parametrize("name", ONE_A_FAMILY)
 def test_acceleration_changes_nothing_but_rounding(name: str, sides: Callable[[str], Sides]) -> None:
     both = sides(name)
-    controls = [ControlNet(small(net_of(both.backbone)), picture(3))]
+    controls = [ControlNet(quiet_(net_of(both.backbone)), picture(3))]
     fast = latents(both.ours, controls=controls)
     restore(both.ours)
     restore(controls[0].kind.net)
@@ -344,7 +336,7 @@ def test_acceleration_changes_nothing_but_rounding(name: str, sides: Callable[[s
 
 def test_a_call_that_fails_inside_leaves_no_trace(sides: Callable[[str], Sides]) -> None:
     both = sides("sd1")
-    net, expected = small(net_of(both.backbone)), latents(both.ours)
+    net, expected = quiet_(net_of(both.backbone)), latents(both.ours)
     processors = list(both.ours.unet.attn_processors.items())
 
     def broken(*_: Any) -> None:
@@ -362,7 +354,7 @@ def test_a_call_that_fails_inside_leaves_no_trace(sides: Callable[[str], Sides])
 def test_hints_go_with_their_prompts(sides: Callable[[str], Sides]) -> None:
     """n hints serve n prompts, several pictures of each; each picture is that of its own call."""
     both = sides("sd1")
-    net, hints = small(net_of(both.backbone)), [picture(3), picture(4)]
+    net, hints = quiet_(net_of(both.backbone)), [picture(3), picture(4)]
     prompts = ["a red cat", "the big blue dog"]
     call = {"num_images_per_prompt": 2, "generator": [torch.Generator().manual_seed(seed) for seed in range(4)]}
     together = latents(both.ours, prompt=prompts, controls=[ControlNet(net, hints)], **call)
@@ -437,7 +429,7 @@ def test_a_folder_with_a_network_loads_and_is_saved_again(
     name: str, sides: Callable[[str], Sides], tmp_path: Path
 ) -> None:
     both, hint = sides(name), picture(3)
-    net = small(net_of(both.backbone))
+    net = quiet_(net_of(both.backbone))
     theirs = both.diffusers(net)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = TextToImagePipeline.from_pretrained(tmp_path / "theirs")
