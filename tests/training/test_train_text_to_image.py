@@ -105,6 +105,21 @@ def test_a_run_made_longer_equals_one_that_was_that_long_from_the_start(
     assert_identical(train(recipe), long)
 
 
+def test_a_model_goes_on_in_smaller_patches(recipe: dict[str, Any], train: Train, tmp_path: Path) -> None:
+    from hubgen.pipelines.text_to_image import TextToImagePipeline
+
+    first = train(recipe | {"run.max_train_steps": 2, "run.output_dir": str(tmp_path / "first")}) / "pipeline"
+    kept = {name: value for name, value in recipe.items() if not name.startswith("base.")}
+    changes = {"base.model": str(first), "base.patch_size": 1, "run.max_train_steps": 2}
+    pipe = TextToImagePipeline.from_pretrained(train(kept | changes) / "pipeline")
+    assert pipe.transformer.config.patch_size == 1
+    assert pipe("red ball", num_inference_steps=2).images[0].size == (16, 16)
+    with pytest.raises(SettingsError, match="'base.patch_size': `patch_size`: got 3, expected a divisor"):
+        train(kept | changes | {"base.patch_size": 3, "run.output_dir": str(tmp_path / "three")})
+    with pytest.raises(SettingsError, match="'base.patch_size': got 1 without base.model"):
+        train(recipe | {"base.patch_size": 1, "run.output_dir": str(tmp_path / "scratch")})
+
+
 @pytest.mark.parametrize("backbone", ["mmdit", "unet"])
 @pytest.mark.parametrize("path", ["rectified_flow", "ddpm"])
 def test_either_backbone_on_either_path_ends_in_a_pipeline_that_draws(

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer, CLIPTextModelWithProjection
 
+from hubgen.adaptation.patches import with_patch_size
 from hubgen.autoencoders.autoencoder_kl import AutoencoderKL
 from hubgen.autoencoders.latents import LatentSpace
 from hubgen.backbones.dit import DiTTransformer2DModel
@@ -76,6 +77,9 @@ class TextToImageBase(Base):
     backbone: Literal["mmdit", "unet", "flux"] = "mmdit"
     """Architecture that is trained from scratch."""
 
+    patch_size: Annotated[int | None, Range(1)] = None
+    """Side in latents to which the patches of the model's MM-DiT are cut before it is trained further."""
+
     guidance_scale: Annotated[float, Range(0)] = 1.0
     """Guidance that a model is told which takes it as an input (FLUX dev), while it is trained."""
 
@@ -106,7 +110,13 @@ def text_to_image(base: TextToImageBase, validation: Validation, side: int | Non
     """
     if base.model is not None:
         refuse_parts(base, "autoencoder", "text_encoder")
-        return loaded(TextToImagePipeline, base)
+        pipe = loaded(TextToImagePipeline, base)
+        return pipe if base.patch_size is None else in_smaller_patches(pipe, base.patch_size)
+    if base.patch_size is not None:
+        raise SettingsError(
+            f"setting 'base.patch_size': got {base.patch_size} without base.model, expected base.backbone_config to "
+            "say it from scratch."
+        )
     vae = load_autoencoder(base.autoencoder)
     encoder, tokenizer = load_text_encoder(base.text_encoder, base.max_text_tokens)
     embedded = OneEncoder((encoder,), (tokenizer,)).encode([""])
@@ -289,6 +299,15 @@ def loaded(cls: Any, base: Base) -> Any:
         return frozen(cls.from_pretrained(base.model, torch_dtype=torch.float32), base)
     except Exception as error:
         raise SettingsError(f"setting 'base.model': {base.model}: {one_line(error)}") from error
+
+
+def in_smaller_patches(pipeline: Any, patch_size: int) -> Any:
+    """A pipeline whose backbone reads its latents in smaller patches."""
+    try:
+        pipeline.register_modules(transformer=with_patch_size(pipeline.backbone, patch_size))
+    except ValueError as error:
+        raise SettingsError(f"setting 'base.patch_size': {error}") from error
+    return pipeline
 
 
 def frozen(pipeline: Any, base: Base) -> Any:
