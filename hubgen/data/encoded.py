@@ -34,6 +34,7 @@ class LatentSource:
         seed: Of the draws.
         cache_dir: Where the posteriors are kept; `None` encodes pictures at each use.
         batch_size: Pictures that are encoded at once for the cache.
+        column: Of `examples.beside`: the further pictures of the rows are meant, in the same views.
     """
 
     def __init__(
@@ -44,11 +45,13 @@ class LatentSource:
         seed: int,
         cache_dir: Path | None = None,
         batch_size: int = 32,
+        column: str | None = None,
     ) -> None:
         self.vae, self.examples, self.views, self.seed, self.batch_size = vae, examples, views, seed, batch_size
+        self.column = column
         self.cache: TensorCache | None = None
         if cache_dir is not None:
-            self._rows = {views.key(row, n): (row, n) for row in range(len(views.sizes)) for n in range(views.count)}
+            self._rows = {self._key(row, n): (row, n) for row in range(len(views.sizes)) for n in range(views.count)}
             self.cache = TensorCache(cache_dir, {"content": "latents", "autoencoder": module_digest(vae)}, self._rows)
 
     def fill(self, rank: int = 0, world_size: int = 1, show_progress: bool = True) -> None:
@@ -74,26 +77,42 @@ class LatentSource:
             return posterior(self.vae, pixels)
 
     def _pixels(self, row: int, number: int) -> torch.Tensor:
-        return pixels_of(self.views.view(row, number).of(self.examples.picture(row)))
+        examples = self.examples
+        picture = examples.picture(row) if self.column is None else examples.further(row, self.column)
+        return pixels_of(self.views.view(row, number).of(picture))
+
+    def _key(self, row: int, number: int) -> str:
+        """What names the pixels of a view."""
+        own = self.views.key(row, number)
+        return own if self.column is None else f"{self.examples.beside[self.column][row].digest} beside {own}"
 
     def read(self, draws: Sequence[Draw]) -> dict[str, torch.Tensor]:
         """What is needed of pictures, each in the view drawn for it: posteriors from the cache, or pixels."""
         chosen = [(draw.row, self.views.drawn(self.seed, draw.place)) for draw in draws]
         if self.cache is None:
             return {"pixels": torch.stack([self._pixels(row, number) for row, number in chosen])}
-        found = [self.cache[self.views.key(row, number)] for row, number in chosen]
+        found = [self.cache[self._key(row, number)] for row, number in chosen]
         return {name: torch.stack([one[name] for one in found]) for name in ("mean", "std")}
 
     @torch.no_grad()
     def latents(self, read: Tensors, draws: Sequence[Draw], device: torch.device) -> torch.Tensor:
         """The latents of what `read` gave for the same draws, (B, C, h, w) in float32, as the backbone has them."""
-        if "pixels" in read:
-            mean, std = self._posterior(read["pixels"].to(device))
-        else:
-            mean, std = read["mean"].to(device), read["std"].to(device)
-        generators = [generator_of(self.seed, draw.place, "posterior") for draw in draws]
+        mean, std = self._found(read, device)
+        stream = "posterior" if self.column is None else f"posterior of {self.column}"
+        generators = [generator_of(self.seed, draw.place, stream) for draw in draws]
         noise = torch.stack([torch.randn(mean.shape[1:], generator=generator) for generator in generators])
         return normalised(mean + std * noise.to(device), self.vae)
+
+    @torch.no_grad()
+    def modes(self, read: Tensors, device: torch.device) -> torch.Tensor:
+        """The posterior's mode of what `read` gave, (B, C, h, w) in float32, as the autoencoder itself has it."""
+        return self._found(read, device)[0]
+
+    def _found(self, read: Tensors, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and deviation."""
+        if "pixels" in read:
+            return self._posterior(read["pixels"].to(device))
+        return read["mean"].to(device), read["std"].to(device)
 
 
 class TextSource:

@@ -3,16 +3,27 @@
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from PIL import Image
 
 from hubgen.data.errors import DataError
+from hubgen.data.pictures import on_white
 from hubgen.data.views import Size
 
+MASK, BESIDE = "whose mask it is", "beside which it stands"
 SKIPPED_AT_MOST = 0.5
 """Share of rows that may be left out before a source as a whole counts as unusable."""
+
+
+class Beside(NamedTuple):
+    """A further picture of a row."""
+
+    name: str
+    """For messages"""
+    digest: str
+    """Of what it is made of, in hexadecimal or in words"""
 
 
 class Examples(ABC):
@@ -22,9 +33,10 @@ class Examples(ABC):
         place: Of the source, for messages.
         columns: Further ones that are kept of each row.
         reading: Whatever else its pictures and captions depend on, for the fingerprint.
+        beside: Columns of further pictures, of which each row has one, of its picture's size.
     """
 
-    def __init__(self, place: str, columns: Sequence[str] = (), reading: str = "") -> None:
+    def __init__(self, place: str, columns: Sequence[str] = (), reading: str = "", beside: Sequence[str] = ()) -> None:
         self.place, self.reading = place, reading
         self.file_names: list[str] = []
         """Of each row, for messages and records"""
@@ -37,6 +49,8 @@ class Examples(ABC):
         self.repeats: list[int] = []
         """How often each picture stands in an epoch"""
         self.columns: dict[str, list[Any]] = {name: [] for name in columns}
+        self.beside: dict[str, list[Beside]] = {name: [] for name in beside}
+        self._makers: dict[str, Callable[[Image.Image], Image.Image]] = {}
         self.skipped: list[str] = []
         """One line for each row that is left out: place, what was found, what was expected."""
 
@@ -51,6 +65,27 @@ class Examples(ABC):
         Raises:
             DataError: It is no mask of this picture.
         """
+
+    @abstractmethod
+    def _further(self, row: int, column: str) -> Image.Image:
+        """The picture that a column of `beside` has for a row, as it is in its file."""
+
+    def further(self, row: int, column: str) -> Image.Image:
+        """The picture that a column of `beside` has for a row, RGB, upright and on white."""
+        if column in self._makers:
+            return self._makers[column](self.picture(row))
+        return on_white(self._further(row, column))
+
+    def make(self, column: str, maker: Callable[[Image.Image], Image.Image], description: str) -> None:
+        """Has a column of `beside` whose pictures are made of the rows' own at each use.
+
+        Args:
+            column: Its name.
+            maker: RGB to RGB of the same size.
+            description: Of what it does, for fingerprints.
+        """
+        self._makers[column] = maker
+        self.beside[column] = [Beside(description, f"{description} of {digest}") for digest in self.digests]
 
     def __len__(self) -> int:
         return len(self.file_names)
@@ -67,6 +102,8 @@ class Examples(ABC):
         for row, name in enumerate(self.file_names):
             more = {column: values[row] for column, values in self.columns.items()}
             record = [name, self.digests[row], self.captions[row], self.repeats[row], more]
+            if self.beside:
+                record.append({column: values[row].digest for column, values in self.beside.items()})
             digest.update(json.dumps(record, ensure_ascii=False, sort_keys=True, default=str).encode() + b"\n")
         return digest.hexdigest()
 
@@ -82,7 +119,7 @@ class Examples(ABC):
             DataError: Most of the rows are left out now.
         """
         lists: list[list[Any]] = [self.file_names, self.captions, self.sizes, self.digests, self.repeats]
-        for values in [*lists, *self.columns.values()]:
+        for values in [*lists, *self.columns.values(), *self.beside.values()]:
             values[:] = [value for row, value in enumerate(values) if row not in rows]
         self.skipped += [rows[row] for row in sorted(rows)]
         self.check_enough()
@@ -102,6 +139,7 @@ class Examples(ABC):
         digest: str,
         repeats: int = 1,
         columns: Mapping[str, Any] | None = None,
+        beside: Mapping[str, Beside] | None = None,
     ) -> None:
         """One more row."""
         self.file_names.append(name)
@@ -111,6 +149,8 @@ class Examples(ABC):
         self.repeats.append(repeats)
         for column, values in self.columns.items():
             values.append((columns or {}).get(column))
+        for column, further in self.beside.items():
+            further.append((beside or {})[column])
 
 
 def counted(number: int, what: str) -> str:
@@ -118,11 +158,19 @@ def counted(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def check_mask(mask: Image.Image, name: str, size: Size, picture: str) -> Image.Image:
-    """A mask of the size of its picture; raises DataError for one of another size."""
-    if mask.size != (size[1], size[0]):
+def check_size(further: Image.Image, name: str, size: Size, picture: str, what: str) -> Image.Image:
+    """What belongs to a picture and has its size; raises DataError for another size.
+
+    Args:
+        further: A mask, or a picture beside it.
+        name: Of it, for the message.
+        size: Of the picture.
+        picture: Its name.
+        what: It is to the picture: "whose mask it is".
+    """
+    if further.size != (size[1], size[0]):
         raise DataError(
-            f"{name}: got {mask.width}x{mask.height} pixels, expected {size[1]}x{size[0]}, those of {picture}, whose "
-            "mask it is"
+            f"{name}: got {further.width}x{further.height} pixels, expected {size[1]}x{size[0]}, those of {picture}, "
+            f"{what}"
         )
-    return mask
+    return further

@@ -8,13 +8,14 @@ import fcntl
 import io
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from hubgen.data.errors import DataError
+from hubgen.data.metadata import IMAGE
 from hubgen.errors import one_line
 from hubgen.formats.atomic import written
 
@@ -23,7 +24,7 @@ SHARD = 1000
 DONE = "done.json"
 
 
-def stream_to_shards(name: str, split: str, folder: Path) -> Path:
+def stream_to_shards(name: str, split: str, folder: Path, picture: str = IMAGE, beside: Sequence[str] = ()) -> Path:
     """The folder of tar files that a split of a data set is copied to, complete.
 
     Several processes may ask: one copies, the others wait for it.
@@ -32,20 +33,23 @@ def stream_to_shards(name: str, split: str, folder: Path) -> Path:
         name: `owner/name` on the Hub, or whatever `datasets.load_dataset` takes.
         split: Of it.
         folder: Where copies are kept; each data set and split has a folder of its own in it.
+        picture: Column of the pictures; without `image`, the first one of pictures serves.
+        beside: Columns of further pictures.
 
     Raises:
         DataError: There is no such data set or split, or it has no pictures.
     """
-    target = folder / f"{name.strip('/').replace('/', '--')}--{split}"
+    which = "" if picture == IMAGE and not beside else "--" + "+".join((picture, *beside))
+    target = folder / f"{name.strip('/').replace('/', '--')}--{split}{which}"
     target.mkdir(parents=True, exist_ok=True)
     with (target / ".lock").open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (target / DONE).is_file():
-            _copy(name, split, target)
+            _copy(name, split, target, picture, beside)
     return target
 
 
-def _copy(name: str, split: str, target: Path) -> None:
+def _copy(name: str, split: str, target: Path, picture: str, beside: Sequence[str]) -> None:
     try:
         import datasets
     except ImportError:
@@ -54,14 +58,15 @@ def _copy(name: str, split: str, target: Path) -> None:
     done = SHARD * len(whole)
     try:
         stream: Any = datasets.load_dataset(name, split=split, streaming=True)
-        column = _picture_column(datasets, stream, name)
-        stream = stream.cast_column(column, datasets.Image(decode=False))
+        columns = _picture_columns(datasets, stream, name, picture, beside)
+        for column in columns:
+            stream = stream.cast_column(column, datasets.Image(decode=False))
         rows = iter(stream.skip(done) if done else stream)
         total = done
         with tqdm(desc=f"copying {name}", initial=done, unit=" rows") as progress:
             for number, part in enumerate(_parts(rows), start=len(whole)):
                 with written(target / f"{number:05d}.tar") as temporary:
-                    _write_shard(temporary, part, column, total)
+                    _write_shard(temporary, part, columns, total)
                 total += len(part)
                 progress.update(len(part))
     except DataError:
@@ -74,13 +79,15 @@ def _copy(name: str, split: str, target: Path) -> None:
         temporary.write_text(json.dumps({"source": name, "split": split, "rows": total}), encoding="utf-8")
 
 
-def _picture_column(datasets: Any, stream: Any, name: str) -> str:
+def _picture_columns(datasets: Any, stream: Any, name: str, picture: str, beside: Sequence[str]) -> list[str]:
+    """The column of the pictures, then those of the further ones."""
     features = stream.features or {}
     pictures = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
-    for column in ("image", *pictures):
-        if column in pictures:
-            return column
-    raise DataError(f"{name}: got the columns {sorted(features)}, expected one of pictures")
+    main = picture if picture in pictures or picture != IMAGE or not pictures else pictures[0]
+    missing = [column for column in (main, *beside) if column not in pictures]
+    if missing:
+        raise DataError(f"{name}: got the columns {sorted(features)}, expected one of pictures, {missing[0]!r}")
+    return [main, *beside]
 
 
 def _parts(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
@@ -94,15 +101,17 @@ def _parts(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
         yield part
 
 
-def _write_shard(path: Path, rows: list[dict[str, Any]], column: str, first: int) -> None:
+def _write_shard(path: Path, rows: list[dict[str, Any]], columns: Sequence[str], first: int) -> None:
     with tarfile.open(path, "w") as tar:
         for number, row in enumerate(rows, start=first):
-            picture = row.pop(column)
-            content = picture["bytes"]
-            if content is None:
-                content = Path(picture["path"]).read_bytes()
-            suffix = Path(picture.get("path") or "").suffix.lower() or ".png"
-            _add(tar, f"{number:09d}{suffix}", content)
+            for column in columns:
+                picture = row.pop(column)
+                content = picture["bytes"]
+                if content is None:
+                    content = Path(picture["path"]).read_bytes()
+                suffix = Path(picture.get("path") or "").suffix.lower() or ".png"
+                name = "" if column == columns[0] else f".{column}"
+                _add(tar, f"{number:09d}{name}{suffix}", content)
             plain = {name: value for name, value in row.items() if _is_json(value)}
             _add(tar, f"{number:09d}.json", json.dumps(plain, ensure_ascii=False).encode())
 

@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 
 from hubgen.checks import is_whole
 from hubgen.data.errors import DataError
-from hubgen.data.examples import Examples, check_mask, counted
-from hubgen.data.metadata import LeavesFolderError, Row, has_captions, has_metadata, read_rows
+from hubgen.data.examples import BESIDE, MASK, Beside, Examples, check_size, counted
+from hubgen.data.metadata import IMAGE, LeavesFolderError, Row, has_captions, has_metadata, read_rows
 from hubgen.data.pictures import MAX_PIXELS, as_mask, decode_picture, on_white, read_picture
 from hubgen.data.views import Size, pixels_of, square_view
 
@@ -46,6 +46,8 @@ class ImageTextFolder(Examples, Dataset):
             them as they are.
         caption_column: Column of the caption; `captions` is read only beside "text". `None`: pictures need none.
         columns: Further columns of its tables to read, into `columns`.
+        beside: Columns of further pictures, of which each row has one, of its picture's size.
+        picture: Column of the picture itself.
         on_error: "fail" or "skip".
         max_pixels: Pixels of a picture at most.
         follow_links: Whether a picture may be a link to a file outside the folder, as in the Hub's cache and in
@@ -62,6 +64,8 @@ class ImageTextFolder(Examples, Dataset):
         max_pixels: int = MAX_PIXELS,
         follow_links: bool = True,
         columns: Sequence[str] = (),
+        beside: Sequence[str] = (),
+        picture: str = IMAGE,
     ) -> None:
         if on_error not in ("fail", "skip"):
             raise DataError(f"`on_error`: got {on_error!r}, expected 'fail' or 'skip'")
@@ -69,19 +73,20 @@ class ImageTextFolder(Examples, Dataset):
             raise DataError(f"`size`: got {size!r}, expected a positive integer or None")
         self.size, self.max_pixels, self.follow_links, self.on_error = size, max_pixels, follow_links, on_error
         self.folder = _folder_of(Path(root), split, caption_column is not None)
-        super().__init__(str(self.folder), columns, f"{_READING} {size} {caption_column}")
-        rows, self.without_row = read_rows(self.folder, caption_column, self._skip, columns)
+        super().__init__(str(self.folder), columns, f"{_READING} {size} {caption_column}", beside)
+        rows, self.without_row = read_rows(self.folder, caption_column, self._skip, columns, beside, picture)
         """`without_row`: how many pictures of the folder no row names."""
         for row in tqdm(rows, desc=f"check {self.folder.name}", disable=len(rows) < 5000, leave=False):
             try:
                 content, picture_size = self._checked(row)
+                further = {column: self._checked_beside(row, name, picture_size) for column, name in row.beside.items()}
             except LeavesFolderError:
                 raise
             except DataError as problem:
                 self._skip(problem)
                 continue
             digest = hashlib.sha256(content).hexdigest()
-            self._add(row.file_name, row.captions, picture_size, digest, row.repeats, row.columns)
+            self._add(row.file_name, row.captions, picture_size, digest, row.repeats, row.columns, further)
         self.check_enough()
 
     def left_out(self) -> list[str]:
@@ -108,7 +113,10 @@ class ImageTextFolder(Examples, Dataset):
         if not path.resolve().is_relative_to(self.folder.resolve()):
             raise LeavesFolderError(f"{path} leaves the folder {self.folder}, expected a mask inside it")
         mask = as_mask(read_picture(path, self.max_pixels))
-        return check_mask(mask, str(path), self.sizes[row], self.file_names[row])
+        return check_size(mask, str(path), self.sizes[row], self.file_names[row], MASK)
+
+    def _further(self, row: int, column: str) -> Image.Image:
+        return read_picture(self.folder / self.beside[column][row].name, self.max_pixels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The row: "pixel_values" (3, size, size) float32 in [-1, 1], "text", "captions" and "file_name"."""
@@ -143,7 +151,22 @@ class ImageTextFolder(Examples, Dataset):
 
     def _checked(self, row: Row) -> tuple[bytes, Size]:
         """The bytes of a row's picture, which is one that can be used, and its size."""
-        path = self.folder / row.file_name
+        content, picture = self._decoded(row, row.file_name)
+        if min(picture.size) < SHORTEST_SIDE:
+            found = f"{picture.width}x{picture.height}"
+            name = f"{row.place}: {self.folder / row.file_name}"
+            raise DataError(f"{name}: got {found} pixels, expected at least {SHORTEST_SIDE} on each side")
+        return content, (picture.height, picture.width)
+
+    def _checked_beside(self, row: Row, file_name: str, size: Size) -> Beside:
+        """A further picture of a row, which is one that can be used."""
+        content, picture = self._decoded(row, file_name)
+        check_size(picture, f"{row.place}: {self.folder / file_name}", size, row.file_name, BESIDE)
+        return Beside(file_name, hashlib.sha256(content).hexdigest())
+
+    def _decoded(self, row: Row, file_name: str) -> tuple[bytes, Image.Image]:
+        """The bytes of a file that a row names, and the picture in them."""
+        path = self.folder / file_name
         name = f"{row.place}: {path}"
         if not self.follow_links and not path.resolve().is_relative_to(self.folder.resolve()):
             raise LeavesFolderError(f"{name} is a link out of the folder, expected a file inside it")
@@ -153,11 +176,7 @@ class ImageTextFolder(Examples, Dataset):
             content = path.read_bytes()
         except OSError as problem:
             raise DataError(f"{name}: not readable ({problem.strerror}), expected a picture") from problem
-        picture = decode_picture(content, name, self.max_pixels)
-        if min(picture.size) < SHORTEST_SIDE:
-            found = f"{picture.width}x{picture.height}"
-            raise DataError(f"{name}: got {found} pixels, expected at least {SHORTEST_SIDE} on each side")
-        return content, (picture.height, picture.width)
+        return content, decode_picture(content, name, self.max_pixels)
 
 
 def _folder_of(root: Path, split: str | None, captioned: bool) -> Path:

@@ -8,7 +8,8 @@
 
 The first three are those of `datasets`' imagefolder: each folder may have one, for the files in and below it. Text
 files (also NAME.caption) and folder names count where there are none. `captions` (other wordings) is optional, as is
-every further column.
+every further column. A further picture stands in a column of its own, `conditioning_image_file_name` (which `datasets`
+calls `conditioning_image`), as a path from the folder of its table.
 """
 
 import csv
@@ -26,6 +27,8 @@ from PIL import Image
 from hubgen.data.errors import DataError
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+IMAGE = "image"
+"""What `datasets` calls the picture of `file_name`"""
 CAPTION_FILES = (".txt", ".caption")
 REPEATED = re.compile(r"([1-9]\d*)_(.+)")
 """Name of a folder that says how often its pictures are repeated, and what they show"""
@@ -49,6 +52,8 @@ class Row:
     """How often the picture stands in an epoch"""
     columns: dict[str, Any] = field(default_factory=dict)
     """Values of the further columns that were asked for, `None` where the row has none"""
+    beside: dict[str, str] = field(default_factory=dict)
+    """File names of the further pictures that were asked for, by their columns; as `file_name`"""
 
 
 def read_rows(
@@ -56,6 +61,8 @@ def read_rows(
     caption_column: str | None,
     skip: Callable[[DataError], None],
     columns: Sequence[str] = (),
+    beside: Sequence[str] = (),
+    picture: str = IMAGE,
 ) -> tuple[list[Row], int]:
     """The rows that are in order, before any picture is opened; and how many pictures of the folder have no row.
 
@@ -65,6 +72,8 @@ def read_rows(
             and without a table each picture is a row.
         skip: Given the error of each row that cannot be used; raises it, or notes it.
         columns: Further ones to read from tables.
+        beside: Columns of further pictures, of which each row has one.
+        picture: Column of the picture itself.
 
     Raises:
         DataError: There are no rows, a file of them is unreadable as a whole, or two name one picture.
@@ -72,8 +81,12 @@ def read_rows(
     """
     tables, pictures = _files_of(folder)
     if tables:
-        rows = [row for table in tables for row in _rows_of_table(folder, table, caption_column, columns, skip)]
+        asked = Asked(caption_column, columns, beside, picture)
+        rows = [row for table in tables for row in _rows_of_table(folder, table, asked, skip)]
         what = tables[0]
+    elif beside or picture != IMAGE:
+        names = ", ".join(file_keys(column)[0] for column in (picture, *beside))
+        raise DataError(f"{folder / METADATA[0]}: no such file, expected a row of {names} for each picture")
     else:
         rows = list(_rows_of_texts(folder, pictures, caption_column is not None, columns, skip))
         what = folder / METADATA[0]
@@ -93,7 +106,28 @@ def read_rows(
         else:
             number = known.place.rsplit(" ", 1)[-1]
             skip(DataError(f"{row.place}: {row.file_name} stands in row {number} already, expected once"))
-    return once, len(pictures - first.keys())
+    return once, len(pictures - first.keys() - {name for row in once for name in row.beside.values()})
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a table is asked for."""
+
+    caption_column: str | None
+    columns: Sequence[str]
+    beside: Sequence[str]
+    picture: str
+
+    @property
+    def keys(self) -> list[str]:
+        """Every column that may be read."""
+        files = [key for column in (self.picture, *self.beside) for key in file_keys(column)]
+        return [*files, *([] if self.caption_column is None else [self.caption_column]), *self.columns]
+
+
+def file_keys(column: str) -> tuple[str, ...]:
+    """Columns of a table in which the file of a picture may stand, the usual one first."""
+    return ("file_name",) if column == IMAGE else (f"{column}_file_name", column)
 
 
 def has_metadata(folder: Path) -> bool:
@@ -143,22 +177,16 @@ def _files_of(folder: Path) -> tuple[list[Path], set[str]]:
     return tables, pictures
 
 
-def _rows_of_table(
-    folder: Path,
-    table: Path,
-    caption_column: str | None,
-    columns: Sequence[str],
-    skip: Callable[[DataError], None],
-) -> Iterator[Row]:
+def _rows_of_table(folder: Path, table: Path, asked: Asked, skip: Callable[[DataError], None]) -> Iterator[Row]:
     read = {".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}[table.suffix]
     inside, count = table.parent.relative_to(folder).as_posix(), 0
-    for number, value in read(table, [*([] if caption_column is None else [caption_column]), *columns]):
+    for number, value in read(table, asked.keys):
         count += 1
         place = f"{table} row {number}"
         try:
             if isinstance(value, DataError):
                 raise value
-            yield _row(place, inside, value, caption_column, columns)
+            yield _row(place, inside, value, asked)
         except LeavesFolderError:
             raise
         except DataError as problem:
@@ -203,7 +231,7 @@ def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Any
         raise DataError(f"{path}: needs pyarrow to be read: pip install 'hubgen[train]'") from None
     try:
         with ParquetFile(path) as file:
-            wanted = dict.fromkeys(["file_name", *columns, "captions"])
+            wanted = dict.fromkeys([*columns, "captions"])
             number = 0
             for batch in file.iter_batches(columns=[name for name in wanted if name in file.schema_arrow.names]):
                 for row in batch.to_pylist():
@@ -253,15 +281,24 @@ def _utf8(path: Path) -> bytes:
     return content.removeprefix(b"\xef\xbb\xbf")
 
 
-def _row(place: str, inside: str, row: dict[str, Any], caption_column: str | None, columns: Sequence[str]) -> Row:
+def _row(place: str, inside: str, row: dict[str, Any], asked: Asked) -> Row:
     """A row of a table that lies in the folder `inside`."""
-    file_name = _text_in(row, "file_name", place).replace("\\", "/")
+    file_name = _file_in(row, asked.picture, place, inside)
+    captions = [] if asked.caption_column is None else _captions(row, asked.caption_column, place)
+    further = {name: row.get(name) for name in asked.columns}
+    beside = {name: _file_in(row, name, place, inside) for name in asked.beside}
+    return Row(place, file_name, captions, columns=further, beside=beside)
+
+
+def _file_in(row: dict[str, Any], column: str, place: str, inside: str) -> str:
+    """The file of a picture, relative to the data folder."""
+    keys = file_keys(column)
+    key = next((key for key in keys if key in row), keys[0])
+    file_name = _text_in(row, key, place).replace("\\", "/")
     pure = PurePosixPath(file_name)
     if pure.is_absolute() or ".." in pure.parts or Path(file_name).is_absolute() or file_name[1:2] == ":":
-        raise LeavesFolderError(f"{place}: file_name {file_name!r} leaves the folder, expected a path inside it")
-    captions = [] if caption_column is None else _captions(row, caption_column, place)
-    further = {name: row.get(name) for name in columns}
-    return Row(place, (PurePosixPath(inside) / pure).as_posix(), captions, columns=further)
+        raise LeavesFolderError(f"{place}: {key} {file_name!r} leaves the folder, expected a path inside it")
+    return (PurePosixPath(inside) / pure).as_posix()
 
 
 def _captions(row: dict[str, Any], caption_column: str, place: str) -> list[str]:

@@ -14,6 +14,7 @@ from hubgen.data.errors import DataError
 from hubgen.data.examples import Examples
 from hubgen.data.hub_dataset import stream_to_shards
 from hubgen.data.image_folder import ImageTextFolder
+from hubgen.data.metadata import IMAGE
 from hubgen.data.pictures import MAX_PIXELS
 from hubgen.data.webdataset import WebDataset, is_shards
 
@@ -29,6 +30,8 @@ def open_examples(
     on_error: str = "fail",
     max_pixels: int = MAX_PIXELS,
     cache_dir: Path | None = None,
+    beside: Sequence[str] = (),
+    picture: str = IMAGE,
 ) -> Examples:
     """The examples of a source, all of them checked.
 
@@ -40,11 +43,14 @@ def open_examples(
         on_error: "fail" at the first row that cannot be used, or "skip" such rows and say so.
         max_pixels: Pixels of a picture at most.
         cache_dir: Where data sets of the Hub are copied to; hubgen's folder in the user's cache if not given.
+        beside: Columns of further pictures, of which each row has one, of its picture's size.
+        picture: Column of the picture itself.
 
     Raises:
         DataError: There is no such source, or a row of it cannot be used.
     """
     options: dict[str, Any] = {"on_error": on_error, "max_pixels": max_pixels, "columns": columns}
+    options |= {"beside": beside, "picture": picture}
     path = Path(source).expanduser()
     inner = path / split
     if is_shards(source) or (inner.is_dir() and is_shards(str(inner))):
@@ -53,7 +59,8 @@ def open_examples(
         return ImageTextFolder(path, split=split, caption_column=caption_column, **options)
     if HUB_ID.fullmatch(source) and not path.exists():
         copies = cache_dir or Path("~/.cache/hubgen/datasets").expanduser()
-        return WebDataset(str(stream_to_shards(source, split, copies)), caption_column=caption_column, **options)
+        shards = stream_to_shards(source, split, copies, picture, beside)
+        return WebDataset(str(shards), caption_column=caption_column, **options)
     raise DataError(
         f"{source}: no such folder, expected pictures with a metadata.jsonl, shards (.tar), or owner/name of a data "
         "set on the Hub"

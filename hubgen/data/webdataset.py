@@ -12,7 +12,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from hubgen.data.errors import DataError
-from hubgen.data.examples import Examples, check_mask
+from hubgen.data.examples import BESIDE, MASK, Beside, Examples, check_size
+from hubgen.data.metadata import IMAGE
 from hubgen.data.pictures import MAX_PIXELS, as_mask, decode_picture, on_white
 
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -73,6 +74,8 @@ class WebDataset(Examples):
         on_error: "fail" or "skip".
         max_pixels: Pixels of a picture at most.
         columns: Further fields of `.json`; a mask may be a file of the example, named by its suffix ("mask.png").
+        beside: Columns of further pictures, files of the example such as `000001.conditioning_image.png`.
+        picture: Column of the picture itself, if its file is named so too; else the one picture without such a name.
 
     Raises:
         DataError: A shard is damaged, or an example lacks something.
@@ -87,11 +90,13 @@ class WebDataset(Examples):
         on_error: str = "fail",
         max_pixels: int = MAX_PIXELS,
         columns: Sequence[str] = (),
+        beside: Sequence[str] = (),
+        picture: str = IMAGE,
     ) -> None:
         inner = Path(source).expanduser() / split
         shards = shards_of(str(inner) if inner.is_dir() else source)
-        super().__init__(source, columns, f"webdataset {caption_column}")
-        self.caption_column, self.max_pixels = caption_column, max_pixels
+        super().__init__(source, columns, f"webdataset {caption_column}", beside)
+        self.caption_column, self.max_pixels, self.column = caption_column, max_pixels, picture
         self._places: list[dict[str, tuple[Path, int, int]]] = []
         for shard in tqdm(shards, desc="check shards", disable=len(shards) < 20, leave=False):
             for name, files in _examples_of(shard):
@@ -104,7 +109,7 @@ class WebDataset(Examples):
         self.check_enough()
 
     def _take(self, place: str, name: str, files: dict[str, tuple[Path, int, int]]) -> None:
-        pictures = [suffix for suffix in files if suffix in PICTURES]
+        pictures = named_pictures(files, self.column) or [suffix for suffix in files if suffix in PICTURES]
         if len(pictures) != 1:
             raise DataError(f"{place}: got {sorted(files)}, expected one picture")
         content = _bytes(files[pictures[0]])
@@ -119,10 +124,20 @@ class WebDataset(Examples):
                 raise DataError(f"{place}.json: got {type(record).__name__}, expected an object")
         captions = [] if self.caption_column is None else self._captions(place, files, record)
         columns = {column: files[column] if column in files else record.get(column) for column in self.columns}
-        self._places.append(files | {"picture": files[pictures[0]]})
         size = (picture.height, picture.width)
+        beside = {column: self._beside(place, files, column, size) for column in self.beside}
+        self._places.append(files | {"picture": files[pictures[0]]})
         kept = {key: value if not isinstance(value, tuple) else key for key, value in columns.items()}
-        self._add(name, captions, size, hashlib.sha256(content).hexdigest(), columns=kept)
+        self._add(name, captions, size, hashlib.sha256(content).hexdigest(), columns=kept, beside=beside)
+
+    def _beside(self, place: str, files: dict[str, tuple[Path, int, int]], column: str, size: Any) -> Beside:
+        """A further picture of an example."""
+        found = named_pictures(files, column)
+        if len(found) != 1:
+            raise DataError(f"{place}: got {sorted(files)}, expected a picture {column}.png too")
+        content, name = _bytes(files[found[0]]), f"{place}.{found[0]}"
+        check_size(decode_picture(content, name, self.max_pixels), name, size, f"{place} itself", BESIDE)
+        return Beside(found[0], hashlib.sha256(content).hexdigest())
 
     def _captions(self, place: str, files: dict[str, tuple[Path, int, int]], record: dict[str, Any]) -> list[str]:
         for suffix in CAPTIONS:
@@ -157,7 +172,17 @@ class WebDataset(Examples):
             return None
         name = f"{self.file_names[row]}.{column}"
         mask = as_mask(decode_picture(_bytes(self._places[row][column]), name, self.max_pixels))
-        return check_mask(mask, name, self.sizes[row], self.file_names[row])
+        return check_size(mask, name, self.sizes[row], self.file_names[row], MASK)
+
+    def _further(self, row: int, column: str) -> Image.Image:
+        suffix = self.beside[column][row].name
+        return decode_picture(_bytes(self._places[row][suffix]), f"{self.file_names[row]}.{suffix}", self.max_pixels)
+
+
+def named_pictures(files: Iterable[str], column: str) -> list[str]:
+    """Those of the suffixes of an example's files that are a picture of this column."""
+    before = f"{column.lower()}."
+    return [suffix for suffix in files if suffix.startswith(before) and suffix.removeprefix(before) in PICTURES]
 
 
 def _examples_of(shard: Path) -> Iterator[tuple[str, dict[str, tuple[Path, int, int]]]]:
