@@ -1,7 +1,13 @@
-"""Any two controls on any backbone in any task: they run together; one at scale 0 leaves the other as it was alone."""
+"""Any two controls on any backbone in any task: they run together; one at scale 0 leaves the other as it was alone.
+
+What can be one of the two stands in `KINDS`, one entry each.
+"""
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +26,9 @@ from hubgen.controls.ip_adapter import IPAdapter
 from hubgen.pipelines.class_to_image import ClassToImagePipeline
 from hubgen.pipelines.text_to_image import TextToImagePipeline
 from tests.official_images import mask, picture
-from tests.parity import quiet_, randomize_
+from tests.parity import certain_, quiet_, randomize_
 
 Official = Callable[[str], Path]
-Maker = Callable[[float], Control]
 
 NAMES = ["sd1", "sdxl", "dit", "sd3", "flux-dev"]
 CELLS = [*((name, task) for name in NAMES for task in ("text", "image", "mask")), ("sd1-inpaint", "mask")]
@@ -35,25 +40,28 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 U_NETS = ("sd1", "sd1-inpaint", "sdxl")
 WORDS = {"text": "", "image": " with an image", "mask": " with a mask"}
+PROMPTS = ["a red cat", "a blue cat"]
+"""Of one call, for controls that go from one to the next"""
 FEATURES = 8
 """Of a picture's embedding"""
 
 
-@pytest.fixture(scope="module")
-def pipes(official: Official) -> Callable[[str], Any]:
-    made: dict[str, Any] = {}
+@dataclass(frozen=True)
+class One:
+    """One of the two, for one pipeline."""
 
-    def get(name: str) -> Any:
-        if name not in made:
-            cls = ClassToImagePipeline if name == "dit" else TextToImagePipeline
-            made[name] = cls.from_pretrained(official(name))
-            made[name].set_progress_bar_config(disable=True)
-        return made[name]
-
-    return get
+    put: Callable[[float], AbstractContextManager[list[Control]]]
+    """At a scale: the controls of a call; what it does to the model itself holds inside"""
+    scaled: bool = True
+    """Whether it has a scale, at 0 of which it is not there"""
 
 
-def network(name: str, pipe: Any, seed: int) -> torch.nn.Module:
+def controls(make: Callable[[float], Control], scaled: bool = True) -> One:
+    """One that is a control and nothing else."""
+    return One(lambda scale: nullcontext([make(scale)]), scaled)
+
+
+def controlnet(name: str, pipe: Any, seed: int) -> One:
     """A ControlNet of the backbone's family, all weights random."""
     backbone = pipe.backbone
     if name in U_NETS:
@@ -66,33 +74,80 @@ def network(name: str, pipe: Any, seed: int) -> torch.nn.Module:
         net = SD3ControlNetModel.from_transformer(backbone, num_layers=2, num_extra_conditioning_channels=0)
     else:
         net = FluxControlNetModel.from_transformer(backbone, num_layers=1, num_single_layers=1)
-    return quiet_(randomize_(net, seed))
+    quiet_(randomize_(net, seed))
+    return controls(lambda scale: ControlNet(net, picture(seed), scale))
 
 
-def makers(name: str, pipe: Any) -> Mapping[str, Maker]:
-    """By what a control is, how to make one of a scale."""
-    nets = [network(name, pipe, seed) for seed in (7, 8)]
+def ip_adapter(name: str, pipe: Any) -> One:
+    """An IP-Adapter of a given embedding."""
     adapter = IPAdapter.fresh(pipe.backbone, image_features=FEATURES).adapter
     randomize_(adapter.network, 9)
     embeds = torch.randn(1, FEATURES, generator=torch.Generator().manual_seed(3))
-    found: dict[str, Maker] = {
-        "ControlNet": lambda scale: ControlNet(nets[0], picture(3), scale),
-        "another ControlNet": lambda scale: ControlNet(nets[1], picture(4), scale),
-        "IP-Adapter": lambda scale: IPAdapter(adapter, image_embeds=embeds, scale=scale),
-    }
-    if name in U_NETS:
-        widths = list(pipe.backbone.config.block_out_channels)
-        kind = {"adapter_type": "full_adapter_xl", "downscale_factor": 8} if name == "sdxl" else {"downscale_factor": 4}
-        t2i = randomize_(T2IAdapter(3, widths, num_res_blocks=1, **kind), 10).eval()
-        found["T2I-adapter"] = lambda scale: ControlNet(t2i, picture(5), scale)
-    return found
+    return controls(lambda scale: IPAdapter(adapter, image_embeds=embeds, scale=scale))
 
 
-def drawn(name: str, pipe: Any, task: str, controls: list[Control]) -> torch.Tensor:
-    """Latents; the start is given, so that hints that draw random numbers leave it as it is."""
-    shape = pipe.latent_space.shape(1, (32, 32))
+def t2i_adapter(name: str, pipe: Any) -> One | None:
+    """A T2I-adapter, which U-Nets alone have."""
+    if name not in U_NETS:
+        return None
+    kind = {"adapter_type": "full_adapter_xl", "downscale_factor": 8} if name == "sdxl" else {"downscale_factor": 4}
+    net = randomize_(T2IAdapter(3, list(pipe.backbone.config.block_out_channels), num_res_blocks=1, **kind), 10).eval()
+    return controls(lambda scale: ControlNet(net, picture(5), scale))
+
+
+def lora(name: str, pipe: Any) -> One:
+    """LoRA on all attention layers, which is on the model inside and off it afterwards."""
+    backbone = pipe.backbone
+
+    @contextmanager
+    def put(scale: float) -> Iterator[list[Control]]:
+        random = torch.Generator().manual_seed(11)
+        add_adapter(backbone, "style", AdapterShape(rank=2), targets(backbone, "attention"))
+        try:
+            for key, parameter in sorted(backbone.named_parameters()):
+                if "lora_" in key:
+                    torch.nn.init.normal_(parameter, std=0.3, generator=random)
+            backbone.set_adapters("style", scale)
+            yield []
+        finally:
+            backbone.delete_adapters("style")
+
+    return One(put)
+
+
+KINDS: Mapping[str, Callable[[str, Any], One | None]] = {
+    "ControlNet": partial(controlnet, seed=7),
+    "another ControlNet": partial(controlnet, seed=8),
+    "IP-Adapter": ip_adapter,
+    "T2I-adapter": t2i_adapter,
+    "LoRA": lora,
+}
+"""By its name, what makes one for a pipeline; `None` where the family has none"""
+NOT_IN_THE_TABLE = ("another ControlNet", "LoRA")
+"""Of what works on which model: other tests show it"""
+
+
+@pytest.fixture(scope="module")
+def pipes(official: Official) -> Callable[[str], Any]:
+    """Their autoencoders draw nothing at random, so that the order in which hints are encoded makes no difference."""
+    made: dict[str, Any] = {}
+
+    def get(name: str) -> Any:
+        if name not in made:
+            cls = ClassToImagePipeline if name == "dit" else TextToImagePipeline
+            made[name] = cls.from_pretrained(official(name))
+            made[name].set_progress_bar_config(disable=True)
+            certain_(made[name].vae, exactly=True)
+        return made[name]
+
+    return get
+
+
+def drawn(name: str, pipe: Any, task: str, *puts: AbstractContextManager[list[Control]]) -> torch.Tensor:
+    """Latents of two steps; the start is given, so that hints that draw random numbers leave it as it is."""
+    shape = pipe.latent_space.shape(len(PROMPTS), (32, 32))
     call: dict[str, Any] = {
-        **({"class_labels": 1} if name == "dit" else {"prompt": "a red cat"}),
+        **({"class_labels": [1, 2]} if name == "dit" else {"prompt": PROMPTS}),
         "num_inference_steps": 2,
         "height": 32,
         "width": 32,
@@ -102,7 +157,9 @@ def drawn(name: str, pipe: Any, task: str, controls: list[Control]) -> torch.Ten
         "generator": torch.Generator().manual_seed(2),
         **TASKS[task],
     }
-    return pipe(**call, controls=controls).images
+    with ExitStack() as stack:
+        given = [control for put in puts for control in stack.enter_context(put)]
+        return pipe(**call, controls=given).images
 
 
 @pytest.mark.parametrize(("name", "task"), CELLS)
@@ -110,35 +167,23 @@ def test_any_two_go_together_and_one_at_scale_0_is_not_there(
     name: str, task: str, pipes: Callable[[str], Any], shows: Callable[..., None]
 ) -> None:
     pipe = pipes(name)
-    available = makers(name, pipe)
-    plain = drawn(name, pipe, task, [])
-    alone = {kind: drawn(name, pipe, task, [make(1.0)]) for kind, make in available.items()}
+    available = {kind: one for kind, make in KINDS.items() if (one := make(name, pipe)) is not None}
+    plain = drawn(name, pipe, task)
+    alone = {kind: drawn(name, pipe, task, one.put(1.0)) for kind, one in available.items()}
     for kind, latents in alone.items():
         assert (latents - plain).abs().max() > 0.01 * plain.std(), f"{kind} changes next to nothing"
-        if kind != "another ControlNet":
+        if available[kind].scaled:  # with an image or a mask, which is one of the two itself
+            assert torch.equal(drawn(name, pipe, task, available[kind].put(0.0)), plain), kind
+        if kind not in NOT_IN_THE_TABLE:
             shows(name, kind + WORDS[task])
-    for (one, make_one), (other, make_other) in itertools.combinations(available.items(), 2):
-        both = drawn(name, pipe, task, [make_one(1.0), make_other(1.0)])
-        assert torch.isfinite(both).all() and not torch.equal(both, alone[one]) and not torch.equal(both, alone[other])
-        assert torch.equal(drawn(name, pipe, task, [make_one(1.0), make_other(0.0)]), alone[one]), (one, other)
-        assert torch.equal(drawn(name, pipe, task, [make_one(0.0), make_other(1.0)]), alone[other]), (one, other)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_controls_go_with_an_adapter_of_the_weights(name: str, pipes: Callable[[str], Any]) -> None:
-    pipe = pipes(name)
-    backbone = pipe.backbone
-    control = makers(name, pipe)["ControlNet"]
-    without = drawn(name, pipe, "text", [control(1.0)])
-    add_adapter(backbone, "style", AdapterShape(rank=2), targets(backbone, "attention"))
-    try:
-        assert torch.equal(drawn(name, pipe, "text", [control(1.0)]), without)  # a fresh adapter is nothing
-        for key, parameter in backbone.named_parameters():
-            if "lora_B" in key:
-                torch.nn.init.normal_(parameter, std=0.1)
-        adapted = drawn(name, pipe, "text", [])
-        both = drawn(name, pipe, "text", [control(1.0)])
-        assert not torch.equal(both, without) and not torch.equal(both, adapted)
-        assert torch.equal(drawn(name, pipe, "text", [control(0.0)]), adapted)
-    finally:
-        backbone.delete_adapters("style")
+    for (kind, one), (other_kind, other) in itertools.combinations(available.items(), 2):
+        both = drawn(name, pipe, task, one.put(1.0), other.put(1.0))
+        words = f"{kind} with {other_kind}"
+        assert torch.isfinite(both).all(), words
+        assert not torch.equal(both, alone[kind]) and not torch.equal(both, alone[other_kind]), words
+        if (kind, other_kind) == ("ControlNet", "another ControlNet"):
+            assert torch.equal(drawn(name, pipe, task, other.put(1.0), one.put(1.0)), both), "swapped"
+        if other.scaled:
+            assert torch.equal(drawn(name, pipe, task, one.put(1.0), other.put(0.0)), alone[kind]), words
+        if one.scaled:
+            assert torch.equal(drawn(name, pipe, task, one.put(0.0), other.put(1.0)), alone[other_kind]), words
