@@ -89,6 +89,11 @@ class EfficientNetLite0(nn.Module):
     A fresh instance has random weights; `from_pretrained` loads the ImageNet ones. Gradients flow to the pixels.
     """
 
+    image_size = 224
+    """Height and width in pixels of the pictures that the weights were trained on"""
+    pooled_features = POOLED_CHANNELS
+    """Features of `forward_pooled`"""
+
     def __init__(self) -> None:
         super().__init__()
         self.stem = SameConv2d(3, STEM_CHANNELS, 3, stride=2)

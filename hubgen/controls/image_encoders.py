@@ -1,4 +1,8 @@
-"""What an image encoder (CLIP's or SigLIP's vision model of transformers) says of pictures.
+"""What an image encoder says of pictures.
+
+    CLIP's, SigLIP's or another vision model of transformers
+    EfficientNetLite0     (hubgen.autoencoders.efficientnet) small, an ImageNet classifier: one vector, no patches
+    PooledLatents         the autoencoder of the model itself, which needs no further weights
 
 Shapes: n pictures, (n, 3, h, w) pixels as the encoder takes them, P patches, F features.
 """
@@ -7,11 +11,49 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import nn
 
+from hubgen.autoencoders.latents import normalised, posterior
+
 Pictures = list[Image.Image] | torch.Tensor
 """Read and checked: RGB, or (n, 3, H, W) in [0, 1]"""
+
+
+class PooledLatents(nn.Module):
+    """Colours and coarse layout of pictures: the means of an autoencoder's latents over a few places.
+
+    Args:
+        vae: The autoencoder, which stays whose it is: its weights are none of this module's.
+        places: Along each side.
+        size: Pixels of a side that pictures are brought to, a multiple of the autoencoder's pixels per latent.
+    """
+
+    def __init__(self, vae: Any, places: int = 4, size: int = 64):
+        super().__init__()
+        self._vae, self.places, self.image_size = (vae,), places, size
+
+    @property
+    def pooled_features(self) -> int:
+        """F: channels of the latents times places."""
+        return int(self._vae[0].config.latent_channels) * self.places**2
+
+    @property
+    def place(self) -> torch.Tensor:
+        """A tensor where it computes, in its type."""
+        return next(self._vae[0].parameters())
+
+    def forward_pooled(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(n, F) of the posterior's means, as the backbone has them, for pixels (n, 3, h, w) in [-1, 1]."""
+        vae = self._vae[0]
+        latents = normalised(posterior(vae, pixels)[0], vae)  # (n, C, h', w')
+        return nn.functional.adaptive_avg_pool2d(latents, self.places).flatten(1)
+
+
+def is_pooling(encoder: Any) -> bool:
+    """Whether an encoder is one of hubgen's, which take pixels in [-1, 1] and give one vector each."""
+    return hasattr(encoder, "forward_pooled")
 
 
 def pixels_of(pictures: Pictures, encoder: nn.Module, extractor: Any = None) -> torch.Tensor:
@@ -19,9 +61,14 @@ def pixels_of(pictures: Pictures, encoder: nn.Module, extractor: Any = None) -> 
 
     Args:
         pictures: Of any size.
-        encoder: Of transformers.
+        encoder: Of transformers or of hubgen.
         extractor: Its image processor; `None` for the usual one of its kind.
     """
+    if is_pooling(encoder) and extractor is None:
+        side = encoder.image_size
+        scaled = VaeImageProcessor(vae_scale_factor=1).preprocess(pictures, side, side)  # [-1, 1]
+        place = getattr(encoder, "place", None)
+        return scaled.to(next(encoder.parameters()) if place is None else place)
     extractor = usual_extractor(encoder) if extractor is None else extractor
     scaled = {"do_rescale": False} if torch.is_tensor(pictures) else {}
     pixels = extractor(list(pictures), return_tensors="pt", **scaled).pixel_values
@@ -41,6 +88,8 @@ def usual_extractor(encoder: Any) -> Any:
 
 def encode(encoder: Any, pixels: torch.Tensor, patches: bool) -> torch.Tensor:
     """The last hidden states but one, (n, P, F), for `patches`; else what stands for the whole picture, (n, F)."""
+    if is_pooling(encoder):
+        return encoder.forward_pooled(pixels)
     if patches:
         return encoder(pixels, output_hidden_states=True).hidden_states[-2]
     out = encoder(pixels)
@@ -49,6 +98,10 @@ def encode(encoder: Any, pixels: torch.Tensor, patches: bool) -> torch.Tensor:
 
 def features_of(encoder: Any, patches: bool) -> int:
     """F of `encode`; ValueError for what is no vision model."""
+    if is_pooling(encoder):
+        if patches:
+            raise ValueError(f"`image_encoder`: got {type(encoder).__name__}, expected one that tells patches apart.")
+        return encoder.pooled_features
     config = getattr(encoder, "config", None)
     if not hasattr(config, "image_size") or not hasattr(config, "hidden_size"):
         raise ValueError(f"`image_encoder`: got {type(encoder).__name__}, expected a vision model of transformers.")

@@ -221,7 +221,13 @@ class IPAdapter(Control):
             image_embeds: (B, F) or (B, P, F), one picture each.
             timestep: (B,), as the backbone takes it, for adapters that are told the time.
         """
+        seen = self.in_training(backbone)
+        seen.show(image_embeds, timestep)
+        with opened(backbone, [seen]):
+            yield
+
+    def in_training(self, backbone: nn.Module) -> InTraining:
+        """What `attached` opens, for those who open it themselves and show it one batch after another."""
         names = self.adapter.names(backbone)
         places = {names[number]: (number, scale) for number, scale in layer_scales(self.scale, names).items()}
-        with opened(backbone, [InTraining(self.adapter, places, image_embeds, timestep)]):
-            yield
+        return InTraining(self.adapter, places)

@@ -47,6 +47,9 @@ class Hint:
     """(n, 1, H, W), 1 where the picture is made anew"""
     modes: tuple[int, ...] = ()
     guess: bool = False
+    latents: torch.Tensor | None = None
+    """(B, C, h, w) of the image, drawn from the posterior, where they are known already, as in training; of a network
+    for which `sees_latents`, without a mask"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +85,8 @@ class NetKind(ABC):
     """How many kinds of hints a union tells apart; 0 for what is no union"""
     several: ClassVar[bool] = False
     """Whether it is shown several hints at once, one a mode"""
+    sees_latents: bool = False
+    """Whether it is shown latents of the hint, not pixels"""
 
     def __init__(self, net: nn.Module):
         self.net: Any = net
@@ -272,6 +277,15 @@ class TransformerNet(NetKind):
     base_blocks: ClassVar[Mapping[str, tuple[str, Callable[..., Any]]]]
     """By the keyword of the base's forward: the key of its config that counts the blocks, and the network's rule"""
 
+    sees_latents = True
+
+    def encoded(self, hint: Hint, target: Target, pixels: torch.Tensor | None = None) -> torch.Tensor:
+        """Latents of the hint, or of these pixels in its place, (B, C, h, w) as the base has them."""
+        if hint.latents is not None:
+            return hint.latents
+        pixels = self.rescaled(hint, target) if pixels is None else pixels
+        return encode(target.vae, pixels, target.generator)
+
     def repeated(self, shown: torch.Tensor, count: int) -> torch.Tensor:
         return rows_repeated(shown, count)
 
@@ -306,11 +320,11 @@ class SD3Net(TransformerNet):
         return {"width": width_of(config), "patch_size": config["patch_size"]}
 
     def shown(self, hint: Hint, target: Target) -> torch.Tensor:
-        pixels = self.rescaled(hint, target)
+        pixels = None
         if hint.mask is not None:
             mask = target.for_all(hint.mask)
-            pixels = torch.where(mask > 0.5, -1.0, pixels)
-        latents = encode(target.vae, pixels, target.generator)
+            pixels = torch.where(mask > 0.5, -1.0, self.rescaled(hint, target))
+        latents = self.encoded(hint, target, pixels)
         vae = target.vae.config
         if self.without_pooled and hint.mask is None:
             latents = latents + (vae.get("shift_factor") or 0.0) * vae.scaling_factor
@@ -356,6 +370,7 @@ class FluxNet(TransformerNet):
         super().__init__(net)
         self.modes = self.config.get("num_mode") or 0
         self.reads_pixels = self.config.get("conditioning_embedding_channels") is not None
+        self.sees_latents = not self.reads_pixels
 
     def sizes(self, config: Mapping[str, Any], is_net: bool) -> dict[str, Any]:
         return {"width": width_of(config), "in_channels": config["in_channels"] if is_net else self.config.in_channels}
@@ -364,8 +379,7 @@ class FluxNet(TransformerNet):
         return in_turns if self.reads_pixels and keyword == "controlnet_block_samples" else super().rule(keyword)
 
     def shown(self, hint: Hint, target: Target) -> tuple[torch.Tensor, torch.Tensor | None]:
-        pixels = self.rescaled(hint, target)
-        image = pixels if self.reads_pixels else pack(encode(target.vae, pixels, target.generator))
+        image = self.rescaled(hint, target) if self.reads_pixels else pack(self.encoded(hint, target))
         mode = None
         if hint.modes:
             mode = torch.full((target.batch, 1), hint.modes[0], dtype=torch.long, device=image.device)
@@ -410,7 +424,7 @@ class DiTNet(TransformerNet):
         return {"width": width_of(config), **{name: config[name] for name in same}}
 
     def shown(self, hint: Hint, target: Target) -> torch.Tensor:
-        return self.to_net(encode(target.vae, self.rescaled(hint, target), target.generator))
+        return self.to_net(self.encoded(hint, target))
 
     def residuals(self, target: Target, rows: Rows, shown: Any, scale: float) -> Mapping[str, Any]:
         (blocks,) = self.net(

@@ -156,13 +156,19 @@ class InTraining(Seen):
     Args:
         adapter: The weights.
         places: See `Seen`.
-        embeds: (B, F) or (B, P, F).
-        timestep: (B,), as the backbone takes it.
     """
 
-    def __init__(self, adapter: Adapter, places: Places, embeds: torch.Tensor, timestep: torch.Tensor | None):
+    def __init__(self, adapter: Adapter, places: Places):
         super().__init__(adapter, places)
-        self.temb: torch.Tensor | None = None
+        self.tokens, self.temb = torch.empty(0), None
+
+    def show(self, embeds: torch.Tensor, timestep: torch.Tensor | None = None) -> None:
+        """What is seen from now on.
+
+        Args:
+            embeds: (B, F) or (B, P, F).
+            timestep: (B,), as the backbone takes it, for adapters that are told the time.
+        """
         if self.network.image_proj.timed:
             if timestep is None:
                 raise ValueError("`timestep`: got None, expected it: this adapter is told the time.")
