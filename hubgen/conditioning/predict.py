@@ -166,5 +166,6 @@ class Predictor:
         doors = SHUT
         if self.doors is not None:
             doors = self.doors(BackboneCall(x_t, timestep, tuple(branches), self.condition(branches), step))
+        keywords = self.keywords(branches) if doors.condition is None else self.family.keywords(doors.condition)
         with backbone.cache_context("+".join(branches)) if self._cached else nullcontext():
-            return call(backbone, self.family, x_t, timestep, self.keywords(branches), doors)
+            return call(backbone, self.family, x_t, timestep, keywords, doors)

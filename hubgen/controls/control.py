@@ -1,9 +1,9 @@
 """Controls: what steers a call of a pipeline from outside, whatever the backbone.
 
-    control.check(target)                       before any network runs
-    prepared = control.prepare(target, start)   once a call: encodes, draws, computes what stays the same
-    before_call, channels, residuals, parts     what it then does to every call of the backbone ...
-    after_step                                  ... and to the latents after it
+    control.check(target)                                 before any network runs
+    prepared = control.prepare(target, start)             once a call: encodes, draws, computes what stays the same
+    before_call, condition, channels, residuals, parts    what it then does to every call of the backbone ...
+    after_step                                            ... and to the latents after it
 
 A control sees a `Target`, never the pipeline, and asks nothing of a backbone but through its family. A new control is a
 file beside this one; the loop and the pipelines stay as they are.
@@ -14,7 +14,7 @@ Shapes: B pictures of H x W pixels, latents (B, C, h, w) as the backbone has the
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import nn
 
 from hubgen.autoencoders.latents import LatentSpace
 from hubgen.checks import is_number
+from hubgen.conditioning.condition import Condition
 from hubgen.conditioning.families import BackboneFamily, Doors
 from hubgen.conditioning.predict import BackboneCall, OpenDoors
 
@@ -92,6 +93,10 @@ class Prepared:
 
     def before_call(self, call: BackboneCall) -> None:
         """Told before each call of the backbone."""
+
+    def condition(self, call: BackboneCall) -> Condition | None:
+        """What the backbone is given in this call instead of `call.condition`; `None`: no change."""
+        return None
 
     def channels(self, branch: str) -> torch.Tensor | None:
         """(B, C', h, w), joined to x_t in this branch before the backbone."""
@@ -166,16 +171,18 @@ def open_doors(prepared: Sequence[Prepared], attention: Mapping[str, Any] | None
     """
 
     def doors(call: BackboneCall) -> Doors:
-        channels, residuals = [], dict[str, Any]()
+        channels, residuals, own = [], dict[str, Any](), call.condition
         for control in prepared:
             control.before_call(call)
+            if (changed := control.condition(call)) is not None:
+                call = replace(call, condition=changed)
             rows = [control.channels(branch) for branch in call.branches]
             given = [row for row in rows if row is not None]
             if given:
                 channels.append(torch.cat(given))
             for name, features in control.residuals(call).items():
                 residuals[name] = added_up(residuals[name], features) if name in residuals else features
-        return Doors(channels, residuals, attention or {})
+        return Doors(channels, residuals, attention or {}, None if call.condition is own else call.condition)
 
     return doors
 

@@ -27,6 +27,8 @@ class Doors:
     """Features that are added inside the backbone, by the keywords under which its forward takes them"""
     attention: Mapping[str, Any] = field(default_factory=dict)
     """Keywords for the backbone's attention processors"""
+    condition: Condition | None = None
+    """Of all rows, in the place of the call's own; `None`: that one"""
 
 
 SHUT = Doors()
