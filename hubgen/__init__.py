@@ -65,6 +65,8 @@ if TYPE_CHECKING:
     from hubgen.schedulers.ddpm import DDPMScheduler as DDPMScheduler
     from hubgen.schedulers.flow_match_euler import FlowMatchEulerDiscreteScheduler as FlowMatchEulerDiscreteScheduler
     from hubgen.schedulers.flow_match_heun import FlowMatchHeunDiscreteScheduler as FlowMatchHeunDiscreteScheduler
+    from hubgen.schedulers.flow_match_midpoint import FlowMatchFireFlowScheduler as FlowMatchFireFlowScheduler
+    from hubgen.schedulers.flow_match_midpoint import FlowMatchMidpointScheduler as FlowMatchMidpointScheduler
     from hubgen.schedulers.score_sde_ve import ScoreSdeVeScheduler as ScoreSdeVeScheduler
 
 HOMES = {
@@ -83,7 +85,9 @@ HOMES = {
     "DiTTransformer2DModel": "hubgen.backbones.dit",
     "EdmPath": "hubgen.paths.continuous",
     "FlowMatchEulerDiscreteScheduler": "hubgen.schedulers.flow_match_euler",
+    "FlowMatchFireFlowScheduler": "hubgen.schedulers.flow_match_midpoint",
     "FlowMatchHeunDiscreteScheduler": "hubgen.schedulers.flow_match_heun",
+    "FlowMatchMidpointScheduler": "hubgen.schedulers.flow_match_midpoint",
     "FluxControlNetModel": "hubgen.backbones.controlnet_flux",
     "FluxTransformer2DModel": "hubgen.backbones.flux",
     "IPAdapter": "hubgen.controls.ip_adapter",

@@ -25,6 +25,8 @@ class FlowMatchScheduler(CompatibleScheduler):
 
     _compatibles = FLOW_SCHEDULERS
     order = 1
+    ascending = False
+    """Whether grids are walked from data to noise, as inversion does; `set_timesteps` reads it"""
 
     def __init__(
         self, num_train_timesteps: int, shift: float, shift_default: bool = True, shift_once: bool = False
@@ -77,6 +79,18 @@ class FlowMatchScheduler(CompatibleScheduler):
 
     def _static_shift(self, sigmas: np.ndarray) -> np.ndarray:
         return self.shift * sigmas / (1 + (self.shift - 1) * sigmas)
+
+    def _lay(self, sigmas: torch.Tensor, timesteps: torch.Tensor) -> None:
+        """Sets the grid of a run, or the same upside down.
+
+        Args:
+            sigmas: (m + 1,), one for each call of the model and the end, from noise to data.
+            timesteps: (m,), what the model is told in each call.
+        """
+        if self.ascending:
+            end = sigmas[-1:].to(timesteps) * self.config.num_train_timesteps
+            sigmas, timesteps = sigmas.flip(0), torch.cat([end, timesteps[1:].flip(0)])
+        self.sigmas, self.timesteps = sigmas, timesteps
 
     @staticmethod
     def _check_grid(name: str, values: Sequence[float] | np.ndarray | None, most: float) -> np.ndarray | None:

@@ -140,15 +140,15 @@ class FlowMatchEulerDiscreteScheduler(FlowMatchScheduler):
             grid = self._even_sigmas(steps)
         grid = self._respace(self._shifted(grid, mu), steps)
 
-        self.sigmas = torch.from_numpy(grid).to(device=device, dtype=torch.float32)
+        levels = torch.from_numpy(grid).to(device=device, dtype=torch.float32)
         if given_timesteps is not None and not self.config.invert_sigmas:
-            self.timesteps = torch.from_numpy(given_timesteps).to(device=device)
+            model_times = torch.from_numpy(given_timesteps).to(device=device)
         else:
             if self.config.invert_sigmas:
-                self.sigmas = 1.0 - self.sigmas
-            self.timesteps = self.sigmas * total
+                levels = 1.0 - levels
+            model_times = levels * total
         end = 1.0 if self.config.invert_sigmas else 0.0
-        self.sigmas = torch.cat([self.sigmas, self.sigmas.new_full((1,), end)])
+        self._lay(torch.cat([levels, levels.new_full((1,), end)]), model_times)
         self.num_inference_steps = steps
         self._step_index = None
         self._begin_index = None
@@ -224,18 +224,23 @@ class FlowMatchEulerDiscreteScheduler(FlowMatchScheduler):
         if per_token_timesteps is not None:
             raise ValueError("`per_token_timesteps`: got a tensor, expected None: all tokens share one timestep here")
         index = self._begin_step(timestep)
-        sigma, sigma_next = self.sigmas[index], self.sigmas[index + 1]
-
-        sample = sample.float()
-        if self.config.stochastic_sampling:
-            data = sample - sigma * model_output
-            noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
-            prev_sample = (1.0 - sigma_next) * data + sigma_next * noise
-        else:
-            prev_sample = sample + (sigma_next - sigma) * model_output
-
+        prev_sample = self._advance(index, model_output, sample.float(), generator).to(model_output.dtype)
         self._step_index = index + 1
-        prev_sample = prev_sample.to(model_output.dtype)
         if not return_dict:
             return (prev_sample,)
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=prev_sample)
+
+    def _advance(
+        self,
+        index: int,
+        velocity: torch.Tensor,
+        sample: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> torch.Tensor:
+        """What the model is shown in call `index` + 1, or the end: (B, ...) float32, of the velocity at `sample`."""
+        sigma, sigma_next = self.sigmas[index], self.sigmas[index + 1]
+        if not self.config.stochastic_sampling:
+            return sample + (sigma_next - sigma) * velocity
+        data = sample - sigma * velocity
+        noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+        return (1.0 - sigma_next) * data + sigma_next * noise

@@ -73,8 +73,7 @@ class FlowMatchHeunDiscreteScheduler(FlowMatchScheduler):
         grid = self._static_shift(self._even_sigmas(steps) if given is None else given)
         levels = torch.from_numpy(grid).to(device=device, dtype=torch.float32)
         levels = torch.cat([levels[:1], levels[1:].repeat_interleave(2)])
-        self.timesteps = levels * self.config.num_train_timesteps
-        self.sigmas = torch.cat([levels, levels.new_zeros(1)])
+        self._lay(torch.cat([levels, levels.new_zeros(1)]), levels * self.config.num_train_timesteps)
         self.num_inference_steps = steps
         self._step_index = None
         self._begin_index = None
