@@ -29,6 +29,7 @@ from hubgen.backbones.controlnet_tokens import TokenControlNet, require_hint
 from hubgen.backbones.sd3 import SD3Stem
 from hubgen.formats import sd3_controlnet_layout
 from hubgen.formats.headers import TensorHeader
+from hubgen.formats.markers import CONTROL_TYPE
 from hubgen.layers.checks import require_shape
 from hubgen.layers.embeddings import CombinedTimestepTextProjEmbeddings, PatchEmbed
 from hubgen.layers.mmdit_blocks import JointTransformerBlock, SD3SingleTransformerBlock, initialize_joint_
@@ -193,6 +194,11 @@ class SD3ControlNetModel(TokenControlNet, SD3Stem):
                 state[name] = torch.cat([shift, scale, rest.to(scale)])
             state = {**left, **state}
         block.load_state_dict(state)
+
+    def to_original(self) -> dict[str, torch.Tensor]:
+        """The state dict in Stability's layout, with the kind of hints it was made for, where its file said so."""
+        found, kind = super().to_original(), self.config.get("_control_type")
+        return found if kind is None else {**found, CONTROL_TYPE: torch.tensor([kind], dtype=torch.int32)}
 
     @classmethod
     def config_of_tensors(cls, tensors: Mapping[str, TensorHeader]) -> dict[str, Any] | None:

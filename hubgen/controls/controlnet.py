@@ -36,7 +36,8 @@ class ControlNet(Control):
         scale: How much it counts; 0 is not at all.
         start: Share of the steps after which it begins ...
         end: ... and ends, see `Span`.
-        mode: Which kind of hint, for a union; a list for several at once (SDXL).
+        mode: Which kind of hint, for a union; a list for several at once (SDXL). For Stability's networks for SD3.5
+            that do not say it themselves, as those in diffusers' layout: 0 a blurred picture, 1 edges, 2 depths.
         mask: White (from 0.5 on) where the picture is made anew, for networks that are shown a mask (SD3 inpainting).
         guess_mode: Lets the network alone decide, for U-Nets: it runs for the positive prompt only, and counts more
             the deeper its features lie (2302.05543, appendix).

@@ -126,6 +126,18 @@ class Adapter:
             found[f"unet.{names[int(number)]}.{rest}"] = tensor
         return found
 
+    def wears_lora(self, backbone: Any) -> bool:
+        """Whether FaceID's LoRA layers are on a backbone, whatever the adapter that holds them is called there."""
+        names = counted(backbone)
+        for key, tensor in self.lora.items():
+            number, _, rest = key.partition(".")
+            name, _, end = rest.partition("_lora.")
+            if end == "down.weight" and name != "to_out" and int(number) < len(names):
+                layer = getattr(attention(backbone, names[int(number)]), name)
+                held = [one.weight.detach() for one in getattr(layer, "lora_A", {}).values()]
+                return any(same_or_away(one, tensor) for one in held)
+        return not self.lora
+
     def names(self, backbone: Any) -> dict[int, str]:
         """The backbone's processors by the numbers of the adapter's layers.
 
@@ -184,6 +196,13 @@ def network_of(adapter: IPAdapterFile) -> ImageAttention:
     check_shapes(adapter.tensors, network.state_dict())
     network.load_state_dict(adapter.tensors, assign=True)
     return network.eval()
+
+
+def same_or_away(weight: torch.Tensor, tensor: torch.Tensor) -> bool:
+    """Whether a weight is a tensor in the weight's type, as far as it can be seen: offloaded ones have no storage."""
+    if weight.shape != tensor.shape:
+        return False
+    return weight.is_meta or torch.equal(weight.cpu(), tensor.to("cpu", weight.dtype))
 
 
 def attention(backbone: Any, processor: str) -> Any:

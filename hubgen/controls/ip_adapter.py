@@ -3,8 +3,14 @@
     pipe("a cat", controls=[IPAdapter("ip-adapter_sd15.safetensors", image=cat, scale=0.5, image_encoder=clip)])
 
 One control for all published layouts (`hubgen.formats.ip_adapter_files`) and all backbones, which it knows by their
-attention layers alone. Several add up. One that is off, or of scale 0, is not run. FaceID's files hold LoRA layers
-besides, which the pipeline loads as any others (`IPAdapter.lora`).
+attention layers alone. Several add up. One that is off, or of scale 0, is not run.
+
+FaceID's files hold LoRA layers besides. They change the model, which no control does, so the pipeline loads them as any
+others, and takes them off again (a call that lacks them says so):
+
+    adapter = IPAdapter("ip-adapter-faceid_sd15.bin", image_embeds=face)          # (1, 512) of a face recogniser
+    pipe.load_lora_weights(adapter.lora(pipe.unet), adapter_name="faceid")
+    pipe("a woman in a garden", controls=[adapter])
 
 To train one, with the base frozen:
 
@@ -17,6 +23,7 @@ Shapes: B pictures to be made, n pictures to be shown, F features of the image e
 with D features, L image tokens.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +39,13 @@ from hubgen.controls.image_encoders import black_like, encode, features_of, pixe
 from hubgen.controls.seen_pictures import InCall, InTraining
 from hubgen.data.images import mask_processor, read_hints, read_masks
 
+logger = logging.getLogger(__name__)
+
 Embeds = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+WITHOUT_LORA = (
+    "This IP-Adapter's file holds LoRA layers (FaceID's), which are not on the model: faces will be less alike. Put "
+    'them on it once: pipe.load_lora_weights(adapter.lora(pipe.unet), adapter_name="faceid")'
+)
 
 
 class IPAdapter(Control):
@@ -109,7 +122,10 @@ class IPAdapter(Control):
         self.adapter.save(path)
 
     def lora(self, backbone: Any) -> dict[str, torch.Tensor]:
-        """FaceID's LoRA layers, which belong to its adapter: `pipe.load_lora_weights(adapter.lora(pipe.unet))`."""
+        """FaceID's LoRA layers, which belong to its adapter: `pipe.load_lora_weights(adapter.lora(pipe.unet))`.
+
+        Of other layouts there are none: an empty dict.
+        """
         return self.adapter.lora_of(backbone)
 
     @property
@@ -150,8 +166,10 @@ class IPAdapter(Control):
     def check(self, target: Target) -> None:
         """Raises ValueError where adapter, pictures and call do not fit each other."""
         names = self.adapter.names(target.backbone)
-        layer_scales(self.scale, names)
+        scales = layer_scales(self.scale, names)
         check_takes_parts(target.backbone, names)
+        if any(scales.values()) and not self.adapter.wears_lora(target.backbone):
+            logger.warning(WITHOUT_LORA)
         if self.embeds is not None:
             if target.batch % len(self.embeds[0]):
                 raise ValueError(

@@ -13,6 +13,7 @@ block by the network's own rule here, so that networks of different depth add up
 Shapes: B pictures of H x W pixels, latents (B, C, h, w), T image tokens; rows are those of all branches that are asked.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,6 +34,13 @@ from hubgen.conditioning.families.unet import UNetFamily
 from hubgen.controls.control import Target
 from hubgen.layers.residuals import in_turns, shared_by_neighbours, spread_evenly
 
+logger = logging.getLogger(__name__)
+
+UNKNOWN_HINTS = (
+    "This %s does not say which hints it was made for, so they are shown to it as pictures are. Pass `mode=1` if it "
+    "was made for edges (canny), which it has seen in another range; `mode=0` for blurred pictures, `mode=2` for "
+    "depths."
+)
 FLUX_GUIDANCE = 3.5
 """What a FLUX ControlNet is told whose base takes no guidance scale: dev's usual one"""
 
@@ -82,7 +90,11 @@ class NetKind(ABC):
     pools: bool = False
     """Whether residuals are averaged over the picture, which always is a guess"""
     modes: int = 0
-    """How many kinds of hints a union tells apart; 0 for what is no union"""
+    """How many kinds of hints are told apart, by a union or by networks that were made for one each; 0: none are"""
+    made_for: int | None = None
+    """Which of these kinds it was made for, if it is no union and says so"""
+    is_union: bool = True
+    """Whether it was made for all of these kinds, and has to be told which of them it is shown"""
     several: ClassVar[bool] = False
     """Whether it is shown several hints at once, one a mode"""
     sees_latents: bool = False
@@ -300,12 +312,18 @@ class TransformerNet(NetKind):
         return self.base_blocks[keyword][1]
 
 
+STABILITY_HINTS = ("a blurred picture", "edges", "depths")
+"""Of Stability's networks for SD3.5, in the order of their `control_type`"""
+EDGES = 1
+
+
 class SD3Net(TransformerNet):
     """Shown latents of the hint, drawn from the posterior; those for inpainting the mask beside them.
 
     InstantX' (`force_zeros_for_pooled_projection`) see latents without the autoencoder's shift, and no pooled text;
-    Stability's for SD3.5 no text tokens, and x_t as the base embeds it (`use_pos_embed`). diffusers draws from the
-    posterior without a generator.
+    Stability's for SD3.5 no text tokens, and x_t as the base embeds it (`use_pos_embed`). These were made for one kind
+    of hint each, of `STABILITY_HINTS`; the one for edges has seen them in a range of its own, 127.5 x + 0.5 for x in
+    [0, 1] (`vae_encode` in sd3_infer.py of Stability-AI/sd3.5). diffusers draws from the posterior without a generator.
     """
 
     family_class = MMDiTFamily
@@ -315,9 +333,19 @@ class SD3Net(TransformerNet):
         super().__init__(net)
         self.masked = bool(self.config.get("extra_conditioning_channels"))
         self.without_pooled = bool(self.config.get("force_zeros_for_pooled_projection", True))
+        self.without_text = self.config.get("joint_attention_dim") is None
+        if self.without_text:
+            self.modes, self.is_union = len(STABILITY_HINTS), False
+            self.made_for = self.config.get("_control_type")
 
     def sizes(self, config: Mapping[str, Any], is_net: bool) -> dict[str, Any]:
         return {"width": width_of(config), "patch_size": config["patch_size"]}
+
+    def rescaled(self, hint: Hint, target: Target) -> torch.Tensor:
+        """The image as it was seen in training: in [-1, 1], or edges in [0.5, 128]."""
+        if self.without_text and hint.modes == (EDGES,):
+            return target.for_all(127.5 * hint.images[0] + 0.5)
+        return super().rescaled(hint, target)
 
     def shown(self, hint: Hint, target: Target) -> torch.Tensor:
         pixels = None
@@ -336,13 +364,13 @@ class SD3Net(TransformerNet):
         keywords = super().keywords(condition)
         if self.without_pooled:
             keywords["pooled_projections"] = torch.zeros_like(keywords["pooled_projections"])
-        if self.config.get("joint_attention_dim") is None:
+        if self.without_text:
             keywords["encoder_hidden_states"] = None
         return keywords
 
     def residuals(self, target: Target, rows: Rows, shown: Any, scale: float) -> Mapping[str, Any]:
         x = self.to_net(rows.x_t)
-        if not self.config.get("use_pos_embed", True):
+        if getattr(self.net, "pos_embed", None) is None:  # a pipeline of diffusers may have put the base's into it
             base: Any = target.backbone
             x = self.to_net(base.pos_embed(rows.x_t.to(base.dtype)))  # (rows, T, D)
         (blocks,) = self.net(
@@ -459,20 +487,31 @@ def kind_of(net: Any) -> NetKind:
 
 
 def check_modes(kind: NetKind, modes: Sequence[Any], images: int) -> tuple[int, ...]:
-    """The modes of a union's hints, one for each image.
+    """The modes of the hints, one for each image.
+
+    A network that is no union has the mode that it was made for. Where it does not say which that is, and none is
+    given, a warning says so, and the mode is unknown: an empty tuple.
 
     Raises:
-        ValueError: A union has none, or one out of range; or another network has some.
+        ValueError: A union has none, or one out of range; or another network has some, or others than its own.
     """
     name = type(kind.net).__name__
     if not kind.modes:
         if modes:
             raise ValueError(f"`mode`: got {list(modes)}, expected none: this {name} is no union.")
         return ()
-    if not modes:
+    if not modes and kind.is_union:
         raise ValueError(f"`mode`: got None, expected a number from 0 to {kind.modes - 1} for this union.")
+    if not modes:
+        if kind.made_for is None:
+            logger.warning(UNKNOWN_HINTS, name)
+        modes = () if kind.made_for is None else (kind.made_for,)
     if not all(is_whole(mode, 0, kind.modes - 1) for mode in modes) or len(set(modes)) < len(modes):
         raise ValueError(f"`mode`: got {list(modes)}, expected different numbers from 0 to {kind.modes - 1}.")
+    if kind.made_for is not None and tuple(modes) != (kind.made_for,):
+        raise ValueError(f"`mode`: got {list(modes)}, expected {kind.made_for}, which this {name} was made for.")
+    if not modes:
+        return ()
     if len(modes) != images or (len(modes) > 1 and not kind.several):
         expected = f"one for each of the {images} images" if kind.several else "one"
         raise ValueError(f"`mode`: got {list(modes)}, expected {expected}.")

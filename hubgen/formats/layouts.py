@@ -116,7 +116,7 @@ LEFT_BY_TRAINING = re.compile(
     r"^(model_ema\.|first_stage_model\.loss\.|loss\.|alphas_cumprod|betas$|sqrt_|log_one_minus|posterior_|lvlb_weights"
     r"|logvar$|scale_factor$|denoiser\.sigmas|model_sampling\."
     r"|(cond_stage_model|conditioner\.embedders\.\d)\.(model\.|transformer\.)?logit_scale"
-    r"|text_encoders\.\w+\.(transformer\.)?logit_scale|text_encoders\.t5xxl\.spiece_model|control_type$)"
+    r"|text_encoders\.\w+\.(transformer\.)?logit_scale|text_encoders\.t5xxl\.spiece_model)"
 )
 HINTS = (  # what else people have files of: (a pattern of keys, what it is)
     (r"^lllite_unet_", "a ControlLLLite of kohya's, which changes layers of the U-Net: no ControlNet, not read here"),

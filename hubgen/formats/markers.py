@@ -6,6 +6,7 @@ The names are those that trainers write and ComfyUI reads. They are empty tensor
     edm_mean, edm_std                   preconditioned as EDM (2206.00364), with latents normalised by channel:
                                         Playground v2.5 (2402.17245)
     edm_vpred.sigma_max, ...sigma_min   velocity and EDM's noise levels: CosXL
+    control_type                        which hints a ControlNet of Stability's for SD3.5 was made for
 
 and, in the header's metadata, `modelspec.prediction_type` (https://github.com/Stability-AI/ModelSpec).
 """
@@ -19,7 +20,8 @@ from hubgen.formats.headers import read_metadata
 V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
 EDM_MEAN, EDM_STD = "edm_mean", "edm_std"
 EDM_SIGMA_MAX, EDM_SIGMA_MIN = "edm_vpred.sigma_max", "edm_vpred.sigma_min"
-NAMES = (V_PREDICTION, ZERO_SNR, EDM_MEAN, EDM_STD, EDM_SIGMA_MAX, EDM_SIGMA_MIN)
+CONTROL_TYPE = "control_type"
+NAMES = (V_PREDICTION, ZERO_SNR, EDM_MEAN, EDM_STD, EDM_SIGMA_MAX, EDM_SIGMA_MIN, CONTROL_TYPE)
 MODELSPEC = "modelspec.prediction_type"
 PLAYGROUND_SCALE = 0.5  # of the latents, after mean and deviation; no tensor says it
 
@@ -44,3 +46,17 @@ def autoencoder_config(markers: Markers) -> dict[str, Any]:
         return {}
     means: dict[str, Any] = {"latents_mean": markers[EDM_MEAN], "latents_std": markers[EDM_STD]}
     return {**means, "scaling_factor": PLAYGROUND_SCALE}
+
+
+def controlnet_config(markers: Markers) -> dict[str, Any]:
+    """What they add to the config of a ControlNet, under a name that diffusers passes over.
+
+    Raises:
+        ValueError: The kind of hints is no number.
+    """
+    if CONTROL_TYPE not in markers:
+        return {}
+    found = markers[CONTROL_TYPE]
+    if len(found) != 1 or not found[0].is_integer():
+        raise ValueError(f"{CONTROL_TYPE}: got {found}, expected one whole number")
+    return {f"_{CONTROL_TYPE}": int(found[0])}

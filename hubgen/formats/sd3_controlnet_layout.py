@@ -1,7 +1,8 @@
 """Stability AI's ControlNets for Stable Diffusion 3.5 large in their own layout; other networks tell their config, too.
 
 The layout is diffusers' but for the inside of the blocks, where queries, keys and values are one layer. One more number
-in these files, `control_type`, says which hint a network was made for: 0 a blurred picture, 1 edges, 2 depths.
+in these files, `control_type`, says which hint a network was made for: 0 a blurred picture, 1 edges, 2 depths. It goes
+into the config as `_control_type` (`hubgen.formats.markers`).
 """
 
 import math

@@ -21,7 +21,7 @@ from hubgen.formats.headers import TensorHeader, listing, read_header
 from hubgen.formats.key_maps import Rule, to_original, to_ours
 from hubgen.formats.layouts import LAYOUTS, SingleFile, open_single_file
 from hubgen.formats.loading import CONFIG, HUB_ARGUMENTS, describe_difference, fetch, on_meta
-from hubgen.formats.markers import autoencoder_config
+from hubgen.formats.markers import autoencoder_config, controlnet_config
 
 logger = logging.get_logger(__name__)
 
@@ -208,6 +208,11 @@ def prepare_part(cls: Any, file: SingleFile, config: Config, hub: Mapping[str, A
     settings = resolve_config(config, component, lambda: inferred_config(file, component), hub or {})
     if component == "vae":
         settings = {**settings, **autoencoder_config(file.markers)}
+    if component == "controlnet":
+        try:
+            settings = {**settings, **controlnet_config(file.markers)}
+        except ValueError as error:
+            raise ValueError(f"{file.path}: {error}") from error
     headers = file.parts[component]
     meta = on_meta(cls, settings, headers, f"the config for {file.path}")
     table = key_map_of(cls, meta.config)

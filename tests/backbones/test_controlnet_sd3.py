@@ -217,6 +217,10 @@ def test_a_network_comes_back_from_stabilitys_layout(tmp_path: Path) -> None:
     save_file({**original, "control_type": torch.tensor([2], dtype=torch.int32)}, path)
     again = hubgen.SD3ControlNetModel.from_single_file(path, config=UNSEEN)
     assert same(again, net) and not again.training
+    assert again.to_original()["control_type"].tolist() == [2] and "control_type" not in original
+    again.save_pretrained(tmp_path / "saved")  # diffusers passes it over, and keeps it
+    for cls in (diffusers.SD3ControlNetModel, hubgen.SD3ControlNetModel):
+        assert cls.from_pretrained(tmp_path / "saved").config["_control_type"] == 2
     assert_parity(again, net, IMAGE_NET.inputs())
     for cls in (hubgen.ControlNetModel, hubgen.SD3Transformer2DModel, hubgen.FluxControlNetModel):
         with pytest.raises(ValueError, match=rf"holds a ControlNet of .* 3.5 large \(controlnet\), no {cls.__name__}"):
@@ -251,6 +255,12 @@ def test_a_full_size_network_is_recognised_and_tells_its_config(name: str) -> No
         for key, value in inferred.items():
             expected = net.config[key]
             assert value == (list(expected) if isinstance(expected, tuple) else expected), key
+
+
+def test_a_damaged_kind_of_hints_is_refused(tmp_path: Path) -> None:
+    save_file({**IMAGE_NET.build().to_original(), "control_type": torch.tensor([0, 1])}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"x.safetensors: control_type: got \[0.0, 1.0\], expected one whole number"):
+        hubgen.SD3ControlNetModel.from_single_file(tmp_path / "x.safetensors", config=UNSEEN)
 
 
 def test_a_network_with_text_has_no_layout_but_diffusers() -> None:

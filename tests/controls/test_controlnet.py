@@ -9,6 +9,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
+from diffusers.image_processor import VaeImageProcessor
 
 from hubgen.acceleration.optimize import optimize, restore
 from hubgen.controls.attention_maps import AttentionMaps
@@ -221,9 +222,48 @@ def test_sd3_networks_with_and_without_pooled_text(zeros: bool, sides: Callable[
 
 def test_networks_for_sd3_5_are_shown_x_t_as_the_base_embeds_it_and_no_text(sides: Callable[[str], Sides]) -> None:
     both, hint = sides("sd3.5"), picture(3)
-    kind = {"joint_attention_dim": None, "use_pos_embed": False, "pos_embed_type": None}
-    net = quiet_(net_of(both.backbone, **kind, force_zeros_for_pooled_projection=False))
+    net = stabilitys(both, _control_type=2)
     both.assert_same([ControlNet(net, hint)], net, control_image=hint)
+
+
+def stabilitys(both: Sides, **kind: Any) -> Any:
+    """A network like Stability's for SD3.5 large, which sees no text."""
+    config = {"joint_attention_dim": None, "use_pos_embed": False, "pos_embed_type": None}
+    net = quiet_(net_of(both.backbone, **config, force_zeros_for_pooled_projection=False))
+    net.register_to_config(**kind)
+    return net
+
+
+class Edges(VaeImageProcessor):
+    """As the card of Stability's network for edges has diffusers' pipeline prepare them."""
+
+    def preprocess(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return super().preprocess(*args, **kwargs) * 255 * 0.5 + 0.5
+
+
+def test_edges_are_shown_to_stabilitys_network_for_them_as_it_has_seen_them(sides: Callable[[str], Sides]) -> None:
+    both, hint = sides("sd3.5"), picture(3)
+    nets = [stabilitys(both, _control_type=1), stabilitys(both), stabilitys(both, _control_type=2)]
+    pipe = both.diffusers(nets[0])
+    pipe.image_processor = Edges(vae_scale_factor=pipe.vae_scale_factor, do_normalize=False)
+    expected = pipe(**CALL, **SIZE, control_image=hint, generator=seeded()).images
+    found = [
+        latents(both.ours, controls=[control])
+        for control in (ControlNet(nets[0], hint), ControlNet(nets[1], hint, mode=1), ControlNet(nets[2], hint))
+    ]
+    assert (found[0] - expected).abs().max() < 1e-4 * expected.std()
+    assert torch.equal(found[1], found[0]) and (found[2] - expected).abs().max() > 0.02 * expected.std()
+    assert torch.equal(latents(both.ours, controls=[ControlNet(nets[1], hint, mode=2)]), found[2])
+
+
+def test_a_network_that_does_not_say_what_it_was_made_for_is_told_of(
+    sides: Callable[[str], Sides], caplog: pytest.LogCaptureFixture
+) -> None:
+    net = stabilitys(sides("sd3.5"))
+    for options, told in (({}, 1), ({"mode": 0}, 0)):
+        caplog.clear()
+        ControlNet(net, picture(3), **options)
+        assert caplog.text.count("Pass `mode=1` if it was made for edges") == told
 
 
 def test_modes_of_a_flux_union(sides: Callable[[str], Sides]) -> None:
@@ -410,6 +450,8 @@ def test_hints_go_with_their_prompts(sides: Callable[[str], Sides]) -> None:
             r"`image`: got shape \(1, 4, 32, 40\).*expected 3 channels",
         ),
         ("sd1", "sd1", {"image": [picture(1)] * 3}, "`image`: got 3, expected a number that divides the 1 pictures"),
+        ("sd3.5", "edges", {"mode": 2}, r"`mode`: got \[2\], expected 1, which this SD3ControlNetModel was made for"),
+        ("sd3.5", "edges", {"mode": 3}, r"`mode`: got \[3\], expected different numbers from 0 to 2"),
         ("sd1", "wide", {}, "`net`: got a ControlNetModel of 9 input channels, expected 4: it is shown x_t alone"),
         ("sd1", "backbone", {}, "`net`: got a UNet2DConditionModel, expected a ControlNet or a T2I-adapter"),
     ],
@@ -420,6 +462,8 @@ def test_what_does_not_fit_is_refused_before_any_network_runs(
     both, ran = sides(name), list[Any]()
     if net_name == "union":
         net = net_of(both.backbone, num_mode=4)
+    elif net_name == "edges":
+        net = stabilitys(both, _control_type=1)
     elif net_name == "wide":
         net = net_of(both.backbone, in_channels=9)
     else:

@@ -121,6 +121,29 @@ def test_latents_are_those_of_diffusers(name: str, layout: str, sides: Callable[
         both.same(found, scaled(both.theirs(paths=[written], encoder=encoder)), **call, **theirs)
 
 
+def test_a_call_without_the_lora_layers_of_faceid_says_how_to_have_them(
+    sides: Callable[[str], Sides], caplog: pytest.LogCaptureFixture
+) -> None:
+    both = sides("sd1")
+    adapter = Adapter.read(both.written("faceid"))
+    face = {"image_embeds": torch.randn(1, FACE, generator=seeded())}
+    weights = adapter.lora_of(both.ours.unet)
+
+    def said(**options: Any) -> bool:
+        caplog.clear()
+        both.drawn([IPAdapter(adapter, **face, **options)])
+        return "pipe.load_lora_weights(adapter.lora(pipe.unet), adapter_name=" in caplog.text
+
+    assert said() and not said(scale=0)
+    both.ours.load_lora_weights({key: -value for key, value in weights.items()}, adapter_name="another")
+    assert said()
+    both.ours.load_lora_weights(weights, adapter_name="faceid")
+    assert not said()
+    both.ours.unload_lora_weights()
+    assert said()
+    assert IPAdapter(Adapter.read(tensors("base", both.ours.unet))).lora(both.ours.unet) == {}
+
+
 def scaled(pipe: Any, scale: Any = 0.7) -> Any:
     pipe.set_ip_adapter_scale(scale)
     return pipe
