@@ -5,6 +5,7 @@ that no other file imports a private name.
 """
 
 import json
+import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -25,6 +26,7 @@ __all__ = [
     "read_configs_through",
     "register_cached_blocks",
     "reset_step_hooks",
+    "take_networks_instead",
 ]
 
 # Private attributes by the class of diffusers that has them: methods that hubgen calls or overrides.
@@ -39,10 +41,14 @@ ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
     "diffusers.UNet2DConditionModel": ("_prepare_lora_hotswap_kwargs",),
     "diffusers.hooks.group_offloading": ("_maybe_remove_and_reapply_group_offloading",),
     "diffusers.CacheMixin": ("_reset_stateful_cache",),
+    "diffusers.SD3ControlNetModel": ("_get_pos_embed_from_transformer",),
     "diffusers.pipelines.pipeline_loading_utils": ("LOADABLE_CLASSES",),
     "diffusers.hooks._helpers": ("TransformerBlockMetadata", "TransformerBlockRegistry"),
     "diffusers.models.transformers.transformer_flux.FluxAttnProcessor": ("_attention_backend", "_parallel_config"),
 }
+
+
+PIPELINES = "diffusers.pipelines."
 
 
 def has_step_hooks(model: Any) -> bool:
@@ -111,6 +117,55 @@ def accept_instead(stand_in: Callable[[type], type | None]) -> None:
         }
 
     DiffusionPipeline._get_signature_types = classmethod(_get_signature_types)
+
+
+def take_networks_instead(names: Collection[str], stand_in: Callable[[type], type | None]) -> Callable[[Any], None]:
+    """Has diffusers' pipelines take networks of other classes for those that they ask for by `isinstance`.
+
+    In their modules these names then mean classes that `isinstance` knows both by; nothing else changes. Modules that
+    are imported later follow when they are.
+
+    Args:
+        names: Of classes of diffusers.
+        stand_in: The class that is as good as one of them, if there is one by now.
+
+    Returns:
+        Does the same in any other module, once it is imported.
+    """
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    class Either(type):
+        """Metaclass of a class that means its base and what stands in for that."""
+
+        def __instancecheck__(cls, instance: Any) -> bool:
+            return isinstance(instance, Either.of(cls))
+
+        def __subclasscheck__(cls, other: type) -> bool:
+            return issubclass(other, Either.of(cls))
+
+        def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+            return cls.__bases__[0](*args, **kwargs)
+
+        def of(cls) -> tuple[type, ...]:
+            theirs = cls.__bases__[0]
+            return tuple(one for one in (theirs, stand_in(theirs)) if one is not None)
+
+    def teach(module: Any) -> None:
+        for name in names:
+            theirs = vars(module).get(name)
+            if isinstance(theirs, type) and not isinstance(theirs, Either):
+                setattr(module, name, Either(name, (theirs,), {"__module__": theirs.__module__}))
+
+    def teach_new(cls: type, **kwargs: Any) -> None:
+        super(DiffusionPipeline, cls).__init_subclass__(**kwargs)
+        if cls.__module__.startswith(PIPELINES):
+            teach(sys.modules[cls.__module__])
+
+    DiffusionPipeline.__init_subclass__ = classmethod(teach_new)  # type: ignore[assignment]
+    for module in [module for name, module in sys.modules.items() if name.startswith(PIPELINES)]:
+        if any(isinstance(value, type) and issubclass(value, DiffusionPipeline) for value in vars(module).values()):
+            teach(module)
+    return teach
 
 
 def read_configs_through(convert: Callable[[dict[str, Any]], dict[str, Any]]) -> None:

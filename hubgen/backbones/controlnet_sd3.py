@@ -15,6 +15,7 @@ Shapes: B batch, C channels, H and W height and width of the latents, T image to
 D features of a token.
 """
 
+import copy
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -195,6 +196,10 @@ class SD3ControlNetModel(TokenControlNet, SD3Stem):
             state = {**left, **state}
         block.load_state_dict(state)
 
+    def _get_pos_embed_from_transformer(self, transformer: Any) -> Any:
+        """A copy of the base's embedding of x_t: diffusers' pipelines ask for it, and put it into the network."""
+        return copy.deepcopy(transformer.pos_embed)
+
     def to_original(self) -> dict[str, torch.Tensor]:
         """The state dict in Stability's layout, with the kind of hints it was made for, where its file said so."""
         found, kind = super().to_original(), self.config.get("_control_type")
@@ -268,7 +273,7 @@ class SD3ControlNetModel(TokenControlNet, SD3Stem):
     ) -> None:
         """Raises ValueError where an input is missing, is not for this network or does not fit the config."""
         config, batch, patch = self.config, len(hidden_states), self.config.patch_size
-        if config.use_pos_embed:
+        if self.pos_embed is not None:
             require_shape("hidden_states", hidden_states, (batch, config.in_channels, "height", "width"))
             height, width = hidden_states.shape[2:]
         else:
@@ -289,7 +294,7 @@ class SD3ControlNetModel(TokenControlNet, SD3Stem):
             raise ValueError(
                 f"`controlnet_cond`: got {height} x {width}, expected multiples of `patch_size` = {patch}."
             )
-        if not config.use_pos_embed and tokens != hidden_states.shape[1]:
+        if self.pos_embed is None and tokens != hidden_states.shape[1]:
             raise ValueError(
                 f"`controlnet_cond`: got {height} x {width}, which are {tokens} patches, expected "
                 f"{hidden_states.shape[1]}, as `hidden_states` has tokens."

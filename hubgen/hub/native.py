@@ -7,8 +7,9 @@ these components, so that the folder needs no hubgen. What only hubgen takes (de
 goes under a name with an underscore in front, as diffusers itself stores what a pipeline does not take. Where diffusers
 has no pipeline for them, the folder brings hubgen's code along (`hubgen.hub.carried_code`).
 
-In memory likewise: `from_pipe` of diffusers' pipelines takes hubgen's models in the place of its own, and AutoPipeline
-takes a pipeline of hubgen's for the one that diffusers has for its components.
+In memory likewise: `from_pipe` of diffusers' pipelines takes hubgen's models in the place of its own, those with a
+ControlNet take hubgen's, and AutoPipeline takes a pipeline of hubgen's for the one that diffusers has for its
+components.
 """
 
 import copy
@@ -25,7 +26,7 @@ from typing import Any, ClassVar, Self
 import diffusers
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-from hubgen.diffusers_contract import accept_instead
+from hubgen.diffusers_contract import accept_instead, take_networks_instead
 from hubgen.formats.atomic import written
 from hubgen.formats.folders import check_pipeline_folder, is_component
 from hubgen.formats.plain import plain_model
@@ -310,7 +311,11 @@ def stand_in(expected: type) -> type | None:
 
 
 def teach_auto_pipelines(module: Any) -> None:
-    """Has `from_pipe` of diffusers' AutoPipelines look at a pipeline of hubgen's as at diffusers' of its components."""
+    """Has `from_pipe` of diffusers' AutoPipelines look at a pipeline of hubgen's as at diffusers' of its components.
+
+    And has them choose a pipeline by hubgen's ControlNets as by diffusers'.
+    """
+    teach_networks(module)
     for cls in [value for name, value in vars(module).items() if name.startswith("AutoPipelineFor")]:
         plain = getattr(cls.from_pipe, "__func__", None)
         if plain is None or hasattr(plain, "knows_hubgen"):
@@ -326,3 +331,6 @@ def teach_auto_pipelines(module: Any) -> None:
 
 
 accept_instead(stand_in)
+teach_networks = take_networks_instead(
+    ("ControlNetModel", "ControlNetUnionModel", "SD3ControlNetModel", "FluxControlNetModel"), stand_in
+)

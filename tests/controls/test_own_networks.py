@@ -1,16 +1,19 @@
-"""A ControlNet, a union or a T2I-adapter of hubgen's steers a call as that of diffusers with its weights does."""
+"""Networks of hubgen's steer a call as those of diffusers with their weights do, in the pipelines of either library."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 
 from hubgen.controls.controlnet import ControlNet
 from hubgen.pipelines.text_to_image import TextToImagePipeline
+from tests.controls.test_controlnet import Sides, family, hint_name, net_of, seeded, stabilitys
 from tests.models import LIBRARIES
-from tests.official_images import picture
+from tests.official_images import mask, picture
 from tests.parity import quiet_, randomize_
 
 HINT = {"conditioning_embedding_out_channels": (4, 8, 8)}
@@ -56,3 +59,60 @@ def test_latents_are_the_same_with_either_librarys_network(
     ours, theirs = (latents(ControlNet(net, **options)) for net in networks(kind, pipe.unet))
     assert (ours - theirs).abs().max() < 1e-4 * theirs.std()
     assert (ours - latents()).abs().max() > 0.02 * theirs.std(), "the network changes next to nothing"
+
+
+# ---- in diffusers' pipelines ----
+
+
+def ours_of(net: Any) -> Any:
+    """hubgen's network with the weights of one of diffusers'."""
+    cls = getattr(LIBRARIES["hubgen"], type(net).__name__)
+    ours = cls(**{key: value for key, value in net.config.items() if key[0] != "_"})
+    ours.load_state_dict(net.state_dict())
+    return ours.eval()
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3", "sd3.5", "flux-dev"])
+def test_diffusers_pipelines_take_hubgens_networks_one_or_several(name: str, official: Callable[[str], Path]) -> None:
+    both = Sides(official(name), family(name))
+    net = stabilitys(both) if name == "sd3.5" else quiet_(net_of(both.backbone))
+    ours = ours_of(net)
+    call = {**CALL, "prompt": "a red cat", "output_type": "latent"}
+    for few in (1, 2):
+        hints = [picture(3), picture(4)][:few]
+        given = {hint_name(both.family): hints if few > 1 else hints[0]}
+        if few > 1:
+            given["controlnet_conditioning_scale"] = [0.5, 0.8]
+        found, expected = (
+            both.diffusers([one] * few if few > 1 else one)(**call, **given, generator=seeded()).images
+            for one in (ours, net)
+        )
+        assert (found - expected).abs().max() < 1e-4 * expected.std()
+        plain = both.theirs(**call, generator=seeded()).images
+        assert (found - plain).abs().max() > 0.02 * plain.std(), "the network changes next to nothing"
+
+
+def test_diffusers_other_pipelines_take_them_too(official: Callable[[str], Path]) -> None:
+    both = Sides(official("sdxl"), "sdxl")
+    call: dict[str, Any] = {**CALL, "prompt": "a red cat", "output_type": "latent", "control_image": picture(3)}
+    call |= {"image": picture(1), "mask_image": mask(2), "strength": 0.9}
+    net = quiet_(net_of(both.backbone))
+    found, expected = (both.diffusers(one, 2)(**call, generator=seeded()).images for one in (ours_of(net), net))
+    assert (found - expected).abs().max() < 1e-4 * expected.std()
+
+    unions = [quiet_(randomize_(net, 7)) for net in networks("union", both.ours.unet)]
+    auto = diffusers.AutoPipelineForText2Image
+    pipes = [auto.from_pretrained(official("sdxl"), controlnet=union) for union in unions]
+    assert {type(pipe) for pipe in pipes} == {diffusers.StableDiffusionXLControlNetUnionPipeline}
+    call = {**CALL, "prompt": "a red cat", "output_type": "latent", "control_image": [picture(3)], "control_mode": [1]}
+    found, expected = (pipe(**call, generator=seeded()).images for pipe in pipes)
+    assert (found - expected).abs().max() < 1e-4 * expected.std()
+
+
+def test_classes_of_diffusers_stay_what_they_are() -> None:
+    named = vars(sys.modules["diffusers.pipelines.controlnet.pipeline_controlnet"])["ControlNetModel"]
+    ours, theirs = LIBRARIES["hubgen"].ControlNetModel, diffusers.ControlNetModel
+    assert issubclass(ours, named) and issubclass(theirs, named) and not issubclass(ours, theirs)
+    assert not issubclass(LIBRARIES["hubgen"].FluxControlNetModel, named)
+    small = {"block_out_channels": (8, 8), "down_block_types": ("DownBlock2D",) * 2, "norm_num_groups": 4}
+    assert type(named(**small, **HINT, cross_attention_dim=8)) is theirs
