@@ -4,10 +4,14 @@ Fresh weights prove nothing where a layer starts at zero, so every parameter is 
 """
 
 import copy
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+from hubgen.formats.headers import TensorHeader
 
 
 @torch.no_grad()
@@ -89,3 +93,24 @@ def certain_(vae: Any, exactly: bool = False) -> Any:
     if exactly:
         last.bias[:half] += 64
     return vae
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A model's arguments, without what says how it was made."""
+    return {key: value for key, value in config.items() if key[0] != "_"}
+
+
+def shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Of a model's tensors, by name."""
+    return {name: value.shape for name, value in model.state_dict().items()}
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two models have the same tensors, to the last bit."""
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def headers(state: Mapping[str, torch.Tensor]) -> dict[str, TensorHeader]:
+    """What a file with these tensors would say of them."""
+    return {name: TensorHeader(tuple(value.shape), value.dtype, Path("x")) for name, value in state.items()}

@@ -12,11 +12,10 @@ from torch import nn
 import hubgen
 from hubgen.backbones.unet_condition_config import stable_diffusion_1, stable_diffusion_2, stable_diffusion_xl
 from hubgen.formats import ldm_controlnet
-from hubgen.formats.headers import TensorHeader
 from hubgen.formats.key_maps import to_original, to_ours
 from hubgen.formats.layouts import detect
 from tests.models import CONTROLNET, CONTROLNET_SDXL, LIBRARIES, NETWORKS, hint
-from tests.parity import assert_parity, first_output, randomize_
+from tests.parity import assert_parity, first_output, headers, plain, randomize_, same
 
 NET = NETWORKS["ControlNet, SD 1.x"]
 SMALL = {
@@ -68,11 +67,6 @@ OWN = (
     "controlnet_conditioning_channel_order",
     "global_pool_conditions",
 )
-
-
-def plain(config: Any) -> dict[str, Any]:
-    """Without what says how a model was made."""
-    return {key: value for key, value in config.items() if key[0] != "_"}
 
 
 def base_of(library: str = "hubgen", **changes: Any) -> Any:
@@ -216,11 +210,6 @@ def write(path: Path, state: dict[str, torch.Tensor], prefix: str = "") -> Path:
     return path
 
 
-def same(one: nn.Module, other: nn.Module) -> bool:
-    a, b = one.state_dict(), other.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
 UNSEEN = {"norm_num_groups": 4}
 """What no file tells, and no published network has"""
 FILES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -271,10 +260,6 @@ def test_a_full_size_network_is_recognised_and_tells_its_config(name: str) -> No
     for key, value in inferred.items():
         expected = net.config[key]
         assert key in exempt or value == (list(expected) if isinstance(expected, tuple) else expected), key
-
-
-def headers(state: dict[str, torch.Tensor]) -> dict[str, TensorHeader]:
-    return {name: TensorHeader(tuple(value.shape), value.dtype, Path("x")) for name, value in state.items()}
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd2"])

@@ -14,11 +14,10 @@ import hubgen
 from hubgen.backbones.controlnet_sd3 import stable_diffusion_3_5_large_controlnet
 from hubgen.backbones.sd3 import stable_diffusion_3_medium
 from hubgen.formats import sd3_controlnet_layout
-from hubgen.formats.headers import TensorHeader
 from hubgen.formats.key_maps import to_original
 from hubgen.formats.layouts import detect
 from tests.models import LIBRARIES, NETWORKS
-from tests.parity import assert_parity, first_output
+from tests.parity import assert_parity, first_output, headers, plain, same, shapes
 
 NET, IMAGE_NET, BASE = NETWORKS["ControlNet, SD 3"], NETWORKS["ControlNet, SD 3.5 large"], NETWORKS["SD 3"]
 VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -41,15 +40,6 @@ FULL_SIZE: dict[str, tuple[dict[str, Any], int]] = {
     ),
     "SD3.5 large": (stable_diffusion_3_5_large_controlnet(), 2_153_518_976),
 }
-
-
-def plain(config: Any) -> dict[str, Any]:
-    """Without what says how a model was made."""
-    return {key: value for key, value in config.items() if key[0] != "_"}
-
-
-def shapes(model: nn.Module) -> dict[str, torch.Size]:
-    return {name: value.shape for name, value in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -118,17 +108,6 @@ def test_copied_blocks_compute_what_the_base_computes_the_last_one_too() -> None
     torch.testing.assert_close(residuals, seen, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("load", [True, False])
-def test_a_fresh_network_adds_exactly_zero_and_only_its_zero_layers_learn_at_first(load: bool) -> None:
-    net = hubgen.SD3ControlNetModel.from_transformer(BASE.build(), 2, 0, load_weights_from_transformer=load)
-    out = first_output(net(**NET.inputs()))
-    assert torch.count_nonzero(out) == 0
-    (out - 1).square().mean().backward()
-    for name, parameter in net.named_parameters():
-        grad = parameter.grad if parameter.grad is not None else torch.zeros(1)
-        assert bool(grad.any()) == name.startswith("controlnet_blocks."), name
-
-
 def test_a_base_with_an_adapter_gives_its_own_weights() -> None:
     from peft import LoraConfig
 
@@ -140,50 +119,7 @@ def test_a_base_with_an_adapter_gives_its_own_weights() -> None:
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-@torch.no_grad()
-def test_a_first_block_cache_of_the_base_keeps_the_residuals() -> None:
-    base, inputs = BASE.build(), BASE.inputs()
-    (residuals,) = NET.build()(**NET.inputs(), return_dict=False)
-    inputs["block_controlnet_hidden_states"] = residuals
-    expected = base(**inputs).sample
-    base.enable_cache(FirstBlockCacheConfig(threshold=1e9))
-    ran: list[int] = []
-    base.transformer_blocks[-1].ff.register_forward_hook(lambda *_: ran.append(1))
-    with base.cache_context("cond"):
-        for _ in range(2):
-            torch.testing.assert_close(base(**inputs).sample, expected, rtol=0, atol=1e-6)
-    assert len(ran) == 1, "the second step was computed in full"
-
-
-# acceleration
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("network", [NET, IMAGE_NET], ids=["text", "image alone"])
-def test_modulations_and_accelerated_calls_are_those_of_plain_layers(network: Any) -> None:
-    net, inputs = network.build(), network.inputs()
-    expected = first_output(net(**inputs))
-    told = {name: inputs[name] for name in ("timestep", "pooled_projections")}
-    table, seen = dict(net.modulations(**told)), {}
-    hooks = [layer.register_forward_hook(lambda layer, _, out: seen.update({layer: out})) for layer in table]
-    net(**inputs)
-    assert seen.keys() == table.keys() and all(torch.equal(seen[layer], out) for layer, out in table.items())
-    for hook in hooks:
-        hook.remove()
-    hubgen.optimize(net)
-    torch.testing.assert_close(first_output(net(**inputs)), expected, rtol=1e-4, atol=1e-5)
-
-
 # files
-
-
-def headers(state: dict[str, torch.Tensor]) -> dict[str, TensorHeader]:
-    return {name: TensorHeader(tuple(value.shape), value.dtype, Path("x")) for name, value in state.items()}
-
-
-def same(one: nn.Module, other: nn.Module) -> bool:
-    a, b = one.state_dict(), other.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 @pytest.mark.parametrize("variant", ["a mask", "image alone"])
@@ -282,16 +218,6 @@ def test_a_network_with_text_has_no_layout_but_diffusers() -> None:
 def test_a_config_that_cannot_be_built_is_refused_by_name(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         NET.fresh(**config)
-
-
-def test_what_is_no_base_is_refused() -> None:
-    make = hubgen.SD3ControlNetModel.from_transformer
-    for other in (nn.Linear(1, 1), NETWORKS["FLUX.1 dev"].fresh(), NET.fresh()):
-        found = type(other).__name__
-        with pytest.raises(ValueError, match=f"`transformer`: got a {found}, expected a SD3Transformer2DModel"):
-            make(other)
-    with pytest.raises(ValueError, match="`num_layers`: got 12, expected a whole number, from 0 to 3"):
-        make(BASE.fresh())
 
 
 def test_a_step_cache_of_the_network_is_refused() -> None:
