@@ -25,29 +25,23 @@ class PooledLatents(nn.Module):
     """Colours and coarse layout of pictures: the means of an autoencoder's latents over a few places.
 
     Args:
-        vae: The autoencoder, which stays whose it is: its weights are none of this module's.
+        vae: The autoencoder.
         places: Along each side.
         size: Pixels of a side that pictures are brought to, a multiple of the autoencoder's pixels per latent.
     """
 
     def __init__(self, vae: Any, places: int = 4, size: int = 64):
         super().__init__()
-        self._vae, self.places, self.image_size = (vae,), places, size
+        self.vae, self.places, self.image_size = vae, places, size
 
     @property
     def pooled_features(self) -> int:
         """F: channels of the latents times places."""
-        return int(self._vae[0].config.latent_channels) * self.places**2
-
-    @property
-    def place(self) -> torch.Tensor:
-        """A tensor where it computes, in its type."""
-        return next(self._vae[0].parameters())
+        return int(self.vae.config.latent_channels) * self.places**2
 
     def forward_pooled(self, pixels: torch.Tensor) -> torch.Tensor:
         """(n, F) of the posterior's means, as the backbone has them, for pixels (n, 3, h, w) in [-1, 1]."""
-        vae = self._vae[0]
-        latents = normalised(posterior(vae, pixels)[0], vae)  # (n, C, h', w')
+        latents = normalised(posterior(self.vae, pixels)[0], self.vae)  # (n, C, h', w')
         return nn.functional.adaptive_avg_pool2d(latents, self.places).flatten(1)
 
 
@@ -67,8 +61,7 @@ def pixels_of(pictures: Pictures, encoder: nn.Module, extractor: Any = None) -> 
     if is_pooling(encoder) and extractor is None:
         side = encoder.image_size
         scaled = VaeImageProcessor(vae_scale_factor=1).preprocess(pictures, side, side)  # [-1, 1]
-        place = getattr(encoder, "place", None)
-        return scaled.to(next(encoder.parameters()) if place is None else place)
+        return scaled.to(next(encoder.parameters()))
     extractor = usual_extractor(encoder) if extractor is None else extractor
     scaled = {"do_rescale": False} if torch.is_tensor(pictures) else {}
     pixels = extractor(list(pictures), return_tensors="pt", **scaled).pixel_values

@@ -197,6 +197,63 @@ def adapter_card(
     return "\n".join(lines).rstrip() + "\n"
 
 
+@dataclass(frozen=True, kw_only=True)
+class ControlUsage:
+    """What a card says about the use of something that steers a model."""
+
+    kind: str
+    """Tag on the Hub: controlnet or ip-adapter"""
+    parameters: int
+    base_model: str | None
+    """Repository of the base, or its name; `None` for the model of the package"""
+    pipeline: str
+    """Class of hubgen"""
+    argument: str
+    """Of a call, before the controls"""
+    imports: Sequence[str]
+    """Names of hubgen's, beside the pipeline"""
+    opened: Sequence[str]
+    """Lines of Python that open it as `control`; PLACE stands for where it is"""
+    elsewhere: str
+    """A sentence about its use without hubgen"""
+
+
+def control_card(about: About, record: TrainingRecord, usage: ControlUsage, grid: str | None = None) -> str:
+    """The README.md of something that steers a model.
+
+    Args:
+        about: What every card says.
+        record: How it was trained.
+        usage: How it is used.
+        grid: File of pictures beside it.
+    """
+    bundled = usage.base_model is None
+    base = "bundled_model()" if usage.base_model is None else quoted(usage.base_model)
+    names = ", ".join(sorted([usage.pipeline, *usage.imports]))
+    tags = ["hubgen", usage.kind, "text-to-image", "diffusers"]
+    lines = [
+        *heading(about, "text-to-image", [record], tags, "adapter"),
+        *([f"![What it is shown, and what the model drew with it and without]({grid})", ""] if grid else []),
+        "```python",
+        f"from hubgen import {names}",
+        *(["from hubgen.hub.bundled import bundled_model"] if bundled else []),
+        "from PIL import Image",
+        "",
+        f"pipe = {usage.pipeline}.from_pretrained({base})",
+        'image = Image.open("shown.png")',
+        *(line.replace("PLACE", quoted(about.place)) for line in usage.opened),
+        f'pipe({usage.argument}, controls=[control]).images[0].save("picture.png")',
+        "```",
+        "",
+        f"{usage.elsewhere} It has {usage.parameters:,} numbers.",
+        "",
+        "## Training",
+        "",
+        *describe_record(record, next(iter(about.curves.values()), None)),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
 def heading(
     about: About,
     task: str,

@@ -18,13 +18,12 @@ from hubgen.adaptation.lora_files import Layers, as_diffusers
 from hubgen.adaptation.low_rank import LowRank
 from hubgen.conditioning.condition import Condition
 from hubgen.conditioning.predict import predict
-from hubgen.formats.atomic import sweep, written
 from hubgen.hub.card import adapter_card
 from hubgen.hub.records import TrainingRecord
 from hubgen.training.kit.groups import Adapter, Data, Publish
 from hubgen.training.kit.new_words import NewWords
 from hubgen.training.kit.parse import SettingsError
-from hubgen.training.kit.publishing import about_run, push
+from hubgen.training.kit.publishing import about_run, place_of, publish_folder
 from hubgen.training.kit.quantization import refuse_quantised
 from hubgen.training.kit.run import Run
 
@@ -223,50 +222,39 @@ def publish_adapter(
         prompts: Of the pictures in the grids.
         header: More for the file's header.
     """
-    folder = run.options.output_dir / "lora"
-    if not run.writer:
-        return
-    before = len(run.survived.failures)
-    with run.survived(f"writing the adapter to {folder}"):
-        sweep(folder.parent)
-        with written(folder) as temporary:
-            temporary.mkdir()
-            base_model = in_place_of_base(base)
-            named = {} if base_model is None else {BASE: base_model}
-            tensors, metadata = as_diffusers(adapted.layers(), {**named, **header})
-            dtype = getattr(torch, publish.dtype)
-            save_file({key: value.to(dtype) for key, value in tensors.items()}, temporary / FILE, metadata)
-            files = [] if adapted.words is None else adapted.words.save(temporary)
-            grids = sorted((run.options.output_dir / "validation").glob("step-*.png"))
-            samples = {"before.png": grids[0], "after.png": grids[-1]} if len(grids) > 1 else {}
-            for name, grid in samples.items():
-                shutil.copyfile(grid, temporary / name)
-            record.save(temporary)
-            count = sum(tensor.numel() for tensor in tensors.values())
-            card = adapter_card(
-                about_run(run, temporary, publish, {"adapter": record}, prompts),
-                record,
-                base_model=base_model,
-                pipeline=type(adapted.pipe).__name__,
-                parameters=count,
-                prompts=prompts,
-                grids=list(samples),
-                words=[] if adapted.words is None else adapted.words.words,
-                trigger=header.get(PROMPT),
-            )
-            (temporary / "README.md").write_text(card, encoding="utf-8")
-        run.print(f"adapter written to {folder}")
-        if prompts:
-            options = [] if base is None else ["--model", base]
-            options += [text for name in files for text in ("--embedding", str(folder / name))]
-            command = ["hubgen", "generate", prompts[0], *options, "--lora", str(folder)]
-            run.print(f"to use it: {shlex.join(command)}")
-    if len(run.survived.failures) == before:
-        push(run, folder, publish)
 
+    def write(temporary: Path) -> list[str]:
+        temporary.mkdir()
+        base_model = place_of(base)
+        named = {} if base_model is None else {BASE: base_model}
+        tensors, metadata = as_diffusers(adapted.layers(), {**named, **header})
+        dtype = getattr(torch, publish.dtype)
+        save_file({key: value.to(dtype) for key, value in tensors.items()}, temporary / FILE, metadata)
+        files = [] if adapted.words is None else adapted.words.save(temporary)
+        grids = sorted((run.options.output_dir / "validation").glob("step-*.png"))
+        samples = {"before.png": grids[0], "after.png": grids[-1]} if len(grids) > 1 else {}
+        for name, grid in samples.items():
+            shutil.copyfile(grid, temporary / name)
+        record.save(temporary)
+        count = sum(tensor.numel() for tensor in tensors.values())
+        card = adapter_card(
+            about_run(run, temporary, publish, {"adapter": record}, prompts),
+            record,
+            base_model=base_model,
+            pipeline=type(adapted.pipe).__name__,
+            parameters=count,
+            prompts=prompts,
+            grids=list(samples),
+            words=[] if adapted.words is None else adapted.words.words,
+            trigger=header.get(PROMPT),
+        )
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        if not prompts:
+            return []
+        options = [] if base is None else ["--model", base]
+        folder = run.options.output_dir / "lora"
+        options += [text for name in files for text in ("--embedding", str(folder / name))]
+        command = ["hubgen", "generate", prompts[0], *options, "--lora", str(folder)]
+        return [f"to use it: {shlex.join(command)}"]
 
-def in_place_of_base(model: str | None) -> str | None:
-    """What a card names as the base: a repository of the Hub as it is, a folder by its name."""
-    if model is None:
-        return None
-    return Path(model).resolve().name if Path(model).exists() else model
+    publish_folder(run, "lora", "adapter", publish, write)

@@ -170,6 +170,22 @@ class AdaptedBase:
     """Guidance that a model is told which takes it as an input (FLUX dev), while it is trained."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ControlNetBase(AdaptedBase):
+    """What a ControlNet steers."""
+
+    controlnet: Annotated[str | None, FREE] = None
+    """Folder or Hub id of a ControlNet that is trained further; a fresh one is made of the model if not given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IPAdapterBase(AdaptedBase):
+    """What is shown pictures."""
+
+    ip_adapter: Annotated[str | None, FREE] = None
+    """File of an IP-Adapter that is trained further; a fresh one is made for the model if not given."""
+
+
 def adapted_base(base: AdaptedBase) -> Any:
     """The pipeline of prompts or classes that adapters are put on, frozen, in the precision of the settings.
 

@@ -7,7 +7,7 @@
     ...
     shown = pictures.shown(draws, batch)                   # latents, condition, mask on the run's device
 
-A run may show several of them.
+A run may show several of them. `pictures.beside` is what a control is shown of each (`hubgen.training.kit.beside`).
 """
 
 from abc import ABC, abstractmethod
@@ -25,6 +25,7 @@ from hubgen.data.encoded import LatentSource, TextSource
 from hubgen.data.order import Draw, EndlessRow, generator_of
 from hubgen.pipelines.class_to_image import ClassToImagePipeline
 from hubgen.schedulers.objective import Objective
+from hubgen.training.kit.beside import Beside, LeftOut, Source, left_out
 from hubgen.training.kit.groups import CaptionedData, CaptionedOrLabelledData, Data, LabelledData
 from hubgen.training.kit.labels import Labels
 from hubgen.training.kit.pictures import Pictures, captions_of, open_pictures
@@ -44,13 +45,22 @@ class Shown:
     """(B, 1, h, w) in [0, 1], how much each place counts"""
     generators: Sequence[torch.Generator]
     """Of the noise and time of each picture"""
+    beside: Any = None
+    """What a control is shown of each"""
+
+
+def ask(network: Any, x_t: torch.Tensor, timestep: torch.Tensor, condition: Condition, beside: Any = None) -> Any:
+    """A backbone's prediction, (B, C', h, w), or that of one with a control that is shown something."""
+    if beside is None:
+        return predict(network, x_t, timestep, condition)
+    return network(x_t, timestep, condition, beside)
 
 
 def losses_of(network: Any, objective: Objective, shown: Shown) -> tuple[torch.Tensor, torch.Tensor]:
     """What a network is to learn from a batch.
 
     Args:
-        network: The backbone, as a step calls it.
+        network: The backbone, or one with a control, as a step calls it.
         objective: What it learns.
         shown: The batch.
 
@@ -58,7 +68,7 @@ def losses_of(network: Any, objective: Objective, shown: Shown) -> tuple[torch.T
         The losses (B,), and the times (B,) that were drawn.
     """
     sample = objective.draw(shown.x_0, shown.generators)
-    prediction = predict(network, sample.x_t, objective.timestep(sample), shown.condition)
+    prediction = ask(network, sample.x_t, objective.timestep(sample), shown.condition, shown.beside)
     return objective.loss(prediction, sample, shown.mask), sample.t
 
 
@@ -77,6 +87,9 @@ class ConditionedPictures(ABC):
     def __init__(self, pipe: Any, pictures: Pictures, data: Data, run: Run, train: bool, seed: int) -> None:
         self.pipe, self.pictures, self.data, self.run, self.train, self.seed = pipe, pictures, data, run, train, seed
         self.factor = pipe.latent_space.factor
+        self.beside: Beside | None = None
+        """What a control is shown of each"""
+        self.condition_dropout: float = getattr(data, "condition_dropout", 0.0) if train else 0.0
 
     @property
     def side(self) -> int:
@@ -101,8 +114,11 @@ class ConditionedPictures(ABC):
         """
         self.latents = LatentSource(self.pipe.vae, self.pictures.examples, self.pictures.views, self.seed, cache_dir)
         self._fill(self.latents)
+        if self.beside is not None:
+            for source in self.beside.sources(self.seed, cache_dir):
+                self._fill(source)
 
-    def _fill(self, source: LatentSource | TextSource) -> None:
+    def _fill(self, source: Source) -> None:
         source.fill(self.run.rank, self.run.world_size, show_progress=self.run.writer)
 
     def row(self) -> EndlessRow:
@@ -120,7 +136,16 @@ class ConditionedPictures(ABC):
     def read(self, draws: Sequence[Draw]) -> dict[str, Any]:
         """What is needed of pictures, on the CPU, in a worker process or not."""
         masks = self.pictures.masks(draws, self.factor) if self.train else None
-        return {"latents": self.latents.read(draws), "masks": masks, **self._told(draws)}
+        beside = None if self.beside is None else self.beside.read(draws)
+        return {"latents": self.latents.read(draws), "masks": masks, "beside": beside, **self._told(draws)}
+
+    def left_out(self, draw: Draw) -> LeftOut:
+        """What the model is not told about a picture at a place."""
+        return left_out(self.condition_dropout, self.seed, draw.place)
+
+    @abstractmethod
+    def words(self, rows: Sequence[int]) -> dict[str, Any]:
+        """What a call of the pipeline is told about pictures, by its arguments."""
 
     @abstractmethod
     def _told(self, draws: Sequence[Draw]) -> dict[str, Any]:
@@ -141,12 +166,16 @@ class ConditionedPictures(ABC):
         x_0 = self.latents.latents(batch["latents"], draws, self.run.device)
         mask = None if batch["masks"] is None else batch["masks"].to(self.run.device)
         generators = [generator_of(self.seed, draw.place) for draw in draws]
-        return Shown(x_0, batch.get("captions", ()), self._condition(batch, embedded), mask, generators)
+        beside = None
+        if self.beside is not None:
+            kept = [not self.left_out(draw).picture for draw in draws]
+            beside = self.beside.shown(batch["beside"], draws, kept, self.run.device)
+        return Shown(x_0, batch.get("captions", ()), self._condition(batch, embedded), mask, generators, beside)
 
-    def measured(self, draws: Sequence[Draw]) -> tuple[torch.Tensor, Condition]:
-        """Latents and conditions of pictures, always the same for the same; see `HeldOut`."""
+    def measured(self, draws: Sequence[Draw]) -> tuple[torch.Tensor, Condition, Any]:
+        """Latents, conditions and what is shown beside, always the same for the same pictures; see `HeldOut`."""
         shown = self.shown(draws, self.read(draws))
-        return shown.x_0, shown.condition
+        return shown.x_0, shown.condition, shown.beside
 
 
 class PromptedPictures(ConditionedPictures):
@@ -216,9 +245,15 @@ class PromptedPictures(ConditionedPictures):
         what = f"{len(found)} of {len(self.texts.captions)} captions are longer than the text encoder reads; the first:"
         return [*super().notes(), *([f"{what} {found[0]}"] if found else [])]
 
+    def words(self, rows: Sequence[int]) -> dict[str, Any]:
+        return {"prompt": [self.captions.first(row) for row in rows]}
+
     def _told(self, draws: Sequence[Draw]) -> dict[str, Any]:
         if self.train:
-            captions = [self.captions.drawn(self.seed, draw.place, draw.row) for draw in draws]
+            captions = [
+                "" if self.left_out(draw).text else self.captions.drawn(self.seed, draw.place, draw.row)
+                for draw in draws
+            ]
         else:
             captions = [self.captions.first(draw.row) for draw in draws]
         return {"captions": captions, "micro": self.pictures.micro(draws) if self.takes_micro else None}
@@ -253,9 +288,15 @@ class LabelledPictures(ConditionedPictures):
         """Of the pictures and of their classes."""
         return {"pictures": super().fingerprint, "labels": self.labels.fingerprint}
 
+    def words(self, rows: Sequence[int]) -> dict[str, Any]:
+        return {"class_labels": [self.labels.numbers[row] for row in rows]}
+
     def _told(self, draws: Sequence[Draw]) -> dict[str, Any]:
         if self.train:
-            return {"labels": torch.tensor([self.labels.drawn(self.seed, draw) for draw in draws])}
+            drawn = [
+                self.labels.none if self.left_out(draw).text else self.labels.drawn(self.seed, draw) for draw in draws
+            ]
+            return {"labels": torch.tensor(drawn)}
         return {"labels": torch.tensor([self.labels.numbers[draw.row] for draw in draws])}
 
     def _condition(self, batch: dict[str, Any], embedded: bool) -> Condition:

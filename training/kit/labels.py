@@ -66,6 +66,17 @@ class Labels:
         """Changes with the classes."""
         return hashlib.sha256(json.dumps(self.numbers).encode()).hexdigest()
 
+    @property
+    def none(self) -> int:
+        """The class that means none.
+
+        Raises:
+            DataError: The model has no such class.
+        """
+        if self.null is None:
+            raise DataError("setting 'data.condition_dropout': the model has no class that means none, expected 0")
+        return int(self.null)
+
     def drawn(self, seed: int, draw: Draw) -> int:
         """The class that a picture is shown with at a place: its own, or none."""
         if self.null is not None and torch.rand((), generator=generator_of(seed, draw.place, "label")) < self.dropout:

@@ -3,8 +3,10 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from PIL import Image
 from torch.nn.functional import interpolate
 
 from hubgen.data.captions import Captions
@@ -54,6 +56,18 @@ class Pictures:
                 chosen = rows[first : first + size]
                 shown = [self.views.view(row, 0).of(self.examples.picture(row)) for row in chosen]
                 yield torch.stack([pixels_of(picture) for picture in shown])
+
+    def plain(self, rows: Sequence[int], column: str | None = None) -> list[Image.Image]:
+        """Pictures of some rows in their first view, or those of a column of `examples.beside`."""
+        of = self.examples.picture if column is None else partial(self.examples.further, column=column)
+        return [self.views.view(row, 0).of(of(row)) for row in rows]
+
+    def further(self, draws: Sequence[Draw], column: str) -> torch.Tensor:
+        """What a column of `examples.beside` has for pictures, in the same views, (B, 3, H, W) in [0, 1]."""
+        shown = [
+            self.views.view(draw.row, self.shown(draw)).of(self.examples.further(draw.row, column)) for draw in draws
+        ]
+        return torch.stack([(pixels_of(picture) + 1) / 2 for picture in shown])
 
     def micro(self, draws: Sequence[Draw]) -> torch.Tensor:
         """What SDXL is told about them, (B, 6)."""
@@ -124,6 +138,8 @@ def open_pictures(
         on_error=data.on_bad_picture,
         max_pixels=data.max_pixels,
         cache_dir=data.cache_dir,
+        beside=data.beside,
+        picture=data.picture,
     )
     if data.on_bad_picture == "skip" and not data.upscale:
         small = {

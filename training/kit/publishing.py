@@ -2,15 +2,25 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from torch import nn
 
 from hubgen.formats.atomic import sweep, written
-from hubgen.hub.card import About, Usage, draw_curve, parts_of, pipeline_card
+from hubgen.hub.card import (
+    CLASS_TO_IMAGE,
+    About,
+    ControlUsage,
+    Usage,
+    control_card,
+    draw_curve,
+    parts_of,
+    pipeline_card,
+)
 from hubgen.hub.publish import PublishError, check_licence, check_name, check_token, prepare
 from hubgen.hub.records import TrainingRecord, describe_data
 from hubgen.training.kit.grids import cut_grid, last_grid
@@ -71,6 +81,31 @@ def _without_places(values: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
+def publish_folder(
+    run: Run, name: str, what: str, publish: Publish, write: Callable[[Path], Sequence[str] | None]
+) -> None:
+    """Writes a folder in `output_dir`, whole or not at all, and sends it to the Hub if the settings say so.
+
+    Args:
+        run: That is done; only its main process writes.
+        name: Of the folder.
+        what: It is, for messages.
+        publish: The settings.
+        write: Given where to write, which is not there yet, and returns lines to be said after it.
+    """
+    folder = run.options.output_dir / name
+    if not run.writer:
+        return
+    before = len(run.survived.failures)
+    with run.survived(f"writing the {what} to {folder}"):
+        sweep(folder.parent)  # the run has its output folder to itself
+        with written(folder) as temporary:
+            lines = write(temporary) or []
+        run.print(f"{what} written to {folder}", *lines)
+    if len(run.survived.failures) == before:
+        push(run, folder, publish)
+
+
 def publish_pipeline(
     run: Run,
     pipeline: Any,
@@ -91,35 +126,116 @@ def publish_pipeline(
         licence_of: Folder of the data, whose LICENSE goes along.
         prompts: Of the pictures in the grids; none for models that read no words.
     """
-    folder = run.options.output_dir / "pipeline"
-    if not run.writer:
-        return
-    before = len(run.survived.failures)
-    with run.survived(f"writing the pipeline to {folder}"):
-        sweep(folder.parent)  # the run has its output folder to itself
-        with written(folder) as temporary:
-            write_weights(pipeline, temporary, publish)
-            for part, known in records.items():
-                if known is not None:
-                    known.save(temporary / part)
-            about = about_run(run, temporary, publish, records, prompts)
-            grid = last_grid(run) if not prompts else None
-            if grid is not None:
-                shutil.copyfile(grid, temporary / "samples.png")
-            card = pipeline_card(
-                about,
-                parts_of(pipeline),
-                records,
-                usage=usage,
-                native=pipeline.native_index() is not None,
-                grid=None if grid is None else "samples.png",
-            )
-            (temporary / "README.md").write_text(card, encoding="utf-8")
-            if licence_of is not None and (licence_of / "LICENSE").is_file():
-                shutil.copyfile(licence_of / "LICENSE", temporary / "LICENSE-data")
-        run.print(f"pipeline written to {folder}")
-    if len(run.survived.failures) == before:
-        push(run, folder, publish)
+
+    def write(temporary: Path) -> None:
+        write_weights(pipeline, temporary, publish)
+        for part, known in records.items():
+            if known is not None:
+                known.save(temporary / part)
+        about = about_run(run, temporary, publish, records, prompts)
+        grid = last_grid(run) if not prompts else None
+        if grid is not None:
+            shutil.copyfile(grid, temporary / "samples.png")
+        card = pipeline_card(
+            about,
+            parts_of(pipeline),
+            records,
+            usage=usage,
+            native=pipeline.native_index() is not None,
+            grid=None if grid is None else "samples.png",
+        )
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        if licence_of is not None and (licence_of / "LICENSE").is_file():
+            shutil.copyfile(licence_of / "LICENSE", temporary / "LICENSE-data")
+
+    publish_folder(run, "pipeline", "pipeline", publish, write)
+
+
+def publish_control(
+    run: Run,
+    name: str,
+    what: str,
+    save: Callable[[Path], None],
+    record: TrainingRecord,
+    publish: Publish,
+    usage: ControlUsage,
+) -> None:
+    """Writes what a base is steered by into a folder with a card, a record and the last grid; see `publish_folder`.
+
+    Args:
+        run: That is done.
+        name: Of the folder.
+        what: It is, for messages.
+        save: Writes the weights into a folder that there is.
+        record: How they came about.
+        publish: The settings.
+        usage: What the card says about the use.
+    """
+
+    def write(temporary: Path) -> None:
+        temporary.mkdir()
+        save(temporary)
+        record.save(temporary)
+        grid = last_grid(run)
+        if grid is not None:
+            shutil.copyfile(grid, temporary / "samples.png")
+        about = about_run(run, temporary, publish, {name: record}, ())
+        card = control_card(about, record, usage, grid=None if grid is None else "samples.png")
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+
+    publish_folder(run, name, what, publish, write)
+
+
+def control_usage(
+    kind: str, weights: nn.Module, pipe: Any, model: str | None, imports: Sequence[str], opened: Sequence[str]
+) -> ControlUsage:
+    """What a card says about the use of something that steers a base.
+
+    Args:
+        kind: Tag on the Hub.
+        weights: What was trained.
+        pipe: The base.
+        model: Its folder or repository; `None` for the model of the package.
+        imports: See `ControlUsage`.
+        opened: See `ControlUsage`.
+    """
+    name = type(weights).__name__
+    elsewhere = "diffusers' `load_ip_adapter` reads it too, for the models that it has IP-Adapters for."
+    if kind == "controlnet":
+        native = hasattr(diffusers, name)
+        elsewhere = f"diffusers' `{name}` loads it too." if native else f"diffusers has no `{name}`: it needs hubgen."
+    return ControlUsage(
+        kind=kind,
+        parameters=sum(one.numel() for one in weights.parameters()),
+        base_model=place_of(model),
+        pipeline=type(pipe).__name__,
+        argument="0" if type(pipe).__name__ == CLASS_TO_IMAGE.pipeline else '""',
+        imports=imports,
+        opened=opened,
+        elsewhere=elsewhere,
+    )
+
+
+def save_network(net: Any, folder: Path, publish: Publish) -> None:
+    """A network in the precision of the settings, without the places of this machine."""
+    if net.dtype != getattr(torch, publish.dtype):
+        net.to(dtype=getattr(torch, publish.dtype))
+    net.save_pretrained(folder, safe_serialization=True)
+    without_place(folder / "config.json")
+
+
+def without_place(config: Path) -> None:
+    """Takes out of a config where its model came from."""
+    values = json.loads(config.read_text(encoding="utf-8"))
+    values.pop("_name_or_path", None)
+    config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def place_of(model: str | None) -> str | None:
+    """What a card names as the base: a repository of the Hub as it is, a folder by its name."""
+    if model is None:
+        return None
+    return Path(model).resolve().name if Path(model).exists() else model
 
 
 def write_weights(pipeline: Any, folder: Path, publish: Publish) -> None:
@@ -129,9 +245,7 @@ def write_weights(pipeline: Any, folder: Path, publish: Publish) -> None:
             module.to(dtype=getattr(torch, publish.dtype))
     pipeline.save_pretrained(folder, safe_serialization=True)
     for config in folder.glob("*/config.json"):
-        values = json.loads(config.read_text(encoding="utf-8"))
-        values.pop("_name_or_path", None)
-        config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        without_place(config)
 
 
 def about_run(

@@ -43,7 +43,7 @@ class Trained:
     ):
         self.name, self.optim, self.accelerator = name, optim, accelerator
         if options.gradient_checkpointing:
-            plain.enable_gradient_checkpointing()
+            (plain if forward is None else forward).enable_gradient_checkpointing()  # type: ignore[operator]
         plain.train()
         named = list(plain.named_parameters())
         self._learning = {key: parameter.numel() for key, parameter in named if parameter.requires_grad}

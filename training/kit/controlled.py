@@ -1,0 +1,328 @@
+"""A frozen base with a control that learns, as one network: what a training step calls.
+
+    learner = WithControlNet(pipe, net)                    # or WithPicture, Editing
+    trained = run.trains("controlnet", learner.learns, s.optim, learner)
+    ...
+    prediction = trained.module(x_t, timestep, condition, beside)
+
+Each calls base and control as sampling does: by the family, by the network's kind, by the parts of attention. The base
+is no part of the module, so that checkpoints, averages and data parallelism see what learns alone.
+
+Shapes: B pictures, x_t and predictions (B, C, h, w).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from hubgen.autoencoders.efficientnet import EfficientNetLite0
+from hubgen.backbones.controlnet import ControlNetModel
+from hubgen.backbones.controlnet_dit import DiTControlNetModel
+from hubgen.backbones.controlnet_flux import FluxControlNetModel
+from hubgen.backbones.controlnet_sd3 import SD3ControlNetModel
+from hubgen.conditioning.condition import Condition
+from hubgen.conditioning.families import BackboneFamily, Doors
+from hubgen.conditioning.families.dit import DiTFamily
+from hubgen.conditioning.families.flux import FluxFamily
+from hubgen.conditioning.families.mmdit import MMDiTFamily
+from hubgen.conditioning.families.unet import UNetFamily
+from hubgen.conditioning.predict import predict
+from hubgen.controls.control import opened
+from hubgen.controls.image_attention import Adapter, attention, check_takes_parts, places
+from hubgen.controls.image_encoders import PooledLatents, features_of
+from hubgen.controls.ip_adapter import IPAdapter
+from hubgen.controls.net_kinds import AdapterNet, NetKind, Rows, check_modes, kind_of
+from hubgen.controls.opening import network
+from hubgen.errors import one_line
+from hubgen.training.kit.bases import AdaptedBase
+from hubgen.training.kit.beside import target_of
+from hubgen.training.kit.groups import Network, PictureAdapter
+from hubgen.training.kit.parse import SettingsError
+
+HINT_WIDTHS = (16, 32, 96, 256)
+"""Of published ControlNets, whose autoencoder has 8 pixels a latent"""
+LAYERS = 12, 4, 10
+"""Blocks of published ControlNets: of SD3, of FLUX double and single"""
+
+
+class Controlled(nn.Module, ABC):
+    """Base: a base with a control.
+
+    Args:
+        pipe: The base, frozen.
+        learns: The control's weights.
+    """
+
+    def __init__(self, pipe: Any, learns: nn.Module) -> None:
+        super().__init__()
+        self.learns = learns.requires_grad_(True)
+        self._pipe = (pipe,)  # in a tuple, which keeps it from becoming a part
+
+    @property
+    def pipe(self) -> Any:
+        """The base."""
+        return self._pipe[0]
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recomputes activations in the backward pass: the base's too, through which gradients come."""
+        for one in (self.pipe.backbone, self.learns):
+            if hasattr(one, "enable_gradient_checkpointing"):
+                one.enable_gradient_checkpointing()
+
+    @abstractmethod
+    def forward(self, x_t: torch.Tensor, timestep: torch.Tensor, condition: Condition, beside: Any) -> torch.Tensor:
+        """What the base predicts with the control, (B, C', h, w).
+
+        Args:
+            x_t: (B, C, h, w).
+            timestep: (B,), as the path has it.
+            condition: Of the same B.
+            beside: What the control is shown, see `hubgen.training.kit.beside`.
+        """
+
+
+# ---- ControlNets ----
+
+
+class WithControlNet(Controlled):
+    """A base and a ControlNet: what `ControlNet` does at scale 1 in a call with one branch."""
+
+    def __init__(self, pipe: Any, net: nn.Module) -> None:
+        super().__init__(pipe, net)
+        self.kind = kind_of(net)
+
+    def forward(self, x_t: torch.Tensor, timestep: torch.Tensor, condition: Condition, beside: Any) -> torch.Tensor:
+        backbone, kind = self.pipe.backbone, self.kind
+        told = condition.map(lambda value: value.to(kind.net.dtype) if value.is_floating_point() else value)
+        rows = Rows(x_t, timestep, kind.keywords(told))
+        size = tuple(side * self.pipe.latent_space.factor for side in x_t.shape[2:])
+        target = target_of(self.pipe, size, len(x_t), x_t.device)  # type: ignore[arg-type]
+        residuals = in_type(kind.residuals(target, rows, beside, 1.0), backbone.dtype)
+        return predict(backbone, x_t, timestep, condition, Doors(residuals=residuals))
+
+
+def in_type(features: Any, dtype: torch.dtype) -> Any:
+    """Residuals of any nesting in a type."""
+    if isinstance(features, Mapping):
+        return {name: in_type(one, dtype) for name, one in features.items()}
+    if isinstance(features, list | tuple):
+        return [in_type(one, dtype) for one in features]
+    return None if features is None else features.to(dtype)
+
+
+def net_for(pipe: Any, folder: str | None, settings: Network) -> Any:
+    """The ControlNet that learns: fresh, made of the base, or one that is trained further; in float32.
+
+    Args:
+        pipe: The base.
+        folder: Folder or repository of one that there is; `None` for a fresh one.
+        settings: Of a fresh one.
+
+    Raises:
+        SettingsError: The settings do not suit the base, or the network does not.
+    """
+    try:
+        if folder is None:
+            make = FRESH[next(kind for kind in FRESH if isinstance(pipe.family, kind))]
+            net = make(pipe, settings)
+        else:
+            net = network(folder)
+        kind = kind_of(net)
+        side = pipe.latent_space.default_size
+        kind.check(target_of(pipe, side, 1, torch.device("cpu")))
+        check_modes(kind, () if settings.mode is None else (settings.mode,), 1)
+        check_learns(kind)
+    except SettingsError:
+        raise
+    except Exception as error:  # folders of weights fail in every way there is
+        name = "settings of 'network'" if folder is None else f"setting 'base.controlnet': {folder}"
+        raise SettingsError(f"{name}: {one_line(error)}") from error
+    return net if net.dtype == torch.float32 else net.to(torch.float32)
+
+
+def check_learns(kind: NetKind) -> None:
+    """Raises SettingsError for networks that are not called anew at each step, or are shown more than a hint."""
+    name = type(kind.net).__name__
+    if isinstance(kind, AdapterNet):
+        raise SettingsError(f"setting 'base.controlnet': got a {name}, expected a ControlNet.")
+    if kind.modes and not kind.is_union:
+        raise SettingsError(
+            f"setting 'base.controlnet': got a {name} of Stability's, which sees edges in a range of its own; expected "
+            "another."
+        )
+    if kind.masked or kind.image_channels != 3:
+        what = "a mask" if kind.masked else f"{kind.image_channels} channels"
+        raise SettingsError(f"setting 'base.controlnet': got a {name} that is shown {what}, expected RGB hints alone.")
+
+
+def unet_net(pipe: Any, settings: Network) -> Any:
+    """A fresh network of a U-Net."""
+    halvings = pipe.latent_space.factor.bit_length() - 1
+    widths = settings.hint_widths or (HINT_WIDTHS + HINT_WIDTHS[-1:] * halvings)[: halvings + 1]
+    if len(widths) != halvings + 1:
+        raise SettingsError(
+            f"setting 'network.hint_widths': got {len(widths)}, expected {halvings + 1} for {2**halvings} pixels a "
+            "latent."
+        )
+    return ControlNetModel.from_unet(pipe.backbone, conditioning_embedding_out_channels=tuple(widths))
+
+
+def sd3_net(pipe: Any, settings: Network) -> Any:
+    """A fresh network of an MM-DiT."""
+    layers = settings.layers or min(LAYERS[0], pipe.backbone.config.num_layers)
+    return SD3ControlNetModel.from_transformer(pipe.backbone, layers, num_extra_conditioning_channels=0)
+
+
+def flux_net(pipe: Any, settings: Network) -> Any:
+    """A fresh network of FLUX."""
+    config, single = pipe.backbone.config, settings.single_layers
+    return FluxControlNetModel.from_transformer(
+        pipe.backbone,
+        num_layers=settings.layers or min(LAYERS[1], config.num_layers),
+        num_single_layers=min(LAYERS[2], config.num_single_layers) if single is None else single,
+    )
+
+
+def dit_net(pipe: Any, settings: Network) -> Any:
+    """A fresh network of a DiT."""
+    return DiTControlNetModel.from_transformer(pipe.backbone, settings.layers)
+
+
+FRESH: Mapping[type[BackboneFamily], Callable[[Any, Network], Any]] = {
+    UNetFamily: unet_net,
+    MMDiTFamily: sd3_net,
+    FluxFamily: flux_net,
+    DiTFamily: dit_net,
+}
+
+
+# ---- IP-Adapters ----
+
+
+class WithPicture(Controlled):
+    """A base that sees pictures by an IP-Adapter: what `IPAdapter` does at scale 1.
+
+    Call it, and its backward pass, inside `looking()`: blocks that are computed again see the same.
+    """
+
+    def __init__(self, pipe: Any, adapter: Adapter) -> None:
+        super().__init__(pipe, adapter.network)
+        self.seen = IPAdapter(adapter).in_training(pipe.backbone)
+
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """The base's attention looks at what it is shown last, inside."""
+        with opened(self.pipe.backbone, [self.seen]):
+            yield
+
+    def forward(self, x_t: torch.Tensor, timestep: torch.Tensor, condition: Condition, beside: Any) -> torch.Tensor:
+        self.seen.show(beside.to(self.seen.network.dtype), self.pipe.family.timestep(timestep))
+        return predict(self.pipe.backbone, x_t, timestep, condition)
+
+
+def image_encoder_for(pipe: Any, settings: PictureAdapter, side: int) -> tuple[Any, Any]:
+    """What sees the pictures, frozen, and its image processor; `None` for the usual one.
+
+    Args:
+        pipe: The base.
+        settings: Which.
+        side: Height and width of the run's pictures.
+
+    Raises:
+        SettingsError: There is none, or it cannot be read.
+    """
+    name = settings.image_encoder
+    if name is None:
+        if getattr(pipe, "image_encoder", None) is None:
+            raise SettingsError(
+                "setting 'adapter.image_encoder': got none, and the base has none; expected the folder of a vision "
+                "model, efficientnet, or latents."
+            )
+        return pipe.image_encoder, getattr(pipe, "feature_extractor", None)
+    if name == "latents":
+        return PooledLatents(pipe.vae, size=side), None
+    try:
+        if name == "efficientnet":
+            return EfficientNetLite0.from_pretrained(), None
+        return vision_model(name)
+    except Exception as error:  # damaged files give errors of every library below
+        raise SettingsError(f"setting 'adapter.image_encoder': {name}: {one_line(error)}") from error
+
+
+def vision_model(name: str) -> tuple[Any, Any]:
+    """A vision model of transformers and, if its folder has one, its image processor."""
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionModelWithProjection, SiglipVisionModel
+
+    kind = AutoConfig.from_pretrained(name).model_type
+    siglip = SiglipVisionModel if "siglip" in kind else AutoModel
+    cls = CLIPVisionModelWithProjection if kind.startswith("clip") else siglip
+    encoder = cls.from_pretrained(name, use_safetensors=True)
+    try:
+        extractor = AutoImageProcessor.from_pretrained(name)
+    except OSError:
+        extractor = None  # diffusers' folders of image encoders have none
+    features_of(encoder, False)
+    return encoder.eval().requires_grad_(False), extractor
+
+
+def adapter_for(pipe: Any, file: str | None, settings: PictureAdapter, encoder: Any) -> Adapter:
+    """The IP-Adapter that learns: fresh, or one that is trained further; in float32.
+
+    Args:
+        pipe: The base.
+        file: Of one that there is; `None` for a fresh one.
+        settings: Of a fresh one.
+        encoder: What sees the pictures.
+
+    Raises:
+        SettingsError: It does not suit the base or the encoder.
+    """
+    backbone = pipe.backbone
+    try:
+        if file is None:
+            adapter = Adapter.fresh(backbone, features_of(encoder, False), settings.tokens)
+            if settings.init == "text":
+                begin_as_text(adapter, backbone)
+        else:
+            adapter = Adapter.read(file)
+        check_takes_parts(backbone, adapter.names(backbone))
+        if not adapter.kind.reads_pictures:
+            raise ValueError("got IP-Adapter FaceID, expected one that sees what an image encoder says.")
+        projection = adapter.network.image_proj
+        found = features_of(encoder, projection.reads_patches)
+        if found != projection.image_features:
+            raise ValueError(f"for {projection.image_features} features, expected {found}, those of the image encoder.")
+    except Exception as error:  # files of weights fail in every way there is
+        name = "settings of 'adapter'" if file is None else f"setting 'base.ip_adapter': {file}"
+        raise SettingsError(f"{name}: {one_line(error)}") from error
+    adapter.network.to(torch.float32)
+    return adapter
+
+
+@torch.no_grad()
+def begin_as_text(adapter: Adapter, backbone: Any) -> None:
+    """Gives a fresh adapter's layers the weights that make keys and values of text (the paper's code).
+
+    A layer without text keeps what it has.
+    """
+    for number, name in places(backbone, adapter.layout).items():
+        attn, layer = attention(backbone, name), adapter.network.layer(number)
+        own = ("to_k", "to_v") if attn.is_cross_attention else ("add_k_proj", "add_v_proj")
+        for ours, theirs in zip((layer.to_k_ip, layer.to_v_ip), own, strict=True):
+            source = getattr(attn, theirs, None)
+            if source is not None and source.weight.shape == ours.weight.shape:
+                ours.weight.copy_(source.weight)
+
+
+def check_unpacked(base: AdaptedBase) -> None:
+    """Raises SettingsError where a fresh network would have to copy weights that are packed."""
+    packed = [name for name in base.quantization if name in ("unet", "transformer")]
+    if packed:
+        raise SettingsError(
+            f"setting 'base.quantization': got {packed[0]}, expected it as it is: a fresh network copies its weights; "
+            "base.controlnet trains one further that there is."
+        )
