@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from hubgen.controls.attention_maps import AttentionMaps as AttentionMaps
     from hubgen.controls.controlnet import ControlNet as ControlNet
     from hubgen.controls.ip_adapter import IPAdapter as IPAdapter
+    from hubgen.controls.null_text import NullText as NullText
     from hubgen.hub.bundled import bundled_model as bundled_model
     from hubgen.paths.continuous import CosinePath as CosinePath
     from hubgen.paths.continuous import EdmPath as EdmPath
@@ -92,6 +93,7 @@ HOMES = {
     "FluxTransformer2DModel": "hubgen.backbones.flux",
     "IPAdapter": "hubgen.controls.ip_adapter",
     "LogitNormalDensity": "hubgen.paths.timesteps",
+    "NullText": "hubgen.controls.null_text",
     "RectifiedFlowPath": "hubgen.paths.path",
     "SD3ControlNetModel": "hubgen.backbones.controlnet_sd3",
     "SD3Transformer2DModel": "hubgen.backbones.sd3",

@@ -54,6 +54,7 @@ from hubgen.pipelines.checks import (
 from hubgen.pipelines.defaults import READS, Defaults, FamilyDefaults, defaults_of
 from hubgen.pipelines.denoising import AfterStep, Generator
 from hubgen.pipelines.denoising_pipeline import DenoisingPipeline
+from hubgen.pipelines.editing import EditingMixin
 from hubgen.pipelines.prompt_to_embeddings import (
     SHOWN,
     Prompt,
@@ -82,7 +83,9 @@ class TextToImageOutput(ImagePipelineOutput):
 
 
 @loadable
-class TextToImagePipeline(DenoisingPipeline, SingleFilePipelineMixin, AdapterMixin, TextualInversionMixin):
+class TextToImagePipeline(
+    DenoisingPipeline, SingleFilePipelineMixin, AdapterMixin, TextualInversionMixin, EditingMixin
+):
     """Pictures of prompts, by latent diffusion or flow matching.
 
     Reads the folders of diffusers' pipelines for Stable Diffusion 1, 2, XL and 3 and FLUX.1 (text to image, image to
