@@ -35,7 +35,7 @@ from hubgen.controls.control import opened
 from hubgen.controls.image_attention import Adapter, attention, check_takes_parts, places
 from hubgen.controls.image_encoders import PooledLatents, features_of
 from hubgen.controls.ip_adapter import IPAdapter
-from hubgen.controls.net_kinds import AdapterNet, NetKind, Rows, check_modes, kind_of
+from hubgen.controls.net_kinds import AdapterNet, NetKind, Rows, TransformerNet, check_modes, kind_of
 from hubgen.controls.opening import network
 from hubgen.errors import one_line
 from hubgen.training.kit.bases import AdaptedBase
@@ -45,8 +45,8 @@ from hubgen.training.kit.parse import SettingsError
 
 HINT_WIDTHS = (16, 32, 96, 256)
 """Of published ControlNets, whose autoencoder has 8 pixels a latent"""
-LAYERS = 12, 4, 10
-"""Blocks of published ControlNets: of SD3, of FLUX double and single"""
+LAYERS = 4, 10
+"""Double and single blocks of FLUX's usual ControlNets"""
 
 
 class Controlled(nn.Module, ABC):
@@ -94,6 +94,8 @@ class WithControlNet(Controlled):
     def __init__(self, pipe: Any, net: nn.Module) -> None:
         super().__init__(pipe, net)
         self.kind = kind_of(net)
+        for part in unread(net):
+            part.requires_grad_(False)
 
     def forward(self, x_t: torch.Tensor, timestep: torch.Tensor, condition: Condition, beside: Any) -> torch.Tensor:
         backbone, kind = self.pipe.backbone, self.kind
@@ -103,6 +105,15 @@ class WithControlNet(Controlled):
         target = target_of(self.pipe, size, len(x_t), x_t.device)  # type: ignore[arg-type]
         residuals = in_type(kind.residuals(target, rows, beside, 1.0), backbone.dtype)
         return predict(backbone, x_t, timestep, condition, Doors(residuals=residuals))
+
+
+def unread(net: Any) -> list[nn.Module]:
+    """What of a network computes its last block's text, which nobody reads; processes would wait for its gradients."""
+    if len(getattr(net, "single_transformer_blocks", ())) or not len(getattr(net, "transformer_blocks", ())):
+        return []
+    last = net.transformer_blocks[-1]
+    parts = [getattr(last, "ff_context", None), getattr(getattr(last, "attn", None), "to_add_out", None)]
+    return [part for part in parts if isinstance(part, nn.Module)]
 
 
 def in_type(features: Any, dtype: torch.dtype) -> Any:
@@ -136,6 +147,8 @@ def net_for(pipe: Any, folder: str | None, settings: Network) -> Any:
         kind.check(target_of(pipe, side, 1, torch.device("cpu")))
         check_modes(kind, () if settings.mode is None else (settings.mode,), 1)
         check_learns(kind)
+        if folder is None:
+            check_reaches(kind, pipe)
     except SettingsError:
         raise
     except Exception as error:  # folders of weights fail in every way there is
@@ -159,6 +172,23 @@ def check_learns(kind: NetKind) -> None:
         raise SettingsError(f"setting 'base.controlnet': got a {name} that is shown {what}, expected RGB hints alone.")
 
 
+def check_reaches(kind: NetKind, pipe: Any) -> None:
+    """Raises SettingsError for a network of so many blocks that some of them add to no block of the base."""
+    names = {"num_layers": "layers", "num_single_layers": "single_layers"}
+    for keyword, (counted, _) in kind.base_blocks.items() if isinstance(kind, TransformerNet) else ():
+        there, own = pipe.backbone.config[counted], kind.config[counted]
+
+        def served(layers: int, keyword: str = keyword, there: int = there) -> int:
+            return len(set(kind.rule(keyword)(range(layers), there)) - {None})
+
+        if served(own) < own:
+            fits = max(layers for layers in range(1, own) if served(layers) == layers)
+            raise SettingsError(
+                f"setting 'network.{names[counted]}': got {own}, expected {fits}, of the base's {there}: by the rule "
+                f"of such networks only {served(own)} of {own} would add to a block."
+            )
+
+
 def unet_net(pipe: Any, settings: Network) -> Any:
     """A fresh network of a U-Net."""
     halvings = pipe.latent_space.factor.bit_length() - 1
@@ -173,7 +203,7 @@ def unet_net(pipe: Any, settings: Network) -> Any:
 
 def sd3_net(pipe: Any, settings: Network) -> Any:
     """A fresh network of an MM-DiT."""
-    layers = settings.layers or min(LAYERS[0], pipe.backbone.config.num_layers)
+    layers = settings.layers or max(pipe.backbone.config.num_layers // 2, 1)
     return SD3ControlNetModel.from_transformer(pipe.backbone, layers, num_extra_conditioning_channels=0)
 
 
@@ -182,8 +212,8 @@ def flux_net(pipe: Any, settings: Network) -> Any:
     config, single = pipe.backbone.config, settings.single_layers
     return FluxControlNetModel.from_transformer(
         pipe.backbone,
-        num_layers=settings.layers or min(LAYERS[1], config.num_layers),
-        num_single_layers=min(LAYERS[2], config.num_single_layers) if single is None else single,
+        num_layers=settings.layers or min(LAYERS[0], config.num_layers),
+        num_single_layers=min(LAYERS[1], config.num_single_layers) if single is None else single,
     )
 
 

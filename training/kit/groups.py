@@ -378,8 +378,8 @@ class Network:
     """The ControlNet that learns."""
 
     layers: Annotated[int, Range(1)] | None = None
-    """Blocks that a fresh one copies of a transformer; of FLUX the double ones. Not given: 12 of SD3, 4 of FLUX, half
-    of DiT's."""
+    """Blocks that a fresh one copies of a transformer; of FLUX the double ones. Not given: half of SD3's and DiT's, 4
+    of FLUX."""
 
     single_layers: Annotated[int, Range(0)] | None = None
     """Single blocks that a fresh one copies of FLUX; 10 if not given."""
