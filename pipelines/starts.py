@@ -216,10 +216,8 @@ class ImageStart(NoiseStart):
         """
         steps, order = scheduler.num_inference_steps, getattr(scheduler, "order", 1)
         if self.denoising_start is not None:
-            left = int((timesteps < timestep_after(scheduler, self.denoising_start)).sum())
-            if order == 2 and left % 2 == 0:
-                left += 1  # not from the middle of a step: all timesteps but the highest come twice
-            begin = len(timesteps) - left
+            begin = len(timesteps) - int((timesteps < timestep_after(scheduler, self.denoising_start)).sum())
+            begin -= begin % order  # not from the middle of a step, for which the model is called twice
             if begin >= len(timesteps):
                 raise ValueError(f"`denoising_start`: got {self.denoising_start}, which leaves none of {steps} steps.")
         else:

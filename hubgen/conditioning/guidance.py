@@ -40,7 +40,8 @@ class ClassifierFreeGuidance:
         scale: At least 0; at most 1 means no guidance (the conditional prediction alone), as in diffusers' pipelines.
         rescale: In [0, 1]: how far the guided prediction gets the conditional one's standard deviation back, against
             the over-exposure of large scales.
-        interval: (low, high) in [0, 1], from data (0) to noise (1): the times low < t <= high are guided.
+        interval: (low, high) in [0, 1], from data (0) to noise (1): the times low < t <= high are guided, and
+            0, where an inversion begins, with low = 0.
 
     Raises:
         ValueError: A value is out of its range or not finite.
@@ -72,7 +73,8 @@ class ClassifierFreeGuidance:
 
     def branches(self, t: float) -> tuple[str, ...]:
         """Both inside the interval; elsewhere only the positive prediction is needed."""
-        guided = self.scale > 1 and self.interval[0] < t <= self.interval[1]
+        low, high = self.interval
+        guided = self.enabled and (low < t <= high or low == t == 0)
         return (NEGATIVE, POSITIVE) if guided else (POSITIVE,)
 
     def combine(self, predictions: Mapping[str, torch.Tensor]) -> torch.Tensor:
