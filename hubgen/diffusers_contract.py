@@ -18,6 +18,7 @@ __all__ = [
     "accept_instead",
     "dispatch_attention_fn",
     "forget_tokens",
+    "has_step_caches",
     "has_step_hooks",
     "is_compiled",
     "no_init_weights",
@@ -41,6 +42,7 @@ ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
     "diffusers.UNet2DConditionModel": ("_prepare_lora_hotswap_kwargs",),
     "diffusers.hooks.group_offloading": ("_maybe_remove_and_reapply_group_offloading",),
     "diffusers.CacheMixin": ("_reset_stateful_cache",),
+    "diffusers.hooks.ModelHook": ("_is_stateful",),
     "diffusers.SD3ControlNetModel": ("_get_pos_embed_from_transformer",),
     "diffusers.pipelines.pipeline_loading_utils": ("LOADABLE_CLASSES",),
     "diffusers.hooks._helpers": ("TransformerBlockMetadata", "TransformerBlockRegistry"),
@@ -54,6 +56,13 @@ PIPELINES = "diffusers.pipelines."
 def has_step_hooks(model: Any) -> bool:
     """Whether hooks of diffusers are anywhere in a model: step caches, group offloading, casting."""
     return isinstance(model, nn.Module) and any("_diffusers_hook" in module.__dict__ for module in model.modules())
+
+
+def has_step_caches(model: Any) -> bool:
+    """Whether some of a model's hooks keep what a step has computed for the next ones."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    registries = [module.__dict__["_diffusers_hook"] for module in modules if "_diffusers_hook" in module.__dict__]
+    return any(hook._is_stateful for registry in registries for hook in registry.hooks.values())
 
 
 def reset_step_hooks(model: Any) -> None:

@@ -100,6 +100,12 @@ class PromptArguments:
         values = [getattr(self, name) or first or "" for name in names]
         return [[value] * self.count if isinstance(value, str) else list(value) for value in values]
 
+    @property
+    def read_by_all(self) -> list[str]:
+        """The prompts, where all text encoders read the same ones; none where they do not, or for embeddings."""
+        first, *others = self.texts(PROMPTS)
+        return first if self.prompt is not None and all(texts == first for texts in others) else []
+
     def check(self, condition: PromptCondition, family: BackboneFamily, guided: bool) -> None:
         """Raises ValueError where prompts, embeddings and their options are wrong or do not fit each other."""
         whole("num_images_per_prompt", self.num_images_per_prompt)

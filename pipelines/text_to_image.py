@@ -371,6 +371,9 @@ class TextToImagePipeline(
             generator=list(generator) if isinstance(generator, tuple) else generator,
             image_encoder=self.image_encoder,
             feature_extractor=self.feature_extractor,
+            prompts=prompts.read_by_all,
+            condition=condition,
+            max_sequence_length=max_sequence_length,
         )
         steering = [*start.controls(), *check_controls(controls)]
         start.check(target)

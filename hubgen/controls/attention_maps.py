@@ -12,7 +12,7 @@ Shapes: B pictures, L image tokens, S text tokens, H heads, a grid of h x w.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from hubgen.conditioning.guidance import POSITIVE
 from hubgen.conditioning.predict import BackboneCall
 from hubgen.controls.control import Control, Prepared, Start, Target
+from hubgen.controls.image_attention import attention
 from hubgen.layers.attention import AttentionCall, Part
 
 HOT = torch.tensor([[0.05, 0.03, 0.20], [0.45, 0.05, 0.45], [0.90, 0.30, 0.25], [1.00, 0.75, 0.20], [1.0, 1.0, 0.85]])
@@ -63,8 +64,7 @@ class Gathered(Prepared):
     """The sums of one call."""
 
     def __init__(self, target: Target):
-        self.batch, patch = target.batch, target.family.patch
-        self.grid = target.shape[2] // patch, target.shape[3] // patch
+        self.batch, self.grid = target.batch, token_grid(target)
         self.backbone, self.branches = target.backbone, tuple[str, ...]()
         self.sums: dict[tuple[int, int], torch.Tensor] = {}
         """By the grid of a layer: (B, L, S), summed over calls of layers"""
@@ -74,33 +74,18 @@ class Gathered(Prepared):
         self.branches = call.branches
 
     def parts(self) -> Mapping[str, Any]:
-        backbone: Any = self.backbone
-        # Layers may share a processor, which gets the part once.
-        names = {id(one): name for name, one in backbone.attn_processors.items() if hasattr(one, "parts")}
-        return dict.fromkeys(names.values(), Watch(self))
+        return dict.fromkeys(takers_of_parts(self.backbone), Watch(self))
 
     def add(self, call: AttentionCall, probabilities: torch.Tensor) -> None:
         """Adds the maps of one layer, (B of all branches, H, queries, keys)."""
-        if call.text.stop > call.text.start:
-            to_text = probabilities[:, :, call.image, call.text]
-        elif call.attn.is_cross_attention:
-            to_text = probabilities
-        else:
-            return  # image tokens among themselves
+        to_text = maps_to_text(call, probabilities, self.grid)
+        if to_text is None:
+            return
         first = self.branches.index(POSITIVE) * self.batch
         mean = to_text[first : first + self.batch].mean(dim=1)  # (B, L, S)
-        grid = self.grid_of(mean.shape[1])
+        grid = layer_grid(self.grid, mean.shape[1])
         self.sums[grid] = self.sums[grid] + mean if grid in self.sums else mean
         self.calls[grid] = self.calls.get(grid, 0) + 1
-
-    def grid_of(self, tokens: int) -> tuple[int, int]:
-        """The rows and columns of a layer's tokens: the grid, or in a U-Net a coarser one."""
-        height, width = self.grid
-        while height * width > tokens:
-            height, width = math.ceil(height / 2), math.ceil(width / 2)
-        if height * width != tokens:
-            raise ValueError(f"`controls`: AttentionMaps met {tokens} image tokens, expected a grid of {self.grid}.")
-        return height, width
 
     def heat(self, tokens: Sequence[int]) -> torch.Tensor:
         """See `AttentionMaps.heat`."""
@@ -127,6 +112,56 @@ class Watch(Part):
     def maps(self, call: AttentionCall, probabilities: torch.Tensor) -> torch.Tensor:
         self.gathered.add(call, probabilities)
         return probabilities
+
+
+# What all controls share that look at attention maps.
+
+
+def takers_of_parts(backbone: Any, serves: Callable[[Any], bool] = lambda layer: True) -> list[str]:
+    """Names of processors that take parts, each processor once, though several layers may share it.
+
+    Args:
+        backbone: Of any family.
+        serves: Chooses layers; a processor counts if one of its layers is chosen.
+    """
+    found: dict[int, str] = {}
+    for name, processor in backbone.attn_processors.items():
+        if hasattr(processor, "parts") and serves(attention(backbone, name)):
+            found[id(processor)] = name
+    return list(found.values())
+
+
+def token_grid(target: Target) -> tuple[int, int]:
+    """The rows and columns of the pictures' tokens, where there is text; a U-Net also has layers of coarser ones."""
+    patch = target.family.patch
+    return target.shape[2] // patch, target.shape[3] // patch
+
+
+def layer_grid(grid: tuple[int, int], tokens: int) -> tuple[int, int]:
+    """The rows and columns of a layer's tokens: the picture's grid, or in a U-Net a coarser one."""
+    height, width = grid
+    while height * width > tokens:
+        height, width = math.ceil(height / 2), math.ceil(width / 2)
+    if height * width != tokens:
+        raise ValueError(f"`controls`: met a layer of {tokens} image tokens, expected a grid of {grid} or its halves.")
+    return height, width
+
+
+def maps_to_text(call: AttentionCall, probabilities: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor | None:
+    """Where a picture's tokens look in its text; `None` in layers in which they look at each other alone.
+
+    Args:
+        call: Of a layer.
+        probabilities: Its maps, (B, H, queries, keys).
+        grid: The picture's rows and columns of tokens; tokens of other pictures, which may follow, are left out.
+
+    Returns:
+        (B, H, L, S).
+    """
+    if call.text.stop > call.text.start:
+        first = call.image.start
+        return probabilities[:, :, first : first + grid[0] * grid[1], call.text]
+    return probabilities if call.attn.is_cross_attention else None
 
 
 def overlay(picture: Image.Image, heat: torch.Tensor, strength: float = 0.6) -> Image.Image:

@@ -1,6 +1,7 @@
 """Controls: what steers a call of a pipeline from outside, whatever the backbone.
 
     control.check(target)                                 before any network runs
+    start = control.begin(target, start)                  once a call: where it begins
     prepared = control.prepare(target, start)             once a call: encodes, draws, computes what stays the same
     before_call, condition, channels, residuals, parts    what it then does to every call of the backbone ...
     after_step                                            ... and to the latents after it
@@ -15,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -25,6 +26,7 @@ from hubgen.checks import is_number
 from hubgen.conditioning.condition import Condition
 from hubgen.conditioning.families import BackboneFamily, Doors
 from hubgen.conditioning.predict import BackboneCall, OpenDoors
+from hubgen.conditioning.prompts import PromptCondition
 
 Generator = torch.Generator | list[torch.Generator] | None
 
@@ -54,6 +56,12 @@ class Target:
     """the pipeline's, which sees pictures for controls"""
     feature_extractor: Any = None
     """what it sees them through"""
+    prompts: Sequence[str] = ()
+    """one for each `per_prompt` pictures, if all text encoders read the same; none of embeddings and of classes"""
+    condition: PromptCondition | None = None
+    """the text encoders that read them"""
+    max_sequence_length: int | None = None
+    """tokens of T5; `None` for what is usual"""
 
     @property
     def device(self) -> torch.device:
@@ -123,6 +131,8 @@ class Control(ABC):
 
     networks: Sequence[nn.Module] = ()
     """Its own, that run at every step; they are accelerated as the backbone is"""
+    alone: ClassVar[bool] = False
+    """Whether a call takes only one of its class"""
 
     def check(self, target: Target) -> None:  # noqa: B027
         """Raises ValueError where the control and the call do not fit each other; before any network runs."""
@@ -130,6 +140,10 @@ class Control(ABC):
     def prepare_first(self, target: Target) -> Prepared | None:
         """As `prepare`, for controls that draw their random numbers before those of the start; `None`: they do not."""
         return None
+
+    def begin(self, target: Target, start: Start) -> Start:
+        """Where the call begins, given where it would begin without this control."""
+        return start
 
     @abstractmethod
     def prepare(self, target: Target, start: Start) -> Prepared:
@@ -140,6 +154,10 @@ def check_controls(controls: Any) -> Sequence[Control]:
     """The controls of a call; ValueError for anything else."""
     if not isinstance(controls, list | tuple) or not all(isinstance(control, Control) for control in controls):
         raise ValueError(f"`controls`: got {controls!r:.100}, expected a list of controls (hubgen.controls).")
+    for kind in {type(control) for control in controls if control.alone}:
+        count = sum(isinstance(control, kind) for control in controls)
+        if count > 1:
+            raise ValueError(f"`controls`: got {count} {kind.__name__}, expected at most one of them in a call.")
     return controls
 
 
@@ -155,6 +173,8 @@ def prepare_all(
     """
     first = [control.prepare_first(target) for control in controls]
     start = begin()
+    for control in controls:
+        start = control.begin(target, start)
     later = (
         control.prepare(target, start) if early is None else early
         for control, early in zip(controls, first, strict=True)

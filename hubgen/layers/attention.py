@@ -157,8 +157,11 @@ class Part:
     where: ClassVar[Literal["before_out", "after_out", "after_mlp"]] = "before_out"
     """Where `added` goes: before the layer's output projection; after it, and so before the block's gate; or after the
     block's MLP, past all gates, which double blocks alone have."""
-    wants_maps: ClassVar[bool] = False
-    """Whether `maps` is asked; attention is then computed by its maps, (B, H, queries, keys) in memory."""
+
+    @property
+    def wants_maps(self) -> bool:
+        """Whether `maps` is asked now; attention is then computed by its maps, (B, H, queries, keys) in memory."""
+        return False
 
     def edit(self, call: AttentionCall, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> QueryKeyValue:
         """Queries, keys and values to attend with, after norms and rotation; of keys and values any number."""
@@ -173,6 +176,17 @@ class Part:
         return None
 
 
+def attention_maps(query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """softmax(query key^T / sqrt(D)) in float32: (B, L, H, D), (B, S, H, D) -> (B, H, L, S); the mask is `attend`'s."""
+    query, key = query.transpose(1, 2), key.transpose(1, 2)  # (B, H, L, D), (B, H, S, D)
+    scores = query.float() @ key.float().mT * query.shape[-1] ** -0.5  # (B, H, L, S)
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, -torch.inf)
+    elif attention_mask is not None:
+        scores = scores + attention_mask
+    return scores.softmax(dim=-1)
+
+
 def attend_by_maps(
     call: AttentionCall,
     parts: Sequence[Part],
@@ -182,17 +196,11 @@ def attend_by_maps(
     attention_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`attend` with its maps in between, for the parts that want them; arguments and result are those of `attend`."""
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, H, L, D), (B, H, S, D) twice
-    scores = query.float() @ key.float().mT * query.shape[-1] ** -0.5  # (B, H, L, S)
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attention_mask, -torch.inf)
-    elif attention_mask is not None:
-        scores = scores + attention_mask
-    probabilities = scores.softmax(dim=-1)
+    probabilities = attention_maps(query, key, attention_mask)
     for part in parts:
         if part.wants_maps:
             probabilities = part.maps(call, probabilities)
-    return (probabilities.to(value.dtype) @ value).transpose(1, 2)
+    return (probabilities.to(value.dtype) @ value.transpose(1, 2)).transpose(1, 2)
 
 
 class AttnProcessor:
