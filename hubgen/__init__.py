@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from hubgen.acceleration.optimize import optimize as optimize
     from hubgen.acceleration.optimize import restore as restore
     from hubgen.autoencoders.autoencoder_kl import AutoencoderKL as AutoencoderKL
+    from hubgen.autoencoders.efficientnet import EfficientNetLite0 as EfficientNetLite0
     from hubgen.autoencoders.vq_model import VQModel as VQModel
     from hubgen.backbones.controlnet import ControlNetModel as ControlNetModel
     from hubgen.backbones.controlnet_dit import DiTControlNetModel as DiTControlNetModel
@@ -48,8 +49,10 @@ if TYPE_CHECKING:
     from hubgen.conditioning.text import TextEmbeddings as TextEmbeddings
     from hubgen.controls.attention_maps import AttentionMaps as AttentionMaps
     from hubgen.controls.controlnet import ControlNet as ControlNet
+    from hubgen.controls.image_encoders import PooledLatents as PooledLatents
     from hubgen.controls.ip_adapter import IPAdapter as IPAdapter
     from hubgen.controls.null_text import NullText as NullText
+    from hubgen.controls.prompt_to_prompt import PromptToPrompt as PromptToPrompt
     from hubgen.hub.bundled import bundled_model as bundled_model
     from hubgen.paths.continuous import CosinePath as CosinePath
     from hubgen.paths.continuous import EdmPath as EdmPath
@@ -85,6 +88,7 @@ HOMES = {
     "DiTControlNetModel": "hubgen.backbones.controlnet_dit",
     "DiTTransformer2DModel": "hubgen.backbones.dit",
     "EdmPath": "hubgen.paths.continuous",
+    "EfficientNetLite0": "hubgen.autoencoders.efficientnet",
     "FlowMatchEulerDiscreteScheduler": "hubgen.schedulers.flow_match_euler",
     "FlowMatchFireFlowScheduler": "hubgen.schedulers.flow_match_midpoint",
     "FlowMatchHeunDiscreteScheduler": "hubgen.schedulers.flow_match_heun",
@@ -94,6 +98,8 @@ HOMES = {
     "IPAdapter": "hubgen.controls.ip_adapter",
     "LogitNormalDensity": "hubgen.paths.timesteps",
     "NullText": "hubgen.controls.null_text",
+    "PooledLatents": "hubgen.controls.image_encoders",
+    "PromptToPrompt": "hubgen.controls.prompt_to_prompt",
     "RectifiedFlowPath": "hubgen.paths.path",
     "SD3ControlNetModel": "hubgen.backbones.controlnet_sd3",
     "SD3Transformer2DModel": "hubgen.backbones.sd3",
