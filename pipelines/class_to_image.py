@@ -30,6 +30,7 @@ from hubgen.hub.registration import loadable
 from hubgen.pipelines.adapters import AdapterMixin
 from hubgen.pipelines.callbacks import Callback, LiveGuidance
 from hubgen.pipelines.checks import check_generator, check_latents, check_output
+from hubgen.pipelines.class_editing import ClassEditingMixin
 from hubgen.pipelines.denoising import AfterStep, Generator
 from hubgen.pipelines.denoising_pipeline import DenoisingPipeline
 from hubgen.pipelines.starts import ImageArguments, start_of
@@ -43,7 +44,7 @@ IMAGE_STRENGTH = 0.8
 
 
 @loadable
-class ClassToImagePipeline(DenoisingPipeline, AdapterMixin):
+class ClassToImagePipeline(DenoisingPipeline, AdapterMixin, ClassEditingMixin):
     """Pictures of classes, by latent diffusion (DiT, 2212.09748).
 
     Reads the folders of diffusers' `DiTPipeline` (`facebook/DiT-XL-2-256`), and is saved as one. Components may be

@@ -71,7 +71,8 @@ def solver(scheduler: Any, method: str) -> Any:
             f"`method`: got {method!r}, expected 'euler' with a {name}: on a variance-preserving path it is DDIM, and "
             "the others are for flows."
         )
-    return DDIMScheduler.from_config(scheduler.config, clip_sample=False, thresholding=False)
+    config = {key: value for key, value in scheduler.config.items() if key != "variance_type"}  # DDIM needs none
+    return DDIMScheduler.from_config(config, clip_sample=False, thresholding=False)
 
 
 def towards_noise(down: Any) -> Any:

@@ -1,0 +1,111 @@
+"""Edits of given pictures by a pipeline of classes: inversion, and another class from the noise that it finds.
+
+    inversion = pipe.invert(picture, "goldfish", num_inference_steps=50)
+    edited = pipe.reconstruct(inversion, "hen", guidance_scale=4).images[0]
+
+Shapes: B pictures, n steps.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from hubgen.checks import whole
+from hubgen.data.images import Images
+from hubgen.pipelines.checks import check_generator
+from hubgen.pipelines.denoising import Generator
+from hubgen.pipelines.inversion import (
+    DOWNWARDS,
+    UPWARDS,
+    Inversion,
+    RFStrengths,
+    copies,
+    image_start,
+    refuse,
+    walk_down,
+    walk_up,
+)
+from hubgen.schedulers.inversion import solver
+
+Labels = int | str | Sequence[int | str] | torch.Tensor
+
+
+class ClassEditingMixin:
+    """Adds inversion to a pipeline of classes; `EditingMixin` has the same for prompts, and says more."""
+
+    @torch.no_grad()
+    def invert(
+        self: Any,
+        image: Images,
+        class_labels: Labels,
+        method: str = "euler",
+        num_inference_steps: int | None = None,
+        guidance_scale: float = 1.0,
+        generator: Generator = None,
+        height: int | None = None,
+        width: int | None = None,
+        gamma: float | None = None,
+        eta: float | None = None,
+        eta_span: tuple[float, float] | None = None,
+        **arguments: Any,
+    ) -> Inversion:
+        """The noise from which the model makes the given pictures.
+
+        Args:
+            image: One or several, as in the call.
+            class_labels: Their classes: one for all, or one each.
+            method: Along a variance-preserving path "euler", which is DDIM; along a flow also "midpoint", "fireflow"
+                and "rf", as in `EditingMixin.invert`.
+            num_inference_steps: n; `None` for the model's default. The way back has the same.
+            guidance_scale: As in the call. Without guidance, at 1, the way back is nearest.
+            generator: Source of the noise that "rf" is drawn to, and of what controls draw.
+            height: Pixels; `None` as in a call with an image.
+            width: Pixels.
+            gamma: As in `EditingMixin.invert`.
+            eta: As in `EditingMixin.invert`.
+            eta_span: As in `EditingMixin.invert`.
+            **arguments: Others of the call.
+
+        Raises:
+            ValueError: As in `EditingMixin.invert`.
+            TypeError: The call does not have an argument.
+            RuntimeError: It was interrupted.
+        """
+        down = solver(self.scheduler, method)
+        strengths = RFStrengths.of(method, gamma=gamma, eta=eta, eta_span=eta_span)
+        refuse(self, arguments, UPWARDS, "an inversion goes all the way from the picture to noise")
+        if num_inference_steps is not None:
+            whole("num_inference_steps", num_inference_steps)
+        labels = self.check_labels(class_labels)
+        start = image_start(self, image, height, width)
+        check_generator(generator, len(start.image))
+        call = {"class_labels": labels, "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        call["num_images_per_label"] = copies("class_labels", len(labels), len(start.image))
+        return walk_up(self, start, down, strengths, generator, {**call, **arguments})
+
+    def reconstruct(self: Any, inversion: Inversion, class_labels: Labels | None = None, **arguments: Any) -> Any:
+        """The pictures of an inversion again, or what another class makes of its noise.
+
+        Args:
+            inversion: Of B pictures.
+            class_labels: `None` for those of the inversion. One, for all pictures, or a multiple of B, among which the
+                noises go in turns.
+            **arguments: Others of the call, in the place of the inversion's; without `guidance_scale` it is the
+                inversion's. Controls have to be given anew.
+
+        Returns:
+            What the call returns.
+
+        Raises:
+            ValueError: Labels that do not fit the number of pictures, or an argument that the way back has already.
+            TypeError: The call does not have an argument.
+        """
+        refuse(self, arguments, DOWNWARDS, "the way back has the beginning and the grid of the inversion")
+        call = {**inversion.arguments, **arguments}
+        if class_labels is not None:
+            call["class_labels"] = self.check_labels(class_labels)
+            per = len(inversion.latents) if len(call["class_labels"]) == 1 else 1
+            call["num_images_per_label"] = arguments.get("num_images_per_label", per)
+        pictures = len(call["class_labels"]) * whole("num_images_per_label", call["num_images_per_label"])
+        return walk_down(self, inversion, call, pictures)
