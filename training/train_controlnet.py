@@ -23,7 +23,7 @@ from hubgen.training.kit import bases
 from hubgen.training.kit.bases import ControlNetBase
 from hubgen.training.kit.beside import Hints
 from hubgen.training.kit.conditioned import ConditionedPictures, losses_of, told_pictures
-from hubgen.training.kit.controlled import WithControlNet, check_unpacked, net_for
+from hubgen.training.kit.controlled import WithControlNet, check_unpacked, in_dtype, net_for
 from hubgen.training.kit.grids import draw_rows, draw_told, first_rows
 from hubgen.training.kit.groups import HintedData, Network, Objective, Optim, Publish, RunOptions, ShownValidation
 from hubgen.training.kit.held_out import HeldOut
@@ -93,7 +93,8 @@ def main(settings: Settings) -> None:
         with trained.averaged():
             if held_out is not None and step > 0:
                 run.report(step, held_out(learner))
-            draw_rows(run, columns_of(s, drawn, net), first_rows(drawn.pictures, s.validation.samples), step)
+            columns = columns_of(s, drawn, in_dtype(net, pipe.backbone.dtype))
+            draw_rows(run, columns, first_rows(drawn.pictures, s.validation.samples), step)
 
     if run.first_step == 0:
         validate(0)

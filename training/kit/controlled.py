@@ -11,6 +11,8 @@ is no part of the module, so that checkpoints, averages and data parallelism see
 Shapes: B pictures, x_t and predictions (B, C, h, w).
 """
 
+import copy
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -42,6 +44,7 @@ from hubgen.training.kit.bases import AdaptedBase
 from hubgen.training.kit.beside import target_of
 from hubgen.training.kit.groups import Network, PictureAdapter
 from hubgen.training.kit.parse import SettingsError
+from hubgen.training.kit.publishing import place_of
 
 HINT_WIDTHS = (16, 32, 96, 256)
 """Of published ControlNets, whose autoencoder has 8 pixels a latent"""
@@ -83,6 +86,16 @@ class Controlled(nn.Module, ABC):
             condition: Of the same B.
             beside: What the control is shown, see `hubgen.training.kit.beside`.
         """
+
+
+def in_dtype(weights: Any, dtype: torch.dtype) -> Any:
+    """A control's weights in the base's type, as a call has them: themselves, or a copy where they learn in another.
+
+    Args:
+        weights: A network.
+        dtype: The base's.
+    """
+    return weights if weights.dtype == dtype else copy.deepcopy(weights).to(dtype)
 
 
 # ---- ControlNets ----
@@ -281,6 +294,19 @@ def image_encoder_for(pipe: Any, settings: PictureAdapter, side: int) -> tuple[A
         return vision_model(name)
     except Exception as error:  # damaged files give errors of every library below
         raise SettingsError(f"setting 'adapter.image_encoder': {name}: {one_line(error)}") from error
+
+
+def encoder_lines(name: str | None, encoder: Any) -> tuple[list[str], list[str]]:
+    """How a program makes the image encoder: names of hubgen's that it needs, and lines of Python."""
+    if name == "efficientnet":
+        return ["EfficientNetLite0"], ["encoder = EfficientNetLite0.from_pretrained()"]
+    if name == "latents":
+        return ["PooledLatents"], [f"encoder = PooledLatents(pipe.vae, {encoder.places}, {encoder.image_size})"]
+    if name is None:
+        return [], ["encoder = pipe.image_encoder"]
+    cls = type(encoder).__name__
+    place = json.dumps(place_of(name))
+    return [], [f"from transformers import {cls}", "", f"encoder = {cls}.from_pretrained({place})"]
 
 
 def vision_model(name: str) -> tuple[Any, Any]:

