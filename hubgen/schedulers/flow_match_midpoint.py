@@ -82,13 +82,12 @@ class FlowMatchFireFlowScheduler(FlowMatchMidpointScheduler):
         sample: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None,
     ) -> torch.Tensor:
-        if index == 0:
-            self._sample, self._middle = sample, None
-            return sample + (self.sigmas[1] - self.sigmas[0]) * velocity
-        if self._sample is None:
-            raise ValueError(f"`timestep`: got number {index} of the grid, expected a run to begin with its first one")
-        begin = self._sample if self._middle is None else self._sample + (sample - self._middle)
-        reached = begin + (self._nodes[index] - self._nodes[index - 1]) * velocity
+        reached = sample
+        if index > 0:
+            if self._sample is None or self._middle is None:
+                raise ValueError(f"`timestep`: got number {index} of the grid, expected a run to begin with the first")
+            begin = self._sample + (sample - self._middle)
+            reached = begin + (self._nodes[index] - self._nodes[index - 1]) * velocity
         if index + 1 == len(self._nodes):
             self._sample, self._middle = None, None
             return reached

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hubgen.schedulers.ddim import DDIMScheduler
+from hubgen.schedulers.ddim_inverse import DDIMInverseScheduler
 from hubgen.schedulers.ddpm import DDPMScheduler
 
 CONFIGS = {
@@ -149,6 +150,37 @@ def test_inversion_equals_diffusers_inverse_scheduler(config):
         x, y = mine.prev_sample, other.prev_sample
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(mine.pred_original_sample, other.pred_original_sample, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", INVERSIONS.values(), ids=INVERSIONS)
+def test_the_inverse_scheduler_walks_as_diffusers(config):
+    config = {"clip_sample": False, **config}
+    ends = []
+    for scheduler in (DDIMInverseScheduler(**config), diffusers.DDIMInverseScheduler(**config)):
+        scheduler.set_timesteps(10)
+        x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+        for t in scheduler.timesteps:
+            x = scheduler.step(model(x, t), t, x, return_dict=False)[0]
+        ends.append((scheduler.timesteps, x))
+    assert torch.equal(ends[0][0], ends[1][0])
+    torch.testing.assert_close(ends[0][1], ends[1][1], rtol=1e-4, atol=1e-4)
+
+
+def test_the_inverse_scheduler_visits_a_given_grid_from_below():
+    up, down = DDIMInverseScheduler(clip_sample=False), DDIMScheduler(clip_sample=False)
+    for scheduler in (up, down):
+        scheduler.set_timesteps(timesteps=[900, 500, 20])
+    assert up.timesteps.tolist() == [20, 500, 900]
+    assert [up.previous_timestep(t) for t in up.timesteps] == [-1, 20, 500]
+    x, noises = torch.randn(2, 3, 8, 8), [torch.randn(2, 3, 8, 8) for _ in range(3)]
+    y = x
+    for t, noise in zip(up.timesteps, noises, strict=True):
+        y = up.step(noise, t, y).prev_sample
+    for t, noise in zip(down.timesteps, noises[::-1], strict=True):
+        y = down.step(noise, t, y).prev_sample
+    torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="`timestep`: got 21, expected one of scheduler.timesteps"):
+        up.previous_timestep(21)
 
 
 @pytest.mark.parametrize("config", [{}, {"set_alpha_to_one": False, "steps_offset": 1}])
