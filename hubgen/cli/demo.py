@@ -24,7 +24,8 @@ Serve a page to draw with: pictures that form step by step, from words or from a
 the model. It is the Space of spaces/text_to_image, run here; the address is printed once it can draw.
 
 --model takes the folder or repository of any pipeline that draws prompts. --adapters names LoRA files, folders with
-some, or owner/name on the Hub; visitors choose among these, and name no files themselves.
+some, or owner/name on the Hub; --controls networks that steer by a picture. Visitors choose among these, and name no
+files themselves.
 
 --train serves the other Space, spaces/train_lora: pictures are dropped in, and the model is taught their style or their
 subject by a LoRA, with the loss and pictures to watch, and files to take.
@@ -36,6 +37,7 @@ EPILOG = """\
 examples:
   hubgen demo
   hubgen demo --model runs/emoji/pipeline --adapters runs/noto/lora --open
+  hubgen demo --model owner/model --controls owner/canny     steered by edges, in Control
   hubgen demo --second-model owner/model                     two models side by side, in Look inside
   hubgen demo --train                                        teach the model your pictures
   HUBGEN_LIMIT_STEPS=30 hubgen demo --host 0.0.0.0 --port 80
@@ -73,6 +75,13 @@ def add_demo(commands: Any) -> None:
         metavar="DIR",
         help="adapters for Style: .safetensors files, folders with some, or owner/name on the Hub",
     )
+    parser.add_argument(
+        "--controls",
+        nargs="+",
+        default=[],
+        metavar="NET",
+        help="networks for Control: folders or files of ControlNets, T2I-adapters and IP-Adapters, or owner/name",
+    )
     parser.add_argument("--train", action="store_true", help="the page that trains: teach --model your pictures")
     parser.add_argument("--host", metavar="NAME", help="where to listen (default: 127.0.0.1, this machine alone)")
     parser.add_argument("--port", type=port, metavar="N", help="default: 7860, or the next one that is free")
@@ -97,13 +106,13 @@ def demo(arguments: argparse.Namespace) -> None:
         ValueError: Gradio is missing, or a model, an adapter or the port cannot be had.
     """
     check_packages(arguments.train)
-    if arguments.train and (arguments.second_model is not None or arguments.adapters):
-        raise ValueError("--second-model and --adapters are for the page that draws, without --train")
+    if arguments.train and (arguments.second_model is not None or arguments.adapters or arguments.controls):
+        raise ValueError("--second-model, --adapters and --controls are for the page that draws, without --train")
     folders = [find_model(arguments.model, "--model", single_files=False)]
     if arguments.second_model is not None:
         folders.append(find_model(arguments.second_model, "--second-model", single_files=False))
     if None not in folders and not arguments.train:  # that page may send what it trained
-        stay_offline(arguments.adapters)
+        stay_offline([*arguments.adapters, *arguments.controls])
     for name in arguments.adapters:
         check_adapters(name)
     check_port(arguments.host or "127.0.0.1", arguments.port)
@@ -111,6 +120,7 @@ def demo(arguments: argparse.Namespace) -> None:
         "MODEL": arguments.model,
         "SECOND_MODEL": arguments.second_model,
         "ADAPTERS": "\n".join(arguments.adapters),
+        "CONTROLS": "\n".join(arguments.controls),
         "HOST": arguments.host,
         "PORT": arguments.port,
         "SHARE": int(arguments.share),

@@ -4,7 +4,10 @@
     open_control("ip-adapter.safetensors", cat, pipe)
     open_control("model", edges, pipe)          # the ControlNet that the pipeline itself has
 
-The command line asks here; programs make the controls themselves.
+    net = load_control("owner/sd-controlnet-canny", pipe)          # the same for many pictures
+    control_of(net, edges, scale=0.8)
+
+The command line and the pages ask here; programs make the controls themselves.
 """
 
 import json
@@ -12,10 +15,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from hubgen.conditioning.families.flux import FluxFamily
 from hubgen.conditioning.families.mmdit import MMDiTFamily
 from hubgen.controls.control import Control
 from hubgen.controls.controlnet import ControlNet
+from hubgen.controls.image_attention import Adapter
 from hubgen.controls.ip_adapter import IPAdapter
 from hubgen.formats.headers import read_header
 from hubgen.hub.classes import require_class
@@ -35,34 +41,54 @@ NETWORKS = (
 
 
 def open_control(name: str, image: Any, pipe: Any, revision: str | None = None, **settings: Any) -> Control:
-    """The control of a name.
+    """The control of a name; arguments and errors are those of `load_control` and `control_of`."""
+    return control_of(load_control(name, pipe, revision), image, **settings)
+
+
+def control_of(loaded: nn.Module | Adapter, image: Any, **settings: Any) -> Control:
+    """A control by what was loaded for it, which serves any number of them.
+
+    Args:
+        loaded: A network, or an IP-Adapter's weights.
+        image: What it is shown.
+        **settings: `scale`, `start`, `end`; of a ControlNet also `mode`.
+
+    Raises:
+        ValueError: The settings do not suit it.
+    """
+    if isinstance(loaded, Adapter):
+        return IPAdapter(loaded, image, **settings)
+    return ControlNet(loaded, image, **settings)
+
+
+def load_control(name: str, pipe: Any, revision: str | None = None) -> nn.Module | Adapter:
+    """What a name means: a network, or an IP-Adapter's weights.
 
     Args:
         name: A folder with a network's config.json, owner/name of such a repository, a .safetensors file with a
             network or an IP-Adapter (also .bin), or `OWN`.
-        image: What it is shown.
         pipe: That it is for; the network goes to where its backbone is, and to its type.
         revision: Of a repository.
-        settings: `scale`, `start`, `end`; of a ControlNet also `mode`.
 
     Raises:
-        ValueError: There is nothing of this name, it holds no control, or the settings do not suit it.
+        ValueError: There is nothing of this name, or it holds no control.
         OSError: The Hub cannot be reached, or has no such repository.
     """
     path = Path(name).expanduser()
     if name == OWN:
-        net = getattr(pipe, "controlnet", None)
-        if net is None:
+        own: nn.Module | None = getattr(pipe, "controlnet", None)
+        if own is None:
             raise ValueError(NO_NETWORK)
-        return ControlNet(net, image, **settings)
+        return own
     if path.is_file():
         if is_adapter(path):
-            return IPAdapter(path, image, **settings)
+            return Adapter.read(path)
         net = require_class("hubgen", single_file_class(pipe), where=name).from_single_file(path)  # type: ignore[attr-defined]
     else:
         net = network(name, revision)
     backbone = pipe.backbone
-    return ControlNet(net.to(backbone.device, backbone.dtype).eval(), image, **settings)
+    placed: nn.Module = net.to(backbone.device, backbone.dtype).eval()
+    return placed
 
 
 def check_name(name: str, index: Mapping[str, Any]) -> None:

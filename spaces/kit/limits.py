@@ -36,6 +36,8 @@ class Limits:
     """Of one call"""
     styles: int = 4
     """Adapters on the model at once"""
+    control: int = 2
+    """The largest strength of a network that steers"""
     upload_bytes: int = 10_000_000
     """Of a file that is sent here"""
     upload_pixels: int = 25_000_000

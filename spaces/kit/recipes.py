@@ -44,7 +44,14 @@ def read_recipe(path: Path) -> Request:
 def without_paths(request: Request) -> Request:
     """The same for strangers: files of the machine that drew it go by their names alone."""
     loras = [dataclasses.replace(one, file=shown_name(one.file)) for one in request.lora or ()]
-    return dataclasses.replace(request, model=shown_name(request.model), lora=loras or None, image=None, mask=None)
+    nets = [dataclasses.replace(one, net=shown_name(one.net)) for one in request.control or ()]
+    shown = dataclasses.replace(request, model=shown_name(request.model), lora=loras or None, control=nets or None)
+    return dataclasses.replace(shown, image=None, mask=None)
+
+
+def shown_file(number: int) -> str:
+    """Under which name a picture that steered is handed out beside the one that was drawn, and stands in its recipe."""
+    return f"control-{number + 1}.png"
 
 
 def shown_name(file: str) -> str:

@@ -24,15 +24,17 @@ from hubgen.acceleration.device import choose_device
 from hubgen.autoencoders.latents import LatentSpace, decode
 from hubgen.conditioning.text import WORD
 from hubgen.controls.control import Control
+from hubgen.controls.opening import control_of
 from hubgen.hub.bare import bare_parts
 from hubgen.hub.finding import BUNDLED, find_model, loaded_commit, read_index
-from hubgen.hub.provenance import Request
+from hubgen.hub.provenance import Request, UsedControl
 from hubgen.hub.quiet import quiet_libraries
 from hubgen.pipelines.defaults import Defaults
 from hubgen.pipelines.loading import bare_pipeline, load_pipeline
+from hubgen.spaces.kit.controls import Offered, Steering, find_controls, load_controls
 from hubgen.spaces.kit.frames import Mosaic, Step, Steps
 from hubgen.spaces.kit.limits import Refused
-from hubgen.spaces.kit.recipes import shown_name, without_paths
+from hubgen.spaces.kit.recipes import shown_file, shown_name, without_paths
 from hubgen.spaces.kit.settings import Settings
 from hubgen.spaces.kit.styles import Style, Worn, find_styles, wearing
 
@@ -70,6 +72,8 @@ class Drawing:
     mask: Image.Image | None = None
     strength: float | None = None
     styles: tuple[Worn, ...] = ()
+    steering: tuple[Steering, ...] = ()
+    """Those that do something"""
     keep: int = 0
     """Moments of the way that are kept"""
     watch: bool = False
@@ -120,6 +124,10 @@ class Model:
         self.space: LatentSpace = self.bare.latent_space
         self.revision = None if self.folder is not None else loaded_commit(name)
         self.pipe: Any = None
+        self.offered: list[Offered] = []
+        """Networks that visitors may steer by"""
+        self.controls: dict[str, Any] = {}
+        """The same, loaded, by name"""
         self.mosaic: Mosaic | None = None
         self.decode_seconds = 0.0
         """Of one picture, about"""
@@ -142,6 +150,8 @@ class Model:
         pipe.set_progress_bar_config(disable=True)
         height, width = self.space.default_size
         pipe("warm", num_inference_steps=1, height=height, width=width)
+        with quiet_libraries():
+            self.controls = load_controls(self.offered, pipe, (height, width))
         self.pipe = pipe
         shape = self.space.shape(1, (height, width))
         with torch.no_grad():
@@ -160,6 +170,10 @@ class Model:
             hide: Whether files of this machine go unnamed where strangers may come.
         """
         worn = [dataclasses.replace(one.style.added.used, weight=one.weight) for one in drawing.styles]
+        steered = [
+            UsedControl(net=one.offered.file, image=shown_file(i), scale=one.scale, start=one.start, end=one.end)
+            for i, one in enumerate(drawing.steering)
+        ]
         request = Request(
             prompts=[drawing.prompt],
             negative_prompt=drawing.negative_prompt or None,
@@ -176,6 +190,7 @@ class Model:
             batch_size=8,
             strength=drawing.strength,
             lora=worn or None,
+            control=steered or None,
         )
         return without_paths(request) if hide and self.settings.public else request
 
@@ -199,6 +214,9 @@ class Model:
 
             maps = AttentionMaps()
             controls.append(maps)
+        for one in drawing.steering:
+            loaded = self.controls[one.offered.name]
+            controls.append(control_of(loaded, one.shown, scale=one.scale, start=one.start, end=one.end))
         options: dict[str, Any] = {"negative_prompt": drawing.negative_prompt or None, "controls": controls}
         for name, value in (("image", drawing.image), ("mask_image", drawing.mask), ("strength", drawing.strength)):
             if value is not None:
@@ -334,7 +352,7 @@ class Service:
         settings: Of the page.
 
     Raises:
-        ValueError: A model or an adapter that was named cannot be had; no weights are read.
+        ValueError: A model, an adapter or a network that was named cannot be had; no weights are read.
     """
 
     def __init__(self, settings: Settings):
@@ -345,7 +363,9 @@ class Service:
                 self.models.append(Model(settings.second_model, settings, "HUBGEN_SECOND_MODEL"))
             first = self.models[0]
             parts = bare_parts(first.index, first.name, None, first.folder) if settings.adapters else None
+            own = bare_parts(first.index, first.name, None, first.folder, ("controlnet",)).get("controlnet")
         self.styles: list[Style] = find_styles(settings.adapters, parts)
+        first.offered = find_controls(settings.controls, first.index, own)
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
         self.ready: Future[None] = Future()
         self.calls: dict[str, Call] = {}

@@ -5,6 +5,7 @@
 | HUBGEN_MODEL | a pipeline folder, or owner/name on the Hub; the bundled model by default |
 | HUBGEN_SECOND_MODEL | another, to compare with |
 | HUBGEN_ADAPTERS | adapters of the Style tab, one a line: files, folders with some, or owner/name on the Hub |
+| HUBGEN_CONTROLS | ControlNets, T2I-adapters and IP-Adapters of the Control tab, named likewise |
 | HUBGEN_DEVICE, HUBGEN_DTYPE | as `hubgen generate` has them |
 | HUBGEN_HOST, HUBGEN_PORT, HUBGEN_SHARE, HUBGEN_OPEN | where it is served |
 | HUBGEN_PUBLISH | 1: visitors may send what they trained to the Hub; without it, only on this machine |
@@ -27,6 +28,7 @@ class Settings:
     model: str = "bundled"
     second_model: str | None = None
     adapters: tuple[str, ...] = ()
+    controls: tuple[str, ...] = ()
     device: str | None = None
     dtype: str | None = None
     host: str | None = None
@@ -48,7 +50,8 @@ class Settings:
         return cls(
             model=given.get("model", cls.model),
             second_model=given.get("second_model"),
-            adapters=tuple(line.strip() for line in given.get("adapters", "").splitlines() if line.strip()),
+            adapters=lines(given.get("adapters", "")),
+            controls=lines(given.get("controls", "")),
             device=given.get("device"),
             dtype=given.get("dtype"),
             host=given.get("host") or environment.get("GRADIO_SERVER_NAME"),
@@ -63,6 +66,11 @@ class Settings:
     def public(self) -> bool:
         """Whether others than the one who started it may come: then files of this machine go unnamed."""
         return self.share or (self.host is not None and self.host not in LOCAL)
+
+
+def lines(text: str) -> tuple[str, ...]:
+    """Those that are not blank."""
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
 def variable_of(name: str) -> str:

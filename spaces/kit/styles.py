@@ -11,7 +11,10 @@ from hubgen.hub.provenance import UsedLora
 from hubgen.spaces.kit.limits import Limits, Refused, checked_number
 
 LARGEST_WEIGHT = 2.0
-VAGUE = ("pytorch_lora_weights", "adapter_model", "lora", "adapter", "model")
+VAGUE = (
+    *("pytorch_lora_weights", "adapter_model", "lora", "adapter", "model"),
+    *("controlnet", "diffusion_pytorch_model", "ip_adapter", "ip-adapter"),
+)
 """Names of files and folders that say nothing about what is in them"""
 
 

@@ -17,7 +17,7 @@ from hubgen.spaces.kit.settings import Settings
 # isort: split
 import gradio as gr
 
-from tabs import create, look_inside, style, transform
+from tabs import control, create, look_inside, style, transform
 from tabs.desk import Desk
 
 TITLE = "hubgen"
@@ -34,6 +34,8 @@ def build(service: Service) -> Page:
                 create.build(page, desk)
             with gr.Tab("Transform", id="transform"):
                 transform.build(desk)
+            with gr.Tab("Control", id="control"):
+                control.build(desk)
             with gr.Tab("Style", id="style"):
                 style.build(desk)
             with gr.Tab("Look inside", id="inside"):

@@ -28,6 +28,19 @@ def adapter_file(path: Path, seed: int, size: float) -> None:
     save_file(tensors, path, {"format": "pt"})
 
 
+def network_folder(path: Path) -> None:
+    """A ControlNet of one block for the bundled model, whose zero layers are random numbers."""
+    from hubgen import SD3ControlNetModel, SD3Transformer2DModel
+
+    base = SD3Transformer2DModel.from_pretrained(bundled_model() / "transformer")
+    net = SD3ControlNetModel.from_transformer(base, num_layers=1, num_extra_conditioning_channels=0)
+    random = torch.Generator().manual_seed(0)
+    for name, parameter in net.named_parameters():
+        if name.startswith(("controlnet_blocks.", "pos_embed_input.")):
+            torch.nn.init.normal_(parameter, std=0.1, generator=random)
+    net.save_pretrained(path)
+
+
 @dataclass
 class Answer:
     """What came back for one call."""

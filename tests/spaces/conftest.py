@@ -16,17 +16,19 @@ from pathlib import Path
 import pytest
 
 from tests.hub.loopback import Hub, environment_of, loopback_hub
-from tests.spaces.client import Served, adapter_file
+from tests.spaces.client import Served, adapter_file, network_folder
 
 
 @pytest.fixture(scope="session")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """The page, with two adapters and a queue of six."""
+    """The page, with two adapters, a ControlNet and a queue of six."""
     pytest.importorskip("gradio", reason="the page needs Gradio (pip install 'hubgen[demo]')")
     folder = tmp_path_factory.mktemp("adapters")
     for number, name in enumerate(("strong", "gentle")):
         adapter_file(folder / f"{name}.safetensors", seed=number, size=0.6 if name == "strong" else 0.05)
-    with started(tmp_path_factory.mktemp("page"), "--adapters", str(folder)) as page:
+    nets = tmp_path_factory.mktemp("nets")
+    network_folder(nets / "shapes")
+    with started(tmp_path_factory.mktemp("page"), "--adapters", str(folder), "--controls", str(nets)) as page:
         yield page
 
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent.parent
 FOLDERS = [ROOT / "spaces" / name for name in ("text_to_image", "train_lora")]
 BROUGHT = {
     "hubgen": {"PIL", "huggingface_hub", "numpy"},
-    "hubgen[demo]": {"hubgen", "gradio", "PIL", "huggingface_hub"},
+    "hubgen[controls,demo]": {"hubgen", "gradio", "PIL", "huggingface_hub"},
     "hubgen[demo,train]": {"hubgen", "gradio", "PIL", "huggingface_hub", "safetensors", "yaml"},
 }
 """Packages that published ones bring along, as far as the folder uses them"""

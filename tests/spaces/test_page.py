@@ -91,6 +91,11 @@ class View:
         self.choose("picture", path, lambda: empty.wait_for(state="hidden", timeout=PATIENCE / 6))
         self.page.wait_for_timeout(1500)  # it is being drawn
 
+    def send_control(self, path: str) -> None:
+        """Has Control take a picture, and waits until it shows what the network will be shown."""
+        shown = self.page.locator("#shape-preview img")
+        self.choose("shape-picture", path, lambda: shown.wait_for(timeout=PATIENCE / 6))
+
     def drop(self, path: str, says: str) -> None:
         """Drops a picture whose settings are to be restored, and waits until the page says so."""
         note = self.page.locator("#note").get_by_text(says)
@@ -254,6 +259,21 @@ def test_a_picture_is_drawn_over_and_a_painted_part_alone(view: Callable[..., Vi
     window.check()
 
 
+def test_a_picture_steers_once_its_hint_is_seen(view: Callable[..., View], tmp_path: Path) -> None:
+    window = view()
+    window.tab("Control")
+    window.send_control(sent_picture(tmp_path))
+    edges = window.page.locator("#shape-preview img").get_attribute("src")
+    window.page.get_by_role("radio", name="Blur").check()
+    window.page.wait_for_function(f"document.querySelector('#shape-preview img').src !== {edges!r}")
+    window.say("control-prompt", "a red apple")
+    window.page.click("#steer")
+    shown, drawn = window.done("control-stage", 2)
+    assert shown.endswith("control-1.png") and window.picture(shown).size == window.picture(drawn).size
+    assert '"image": "control-1.png"' in window.picture(drawn).info["hubgen"]
+    window.check()
+
+
 def test_styles_are_put_on_with_their_weights(view: Callable[..., View]) -> None:
     window = view()
     window.tab("Style")
@@ -312,13 +332,15 @@ def names_of(page: Any) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("name", ["desktop-light", "phone-dark"])
 def test_every_control_has_a_name(view: Callable[..., View], name: str, tmp_path: Path) -> None:
     window = view(name)
-    for tab in ("Create", "Transform", "Style", "Look inside"):
+    for tab in ("Create", "Transform", "Control", "Style", "Look inside"):
         window.tab(tab)
         for settings in window.page.get_by_role("button", name="Settings").all():
             if settings.is_visible():
                 settings.click()
         if tab == "Transform":
             window.send(sent_picture(tmp_path))
+        if tab == "Control":
+            window.send_control(sent_picture(tmp_path))
         window.page.wait_for_timeout(300)
         found = names_of(window.page)
         assert len(found) >= 6
@@ -351,7 +373,7 @@ def test_axe_finds_no_serious_fault(view: Callable[..., View], axe: str, name: s
     window.done("stage")
     window.page.evaluate(axe)
     faults = []
-    for tab in ("Create", "Transform", "Style", "Look inside"):
+    for tab in ("Create", "Transform", "Control", "Style", "Look inside"):
         window.tab(tab)
         for settings in window.page.get_by_role("button", name="Settings").all():
             if settings.is_visible():
@@ -379,7 +401,7 @@ def test_it_fits_every_window(
         window.page.wait_for_timeout(500 if stored else 100)
         assert window.page.evaluate("document.documentElement.scrollWidth") <= window.width, tab
         visible = window.page.get_by_role("tab").filter(visible=True).all_inner_texts()
-        assert visible == ["Create", "Transform", "Style", "Look inside"]
+        assert visible == ["Create", "Transform", "Control", "Style", "Look inside"]
         if stored:
             SCREENSHOTS.mkdir(exist_ok=True)
             window.page.mouse.move(0, 0)
@@ -399,6 +421,13 @@ def test_it_fits_every_window(
         window.page.click("#transform")
         window.done("transform-stage")
     shown("transform")
+    window.tab("Control")
+    if stored:
+        window.send_control(sent_picture(tmp_path))
+        window.say("control-prompt", "a red apple")
+        window.page.click("#steer")
+        window.done("control-stage", 2)
+    shown("control")
     window.tab("Style")
     if stored:
         window.say("style-prompt", "a smiling cat")

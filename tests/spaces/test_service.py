@@ -127,6 +127,68 @@ def test_styles_change_the_picture_and_leave_no_trace(served: Served) -> None:
     assert drawn({}) == plain == drawn({"strong": 0})
 
 
+def opened(served: Served, file: dict[str, Any]) -> Image.Image:
+    return Image.open(io.BytesIO(served.fetch(file["path"]).content))
+
+
+def test_a_picture_steers_by_its_hint_and_leaves_no_trace(served: Served) -> None:
+    sent = served.sent(png(100, 100))
+    plain = opened(served, served.generate("a cat", steps=3, seed=1, width=64, height=64).value[0][0]).tobytes()
+
+    def drawn(*options: Any) -> tuple[bytes, Image.Image, dict[str, Any], bytes]:
+        answer = served.call("control", "a cat", sent, *options, "", 3, None, 1)
+        assert answer.error is None, answer.error
+        content = served.fetch(answer.value[0]["path"]).content
+        return Image.open(io.BytesIO(content)).tobytes(), opened(served, answer.value[1]), answer.value[2], content
+
+    grey, shown, said, content = drawn("shapes", "grey", 1.0, 0.0, 1.0)
+    recipe = Image.open(io.BytesIO(content)).info["hubgen"]
+    assert shown.size == (64, 64) and shown.getpixel((30, 30)) == (76, 76, 76) and said["network"] == "shapes"
+    (used,) = json.loads(recipe)["request"]["control"]
+    assert (used["image"], used["scale"], used["end"]) == ("control-1.png", 1.0, 1.0)
+    as_sent, shown, _, _ = drawn(None, "none", 1.0, 0.0, 1.0)
+    assert shown.getpixel((30, 30)) == (255, 0, 0)
+    early = drawn(None, "none", 1.0, 0.0, 0.4)[0]
+    assert len({plain, grey, as_sent, early}) == 4
+    again = opened(served, served.generate("a cat", steps=3, seed=1, width=64, height=64).value[0][0]).tobytes()
+    assert again == plain
+    note = served.call("recipe", served.sent(content))
+    assert any("steered by another picture" in line for line in note.value[0]["notes"])
+
+
+def test_a_steered_picture_is_repeated_beside_what_the_network_was_shown(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hubgen.cli import main
+
+    values = ("shapes", "blur", 0.8, 0.0, 0.7, "", 4, None, 5)
+    picture, shown, _ = served.call("control", "a red apple", served.sent(png(100, 100)), *values).value
+    for name, file in (("page.png", picture), ("control-1.png", shown)):
+        (tmp_path / name).write_bytes(served.fetch(file["path"]).content)
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", "--from", "page.png", "--out", "again.png"]) == 0
+    drawn, again = (Image.open(tmp_path / f"{name}.png").convert("RGB").tobytes() for name in ("page", "again"))
+    assert max(abs(a - b) for a, b in zip(drawn, again, strict=True)) <= 1
+
+
+def test_what_steers_is_of_the_page_and_within_the_limits(served: Served) -> None:
+    sent = served.sent(png())
+    usual = {"network": None, "hint": None, "scale": 1.0, "start": 0.0, "end": 1.0}
+    never = [math.nan, math.inf, -1, HUGE, "1", [1], True, None]
+    wrong = [
+        *({"network": value} for value in ("/etc/passwd", "../shapes", "owner/net", "model", 5, ["shapes"], "")),
+        *({"hint": value} for value in ("depth", "../x", 5, [], {}, "")),
+        *({"scale": value} for value in (*never, 2.1, 0)),
+        *({"start": value} for value in (*never, 1.0)),
+        *({"end": value} for value in (*never, 0.0, 1.1)),
+        {"start": 0.6, "end": 0.6},
+    ]
+    for changes in wrong:
+        in_words(served.call("control", "a cat", sent, *{**usual, **changes}.values(), "", 2, None, 1))
+    answer = served.call("control", "a cat", sent, *usual.values(), "", 2, None, 1)
+    assert answer.error is None, answer.error
+
+
 def files_of_strangers(served: Served, secret: Path) -> list[Any]:
     """What calls name in place of a picture that was uploaded."""
     address = f"{served.url}/gradio_api/info"
@@ -164,6 +226,7 @@ def test_no_path_and_no_address_of_a_stranger_is_opened(served: Served) -> None:
     for value in files_of_strangers(served, secret):
         in_words(served.call("transform", value, "a cat", None, 0.6, "", 2, None, 1))
         in_words(served.call("recipe", value))
+        in_words(served.call("control", "a cat", value, None, None, 1.0, 0.0, 1.0, "", 2, None, 1))
     good = served.sent(png())
     in_words(served.call("transform", good, "a cat", file_data(str(secret)), 0.6, "", 2, None, 1))
     assert "fault" not in "\n".join(served.log.read_text().splitlines()[began:])
@@ -315,16 +378,19 @@ def test_gradios_own_client_works_against_the_named_endpoints(served: Served, tm
 
     client = Client(served.url, verbose=False, download_files=str(tmp_path))
     names = set(client.view_api(return_format="dict")["named_endpoints"])
-    expected = "about generate recipe transform style trajectory steps attention compare"
+    expected = "about generate recipe transform control style trajectory steps attention compare"
     assert names == {f"/{name}" for name in expected.split()}
     about = client.predict(api_name="/about")
     assert about["ready"] and about["styles"] == ["gentle", "strong"] and [64, 64] in about["sizes"]
+    assert about["controls"] == ["shapes"] and {"color", "grey", "blur", "none"} <= set(about["hints"])
     pictures, recipe = client.predict("a red apple", steps=2, seed=3, pictures=2, api_name="/generate")
     assert [Image.open(picture).size for picture in pictures] == [(64, 64)] * 2 and recipe["seed"] == 3
     changed, said = client.predict(
         handle_file(pictures[0]), "a blue heart", strength=0.5, steps=4, api_name="/transform"
     )
     assert Image.open(changed).size == (64, 64) and said["strength"] == 0.5
+    steered, shown, said = client.predict("a red apple", handle_file(pictures[0]), steps=2, api_name="/control")
+    assert Image.open(steered).size == Image.open(shown).size == (64, 64) and said["network"] == "shapes"
     there, expected, steps = client.predict("a cat", api_name="/trajectory")
     assert len(there) == len(expected) == len(steps) == 8
     picture, heat = client.predict("a red apple", "apple", api_name="/attention")

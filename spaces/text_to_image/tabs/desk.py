@@ -10,9 +10,11 @@ import gradio as gr
 from gradio import FileData
 from PIL import Image, ImageOps
 
-from hubgen.data.pictures import as_mask, on_white
+from hubgen.data.errors import DataError
+from hubgen.data.pictures import as_mask, on_white, standard
 from hubgen.hub.provenance import Request
 from hubgen.spaces.kit import stage
+from hubgen.spaces.kit.controls import Offered, Steering, checked_steering, hint_kinds, made_hint
 from hubgen.spaces.kit.limits import Refused, checked_whole
 from hubgen.spaces.kit.page import FOLDER, sweep
 from hubgen.spaces.kit.recipes import png, shown_name, write_recipe
@@ -24,6 +26,8 @@ SHAPES = ((1, 1), (3, 4), (4, 3), (2, 3), (3, 2), (9, 16), (16, 9))
 """Width to height"""
 STRENGTH = 0.6
 """Of drawing over a picture, where nothing is said"""
+MOST_SEEN = 1024
+"""Pixels of a side of a picture that a network sees as it is"""
 QUEUE: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
 """Of all events that need the model: one at a time"""
 
@@ -138,6 +142,31 @@ class Desk:
                 raise Refused("Nothing of the picture is marked; paint over the part that is to change.")
         return options
 
+    def hint(self, picture: Image.Image, kind: Any, size: tuple[int, int]) -> Image.Image:
+        """What a network is shown of a picture that was sent: its middle, cut to (width, height), as a hint."""
+        return made_hint(ImageOps.fit(plain_picture(picture), size, Image.Resampling.LANCZOS), kind)
+
+    def steering(
+        self,
+        offered: Sequence[Offered],
+        name: Any,
+        picture: Any,
+        kind: Any,
+        scale: Any,
+        start: Any,
+        end: Any,
+        size: tuple[int, int] | None,
+    ) -> Steering:
+        """A network of those that are offered, all of one kind, with what it is shown; see `checked_steering`."""
+        if not isinstance(picture, Image.Image) or size is None:
+            raise Refused("Send a picture first.")
+        if offered and offered[0].sees_pictures:
+            shown = plain_picture(picture)
+            shown.thumbnail((MOST_SEEN, MOST_SEEN))
+        else:
+            shown = self.hint(picture, kind, size)
+        return checked_steering(offered, name, shown, scale, start, end, self.limits)
+
     def upload(self, value: Any, name: str = "The picture") -> Image.Image:
         """A picture that was sent to an endpoint."""
         if value is None:
@@ -199,19 +228,22 @@ class Desk:
     # ---- what is said about the page ----
 
     def about(self) -> dict[str, Any]:
-        """What this page draws with: models, sizes, styles, and the limits of a request."""
+        """What this page draws with: models, sizes, styles, networks that steer, and the limits of a request."""
         limits = self.limits
         return {
             "models": [model.title for model in self.service.models],
             "device": self.model.device,
             "sizes": list(self.sizes.values()),
             "styles": [style.name for style in self.service.styles],
+            "controls": [one.name for one in self.model.offered],
+            "hints": list(hint_kinds()),
             "defaults": {"steps": self.steps, "guidance": self.defaults.guidance_scale},
             "limits": {
                 "prompt_characters": limits.prompt_characters,
                 "steps": limits.steps,
                 "pixels": limits.pixels,
                 "pictures": limits.pictures,
+                "control": limits.control,
                 "upload_bytes": limits.upload_bytes,
                 "upload_pixels": limits.upload_pixels,
                 "seconds": limits.seconds,
@@ -289,6 +321,14 @@ def tie_drawing(
     stop.click(desk.stopped, None, shown[0], queue=False, cancels=[running], api_visibility="private")
 
 
+def plain_picture(picture: Image.Image) -> Image.Image:
+    """A picture that was sent, upright and RGB."""
+    try:
+        return on_white(standard(picture, "The picture"))
+    except DataError:
+        raise Refused("The picture is damaged, or of a kind that is not read here; send a PNG, JPEG or WebP.") from None
+
+
 def new_folder() -> Path:
     """For one file, below the page's folder, under a name that nobody guesses."""
     return FOLDER / secrets.token_hex(16)
@@ -347,6 +387,8 @@ def restored(request: Request, desk: Desk) -> dict[str, Any]:
         notes.append("It was drawn by another model, so it will look different.")
     if request.strength is not None:
         notes.append("It was drawn over another picture, which it does not carry.")
+    if request.control:
+        notes.append("It was steered by another picture, which it does not carry: see Control.")
     size = (drawing.width, drawing.height)
     label = next((label for label, sides in desk.sizes.items() if sides == size), None)
     if label is None:
