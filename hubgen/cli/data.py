@@ -70,6 +70,7 @@ def add_data(commands: Any) -> None:
     )
     emoji.set_defaults(run=data_emoji)
     add_hints(kinds)
+    add_edits(kinds)
 
 
 HINTS_DESCRIPTION = """\
@@ -132,8 +133,120 @@ def data_hints(arguments: argparse.Namespace) -> None:
     except ValueError as error:
         if isinstance(error, DataError):
             raise
-        text = str(error)
-        raise ValueError(text.replace("`", "--", 1).replace("`", "", 1) if text.startswith("`") else text) from error
+        raise as_option(error) from error
+
+
+def as_option(error: ValueError) -> ValueError:
+    """An error about an argument of Python, as one about the option of its name."""
+    text = str(error)
+    return ValueError(text.replace("`", "--", 1).replace("`", "", 1) if text.startswith("`") else text)
+
+
+EDITS_DESCRIPTION = """\
+Write pictures before and after edits, with the edits in words, to train a model that follows instructions
+(`hubgen train instruct-pix2pix`). SOURCE is an image-text folder, whose pictures are edited by rule; or a .jsonl file
+with an object of input, edit and output in each line: then a model draws pictures of input and of output, alike but for
+the edit (Prompt-to-Prompt), from several seeds. The rows are original_image, edit_prompt, edited_image.
+
+Running it again after an interruption finishes what is missing.
+"""
+
+EDITS_EPILOG = """\
+examples:
+  hubgen data edits data/fluent --out data/edits
+  hubgen data edits data/fluent --edits mirror grey red blue --out data/edits
+  hubgen data edits prompts.jsonl --model runwayml/stable-diffusion-v1-5 --seeds 8 --out data/pairs \\
+      --scorer openai/clip-vit-large-patch14
+
+A line of prompts.jsonl:
+  {"input": "a photo of a cat", "edit": "make it a dog", "output": "a photo of a dog"}
+
+exit status:
+  0 done, 2 bad arguments or files (one line says what), 130 interrupted, 1 a fault in hubgen
+"""
+RULES = ("mirror", "upside_down", "grey", "swap_red_and_blue")
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink")
+
+
+def add_edits(kinds: Any) -> None:
+    """Adds `hubgen data edits`."""
+    edits = add_command(
+        kinds, "edits", summary="edits with instructions", description=EDITS_DESCRIPTION, epilog=EDITS_EPILOG
+    )
+    edits.add_argument("source", type=Path, metavar="SOURCE", help="an image-text folder, or a .jsonl file of prompts")
+    edits.add_argument("--out", type=Path, metavar="DIR", required=True, help="the folder to write")
+    edits.add_argument(
+        "--edits",
+        nargs="+",
+        choices=(*RULES, *COLOURS),
+        metavar="NAME",
+        help=f"of a folder: {', '.join(RULES)} (these if not given), or a colour that the picture is turned to, where "
+        f"one prevails: {', '.join(COLOURS)}",
+    )
+    edits.add_argument("--model", metavar="MODEL", help="of prompts: what draws (default: the bundled model)")
+    edits.add_argument("--seeds", type=positive, metavar="N", help="of prompts: pairs of each (default: 4)")
+    edits.add_argument("--keep", type=positive, metavar="N", help="of prompts: the best of them (default: 1)")
+    edits.add_argument("--steps", type=positive, metavar="N", help="of prompts: denoising steps (default: the model's)")
+    edits.add_argument("--seed", type=seed, metavar="N", help="of prompts: start of the random numbers (default: 0)")
+    edits.add_argument(
+        "--scorer",
+        metavar="CLIP",
+        help="of prompts: folder or Hub id of a CLIP that chooses the best pairs, and leaves out bad ones",
+    )
+    edits.set_defaults(run=data_edits)
+
+
+def data_edits(arguments: argparse.Namespace) -> None:
+    """`hubgen data edits`: pictures before and after edits, by rule or drawn by a model."""
+    source, out = arguments.source, arguments.out
+    of_prompts = source.is_file() and source.suffix == ".jsonl"
+    if not of_prompts and not source.is_dir():
+        raise ValueError(f"{source}: no such folder or .jsonl file, expected an image-text folder, or prompts")
+    others = ("edits",) if of_prompts else ("model", "seeds", "keep", "steps", "seed", "scorer")
+    for name in others:
+        if getattr(arguments, name) is not None:
+            kind = "a folder" if of_prompts else "a .jsonl file of prompts"
+            raise ValueError(f"--{name}: is for {kind}, and {source} is none")
+    if of_prompts:
+        count = drawn_pairs(arguments)
+    else:
+        from hubgen.data.edits import USUAL, write_edits
+
+        check_out(out)
+        count = write_edits(source, out, arguments.edits or USUAL)
+    print(f"{out}: {count} edits")
+
+
+def drawn_pairs(arguments: argparse.Namespace) -> int:
+    """Has a model draw the pairs of a file of prompts; how many."""
+    from hubgen.data.edits import DirectionalSimilarity, Drawing, read_triples, write_pairs
+    from hubgen.hub.finding import BUNDLED, find_model, read_index
+
+    triples = read_triples(arguments.source)
+    given = {"seeds": arguments.seeds, "kept": arguments.keep, "steps": arguments.steps, "seed": arguments.seed}
+    drawing = Drawing(**{name: value for name, value in given.items() if value is not None})
+    model = arguments.model or BUNDLED
+    folder = find_model(model, "--model")
+    check_out(arguments.out)
+    from hubgen.acceleration.device import choose_device
+    from hubgen.pipelines.loading import is_text_to_image, load_pipeline
+
+    index = read_index(model, None, folder, "--model")
+    if not is_text_to_image(index):
+        raise ValueError(f"--model {model}: is a {index['_class_name']}, expected one that draws prompts")
+    device, dtype = choose_device(None, None, "--device")
+    pipe = load_pipeline(index, model, None, folder, dtype=dtype, argument="--model").to(device)
+    pipe.set_progress_bar_config(disable=True)
+    score = None
+    if arguments.scorer is not None:
+        try:
+            score = DirectionalSimilarity.from_pretrained(arguments.scorer)
+        except Exception as error:  # folders of weights fail in every way there is
+            from hubgen.errors import one_line
+
+            raise ValueError(f"--scorer {arguments.scorer}: {one_line(error)}") from error
+        score.model.to(device)
+    return write_pairs(pipe, triples, arguments.out, drawing, score, model)
 
 
 def check_picture(out: Path) -> None:

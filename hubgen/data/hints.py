@@ -10,7 +10,6 @@
 An image-text folder with hints has one more column, `conditioning_image`; `datasets` finds it too.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,15 +20,14 @@ from PIL import Image, ImageFilter
 from tqdm.auto import tqdm
 
 from hubgen.checks import is_number, is_whole
+from hubgen.data.derived import begin, copy_licences, splits_of, write_table
 from hubgen.data.errors import DataError
 from hubgen.data.image_folder import ImageTextFolder
-from hubgen.data.metadata import METADATA, has_metadata
 from hubgen.formats.atomic import written
 
 COLUMN = "conditioning_image"
 HINTS = "hints"
 """The folder of the hints, beside the pictures"""
-LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "build.json")
 
 
 def edges(picture: Image.Image, low: float = 100, high: float = 200) -> Image.Image:
@@ -118,19 +116,9 @@ def write_hints(source: Path, kind: str, out: Path, **options: Any) -> int:
     """
     check_options(kind, options)
     hint_of(Image.new("RGB", (8, 8)), kind, **options)  # what computes it is there
-    described = {"hints": {"kind": kind, **options}}
-    begun = out / "hints.json"
-    if out.exists() and any(out.iterdir()) and not begun.is_file():
-        raise DataError(f"{out}: holds other files, expected a new or empty folder")
-    if begun.is_file() and json.loads(begun.read_text(encoding="utf-8")) != described:
-        raise DataError(f"{out}: was begun with other hints ({begun.name}), expected a new or empty folder")
-    splits = [path.name for path in sorted(source.iterdir()) if path.is_dir() and has_metadata(path)]
-    folders = {split: ImageTextFolder(source, split) for split in splits} or {".": ImageTextFolder(source)}
-    out.mkdir(parents=True, exist_ok=True)
-    _write(begun, json.dumps(described, indent=2) + "\n")
-    for pattern in LICENCES:
-        for path in source.glob(pattern):
-            shutil.copyfile(path, out / path.name)
+    folders = splits_of(source)
+    begin(out, {"hints": {"kind": kind, **options}}, "hints.json")
+    copy_licences(source, out)
     return sum(_write_split(folder, kind, out / split, options) for split, folder in folders.items())
 
 
@@ -147,11 +135,5 @@ def _write_split(folder: ImageTextFolder, kind: str, out: Path, options: Mapping
         captions = folder.captions[row]
         texts = {"text": captions[0], **({"captions": captions} if len(captions) > 1 else {})}
         rows.append({"file_name": name, **texts, f"{COLUMN}_file_name": hint})
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    _write(out / METADATA[0], "".join(lines))
+    write_table(out, rows)
     return len(rows)
-
-
-def _write(path: Path, text: str) -> None:
-    with written(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
