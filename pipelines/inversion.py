@@ -208,7 +208,8 @@ def refuse(pipe: Any, arguments: Mapping[str, Any], names: Sequence[str], reason
     known = inspect.signature(type(pipe).__call__).parameters
     for name, value in arguments.items():
         if name in names:
-            raise ValueError(f"`{name}`: got {value!r:.100}, expected none: {reason}.")
+            found = f"a {type(value).__name__}" if torch.is_tensor(value) else f"{value!r:.100}"
+            raise ValueError(f"`{name}`: got {found}, expected none: {reason}.")
         if name not in known:
             raise TypeError(f"`{name}`: got one, expected an argument of {type(pipe).__name__}'s call.")
 
