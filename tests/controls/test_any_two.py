@@ -23,6 +23,7 @@ from hubgen.backbones.t2i_adapter import T2IAdapter
 from hubgen.controls.control import Control
 from hubgen.controls.controlnet import ControlNet
 from hubgen.controls.ip_adapter import IPAdapter
+from hubgen.controls.prompt_to_prompt import PromptToPrompt
 from hubgen.pipelines.class_to_image import ClassToImagePipeline
 from hubgen.pipelines.text_to_image import TextToImagePipeline
 from tests.official_images import mask, picture
@@ -115,15 +116,22 @@ def lora(name: str, pipe: Any) -> One:
     return One(put)
 
 
+def prompt_to_prompt(name: str, pipe: Any) -> One:
+    """The second picture as an edit of the first."""
+    settings = {"self_tokens": 64} if name in U_NETS else {}
+    return controls(lambda scale: PromptToPrompt(self_steps=0.5, **settings), scaled=False)
+
+
 KINDS: Mapping[str, Callable[[str, Any], One | None]] = {
     "ControlNet": partial(controlnet, seed=7),
     "another ControlNet": partial(controlnet, seed=8),
     "IP-Adapter": ip_adapter,
     "T2I-adapter": t2i_adapter,
     "LoRA": lora,
+    "prompt-to-prompt": prompt_to_prompt,
 }
 """By its name, what makes one for a pipeline; `None` where the family has none"""
-NOT_IN_THE_TABLE = ("another ControlNet", "LoRA")
+NOT_IN_THE_TABLE = ("another ControlNet", "LoRA", "prompt-to-prompt")
 """Of what works on which model: other tests show it"""
 
 
