@@ -38,9 +38,9 @@ class NullText(Control):
 
     def __init__(self, embeddings: torch.Tensor):
         if not torch.is_tensor(embeddings) or embeddings.ndim != 4 or not embeddings.is_floating_point():
-            found = tuple(embeddings.shape) if torch.is_tensor(embeddings) else repr(embeddings)
-            raise ValueError(f"`embeddings`: got {found:.100}, expected a tensor (steps, pictures, tokens, features).")
-        self.embeddings = embeddings
+            found = str(tuple(embeddings.shape)) if torch.is_tensor(embeddings) else f"{embeddings!r:.100}"
+            raise ValueError(f"`embeddings`: got {found}, expected a tensor (steps, pictures, tokens, features).")
+        self.embeddings = embeddings.detach()
 
     def check(self, target: Target) -> None:
         """Raises ValueError unless the call guides, reads words, and has as many steps and fitting pictures."""
