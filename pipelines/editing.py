@@ -29,6 +29,7 @@ from hubgen.conditioning.prompts import PromptCondition
 from hubgen.controls.control import Control, Prepared, Start, Target, check_controls, open_doors, opened, prepare_all
 from hubgen.controls.null_text import NullText, NullTextFit
 from hubgen.data.images import Images
+from hubgen.diffusers_contract import has_step_caches
 from hubgen.pipelines.checks import check_generator, check_output
 from hubgen.pipelines.denoising import Generator
 from hubgen.pipelines.flow_edit import GuidedVelocity, VelocityDifference, edit_defaults
@@ -251,7 +252,7 @@ class EditingMixin:
         """
         if not is_flow(self.scheduler):
             raise ValueError(f"flow_edit: got a {type(self.scheduler).__name__}, expected a scheduler of a flow.")
-        if getattr(self.backbone, "is_cache_enabled", False):
+        if has_step_caches(self.backbone):
             raise ValueError("flow_edit: got a backbone with a step cache, expected none (disable_cache()).")
         family, condition, own = self.family, self.condition, self.defaults()
         default = edit_defaults(self.family_defaults, own.steps, own.guidance_scale)
@@ -289,6 +290,9 @@ class EditingMixin:
                 generator=list(generator) if isinstance(generator, tuple) else generator,
                 image_encoder=self.image_encoder,
                 feature_extractor=self.feature_extractor,
+                prompts=sides[1].prompts.read_by_all,
+                condition=condition,
+                max_sequence_length=max_sequence_length,
             )
             for control in steering:
                 control.check(target)

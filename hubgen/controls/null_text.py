@@ -20,6 +20,7 @@ from hubgen.conditioning.condition import Condition
 from hubgen.conditioning.guidance import NEGATIVE, POSITIVE, ClassifierFreeGuidance
 from hubgen.conditioning.predict import BackboneCall, predict
 from hubgen.controls.control import Control, Prepared, Start, Target
+from hubgen.diffusers_contract import has_step_caches
 
 # How much larger a loss may be with each step for its optimisation to end, as in the paper's code.
 LOOSER = 2e-5
@@ -150,7 +151,7 @@ class NullTextFit(Control):
                 f"`trajectory`: got {len(self.trajectory)} states of {pictures} pictures, expected "
                 f"{len(target.timesteps) + 1} of {target.batch}."
             )
-        if getattr(target.backbone, "is_cache_enabled", False):
+        if has_step_caches(target.backbone):
             raise ValueError("`controls`: got NullTextFit, expected a backbone without a step cache (disable_cache()).")
         if torch.is_inference_mode_enabled():
             raise ValueError("`controls`: got NullTextFit in torch.inference_mode, where nothing has a gradient.")
