@@ -98,6 +98,7 @@ HOMES = {
     "IPAdapter": "hubgen.controls.ip_adapter",
     "LogitNormalDensity": "hubgen.paths.timesteps",
     "NullText": "hubgen.controls.null_text",
+    "PictureGuidance": "hubgen.conditioning.guidance",
     "PooledLatents": "hubgen.controls.image_encoders",
     "PromptToPrompt": "hubgen.controls.prompt_to_prompt",
     "RectifiedFlowPath": "hubgen.paths.path",
@@ -118,6 +119,7 @@ HOMES = {
     "bundled_model": "hubgen.hub.bundled",
     "optimize": "hubgen.acceleration.optimize",
     "restore": "hubgen.acceleration.optimize",
+    "widen": "hubgen.adaptation.widening",
 }
 # diffusers' loader looks for the base classes of a component in the component's library.
 BASE_CLASSES = {

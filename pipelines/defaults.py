@@ -1,10 +1,12 @@
 """Per-family defaults of diffusers' pipelines, and the names of these pipelines."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from hubgen.conditioning.families import BackboneFamily
 from hubgen.conditioning.prompts import ClipAndT5, OneEncoder, PromptCondition, TwoClips, TwoClipsAndT5
+from hubgen.controls.shown_picture import FLUX_CONTROL, INSTRUCTION, REFERENCE, EditInput
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class FamilyDefaults:
     """diffusers' pipeline for a backbone that is shown mask and masked picture"""
     controlled: str | None = None
     """diffusers' pipeline for the same with a ControlNet"""
+    image_guidance_scale: float = 1.5
+    """Of a model that is guided by a picture that it is shown"""
     tells_safety: bool = False
     """Whether its calls return beside the pictures which of them a safety checker has blackened, `None` without one"""
 
@@ -77,6 +81,36 @@ FLUX = FamilyDefaults(
     controlled="FluxControlNetPipeline",
 )
 
+FLUX_FILL = replace(FLUX, inpaint=Defaults(50, 30.0), inpainting="FluxFillPipeline", controlled=None)
+# By what the backbone is shown beside x_t, and where it is shown nothing.
+SHOWN: Mapping[tuple[str, str | None], FamilyDefaults] = {
+    (INSTRUCTION.name, STABLE_DIFFUSION.pipeline): replace(
+        STABLE_DIFFUSION,
+        image_to_image=Defaults(100, 7.5),
+        inpaint=Defaults(100, 7.5),
+        pipeline="StableDiffusionInstructPix2PixPipeline",
+        controlled=None,
+    ),
+    (INSTRUCTION.name, SDXL.pipeline): replace(
+        SDXL,
+        image_to_image=Defaults(100, 5.0),
+        inpaint=Defaults(100, 5.0),
+        pipeline="StableDiffusionXLInstructPix2PixPipeline",
+        controlled=None,
+    ),
+    (INSTRUCTION.name, SD3.pipeline): replace(
+        SD3, image_to_image=Defaults(28, 7.0), inpaint=Defaults(28, 7.0), pipeline=None, controlled=None
+    ),
+    (FLUX_CONTROL.name, FLUX.pipeline): replace(FLUX, pipeline="FluxControlPipeline", controlled=None),
+    (REFERENCE.name, FLUX.pipeline): replace(
+        FLUX,
+        image_to_image=Defaults(28, 3.5),
+        inpaint=Defaults(28, 3.5),
+        pipeline="FluxKontextPipeline",
+        controlled=None,
+    ),
+}
+
 READS = (
     *("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
     *("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"),
@@ -88,18 +122,43 @@ READS = (
     *("StableDiffusionXLControlNetUnionPipeline", "StableDiffusionXLControlNetUnionImg2ImgPipeline"),
     *("StableDiffusionXLControlNetUnionInpaintPipeline", "StableDiffusion3ControlNetPipeline"),
     *("StableDiffusion3ControlNetInpaintingPipeline", "FluxControlNetPipeline", "FluxControlNetImg2ImgPipeline"),
-    "FluxControlNetInpaintPipeline",
+    *("FluxControlNetInpaintPipeline", "StableDiffusionInstructPix2PixPipeline"),
+    *("StableDiffusionXLInstructPix2PixPipeline", "StableDiffusion3InstructPix2PixPipeline", "FluxControlPipeline"),
+    *("FluxControlImg2ImgPipeline", "FluxControlInpaintPipeline", "FluxFillPipeline", "FluxKontextPipeline"),
+    "FluxKontextInpaintPipeline",
 )
+KONTEXT = ("FluxKontextPipeline", "FluxKontextInpaintPipeline")
+"""Whose backbones are those of text to image, so that nothing but the pipeline's name tells what they are shown"""
 
 
-def defaults_of(condition: PromptCondition, family: BackboneFamily, refines: bool) -> FamilyDefaults:
+def defaults_of(
+    condition: PromptCondition,
+    family: BackboneFamily,
+    refines: bool,
+    shown: EditInput | None = None,
+    masks: bool = False,
+) -> FamilyDefaults:
     """The defaults of a pipeline, by its text encoders and its backbone.
 
     Args:
         condition: How the text encoders are joined.
         family: Of the backbone.
         refines: Whether the backbone is given an aesthetic score.
+        shown: What the backbone is shown beside x_t.
+        masks: Whether that is a mask and the masked picture.
     """
+    found = plain_defaults(condition, family, refines)
+    if masks and found is FLUX:
+        return FLUX_FILL
+    if shown is None:
+        return found
+    found = SHOWN.get((shown.name, found.pipeline), replace(found, pipeline=None, controlled=None))
+    as_published = shown in (INSTRUCTION, FLUX_CONTROL, REFERENCE)
+    return found if as_published else replace(found, pipeline=None)
+
+
+def plain_defaults(condition: PromptCondition, family: BackboneFamily, refines: bool) -> FamilyDefaults:
+    """The same where the backbone is shown nothing, or a mask; arguments as there."""
     if isinstance(condition, ClipAndT5):
         return FLUX
     if isinstance(condition, TwoClipsAndT5):

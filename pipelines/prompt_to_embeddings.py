@@ -12,7 +12,7 @@ import torch
 from hubgen.checks import whole
 from hubgen.conditioning.condition import Condition
 from hubgen.conditioning.families import BackboneFamily
-from hubgen.conditioning.guidance import NEGATIVE, POSITIVE
+from hubgen.conditioning.guidance import NEGATIVE, PICTURE, POSITIVE
 from hubgen.conditioning.prompts import ClipAndT5, PromptCondition, TwoClips, TwoClipsAndT5
 
 logger = logging.getLogger(__name__)
@@ -24,13 +24,14 @@ EMBEDDINGS = {
     "negative_prompt_embeds": (NEGATIVE, "tokens"),
     "negative_pooled_prompt_embeds": (NEGATIVE, "pooled"),
 }
-# What a callback may ask for: whose branches' rows a tensor has, and which field of their conditions.
-BOTH = (NEGATIVE, POSITIVE)
+# What a callback may ask for: whose branches' rows a tensor has, as far as the call has them, and which field of their
+# conditions.
+ALL = (NEGATIVE, PICTURE, POSITIVE)
 SHOWN = {
-    "prompt_embeds": (BOTH, "tokens"),
-    "pooled_prompt_embeds": (BOTH, "pooled"),
-    "add_text_embeds": (BOTH, "pooled"),
-    "add_time_ids": (BOTH, "micro"),
+    "prompt_embeds": (ALL, "tokens"),
+    "pooled_prompt_embeds": (ALL, "pooled"),
+    "add_text_embeds": (ALL, "pooled"),
+    "add_time_ids": (ALL, "micro"),
     "negative_prompt_embeds": ((NEGATIVE,), "tokens"),
     "negative_pooled_prompt_embeds": ((NEGATIVE,), "pooled"),
     "negative_add_time_ids": ((NEGATIVE,), "micro"),

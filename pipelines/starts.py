@@ -23,8 +23,11 @@ from hubgen.checks import whole
 from hubgen.conditioning.families import BackboneFamily, StartRules
 from hubgen.controls.control import Control, Generator, Start, Target
 from hubgen.controls.inpaint import Inpaint, is_shown_masks
+from hubgen.controls.shown_picture import EditInput
 from hubgen.data.images import Canvas, Images, crop_region, is_black, one_size, read_images, read_masks
 from hubgen.pipelines.checks import check_share, check_strength
+from hubgen.pipelines.shown import take_picture
+from hubgen.pipelines.sizes import result_size
 from hubgen.schedulers.times import noised, timestep_after
 
 logger = logging.getLogger(__name__)
@@ -43,9 +46,16 @@ class ImageArguments:
     padding_mask_crop: int | None = None
     denoising_start: float | None = None
     output_type: str = "pil"
+    control_image: Images | None = None
 
 
-def start_of(arguments: ImageArguments, family: BackboneFamily, space: LatentSpace, strength: float) -> "NoiseStart":
+def start_of(
+    arguments: ImageArguments,
+    family: BackboneFamily,
+    space: LatentSpace,
+    strength: float,
+    shown: EditInput | None = None,
+) -> "NoiseStart":
     """The start of a call, checked before any network runs.
 
     Args:
@@ -53,25 +63,44 @@ def start_of(arguments: ImageArguments, family: BackboneFamily, space: LatentSpa
         family: Of the backbone.
         space: Of its latents.
         strength: The default one, where there is an image.
+        shown: What the backbone is shown beside x_t.
 
     Raises:
         ValueError: An argument is not one that the model can work with, makes no sense without `image` or `mask_image`,
-            or these are missing.
+            or these are missing, or what the model is shown is.
     """
     without = {"image": ("mask_image", "strength", "denoising_start"), "mask_image": ()}
     for needed, names in without.items():
         for name in (*names, "masked_image_latents", "padding_mask_crop"):
             if getattr(arguments, needed) is None and getattr(arguments, name) is not None:
                 raise ValueError(f"`{name}`: got one without `{needed}`, expected both or none.")
-    if arguments.mask_image is None and is_shown_masks(family, space.channels):
+    masks = is_shown_masks(family, space)
+    if arguments.mask_image is None and masks:
         found = "`image`, `mask_image`: got none, expected both" if arguments.image is None else ""
         raise ValueError(
             f"{found or '`mask_image`: got None, expected a mask'}: this model inpaints, and is shown the mask and "
             "the masked image beside x_t."
         )
+    if shown is None and not masks and family.channels != space.channels:
+        raise ValueError(
+            f"`image`: this call cannot show a picture to a backbone of {family.channels} channels, expected one of "
+            f"{space.channels}, as the latents have."
+        )
+    if arguments.control_image is not None and (shown is None or shown.is_edited):
+        raise ValueError(
+            "`control_image`: got one, expected none: this model is not shown one (see `controls` for ControlNets)."
+        )
+    taken = None if shown is None else take_picture(arguments, shown, space)
+    arguments = arguments if taken is None else taken.rest
     if arguments.image is None:
-        return NoiseStart(space.checked_size(arguments.height, arguments.width))
-    return ImageStart(arguments, family, space, strength)
+        start = NoiseStart(space.checked_size(arguments.height, arguments.width))
+        canvas = Canvas(start.size, space.multiple, space.channels)
+    else:
+        start = image_start = ImageStart(arguments, family, space, strength, shown)
+        canvas = image_start.canvas
+    if taken is not None:
+        start.shown = [taken.control(canvas)]
+    return start
 
 
 class NoiseStart:
@@ -83,10 +112,12 @@ class NoiseStart:
 
     def __init__(self, size: tuple[int, int]):
         self.size = size
+        self.shown: list[Control] = []
+        """The picture that the backbone is shown beside x_t"""
 
     def controls(self) -> list[Control]:
         """What the arguments mean beside where to begin."""
-        return []
+        return self.shown
 
     def check(self, target: Target) -> None:
         """Raises ValueError where the start and the call do not fit each other."""
@@ -114,13 +145,24 @@ class ImageStart(NoiseStart):
         family: Of the backbone.
         space: Of its latents.
         default_strength: Of diffusers' pipeline for this task.
+        shown: What the backbone is shown beside x_t.
 
     Raises:
         ValueError: An argument is not one that the model can work with.
     """
 
-    def __init__(self, arguments: ImageArguments, family: BackboneFamily, space: LatentSpace, default_strength: float):
+    def __init__(
+        self,
+        arguments: ImageArguments,
+        family: BackboneFamily,
+        space: LatentSpace,
+        default_strength: float,
+        shown: EditInput | None = None,
+    ):
         self.rules, self.space = family.starts, space
+        # Kontext begins at the very latents that it is shown.
+        self.encode = shown.encoded if shown is not None and shown.as_tokens else encode
+        self.draws_first = shown is not None and shown.drawn
         self.denoising_start = check_share("denoising_start", arguments.denoising_start)
         if arguments.strength is not None and self.denoising_start is not None:
             logger.warning("`strength` has no effect beside `denoising_start`.")
@@ -133,13 +175,14 @@ class ImageStart(NoiseStart):
         crop = self._crop(arguments.padding_mask_crop, arguments.output_type)
         self.canvas = Canvas(self.size, space.multiple, space.channels, crop)
         self.masked_image_latents = arguments.masked_image_latents
-        self.needs_data = self.mask is None or not is_shown_masks(family, space.channels)
+        self.needs_data = self.mask is None or not is_shown_masks(family, space)
 
     def controls(self) -> list[Control]:
-        """What a mask means."""
+        """What a mask means, and what the backbone is shown."""
         if self.mask is None:
-            return []
-        return [Inpaint(self.image, self.mask, self.canvas, self.masked_image_latents)]
+            return self.shown
+        masked = Inpaint(self.image, self.mask, self.canvas, self.masked_image_latents, self.draws_first)
+        return [masked, *self.shown]
 
     def check(self, target: Target) -> None:
         """Raises ValueError unless the number of images divides that of the pictures."""
@@ -156,36 +199,10 @@ class ImageStart(NoiseStart):
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """(H, W) of the result: as was asked, or what the family takes from the image."""
-        space, is_latent = self.space, Canvas.is_latent(self.image)
-        found = one_size("image", self.image)
-        if is_latent:
-            found = (found[0] * space.factor, found[1] * space.factor)
         if self.mask is not None:
             one_size("mask_image", self.mask)  # it is resized as the image is
-        if is_latent:
-            own = found
-        elif self.rules.keeps_image_size and self.mask is None:
-            own = (
-                max(found[0] // space.multiple, 1) * space.multiple,
-                max(found[1] // space.multiple, 1) * space.multiple,
-            )
-        else:
-            own = space.default_size
-        size = (own[0] if height is None else height, own[1] if width is None else width)
-        if is_latent and size != found:
-            raise ValueError(
-                f"`height`, `width`: got {size[0]}x{size[1]}, expected {found[0]}x{found[1]}, because `image` holds "
-                "latents of that size, which cannot be resized."
-            )
-        if size != found:
-            logger.warning(
-                "The image of %dx%d pixels (height x width) is resized to %dx%d; `height` and `width` choose another "
-                "size, in multiples of %d.",
-                *found,
-                *size,
-                space.multiple,
-            )
-        return space.checked_size(*size)
+        keeps = self.rules.keeps_image_size and self.mask is None
+        return result_size("image", self.image, self.space, height, width, keeps)
 
     def _crop(self, padding: int | None, output_type: str) -> tuple[int, int, int, int] | None:
         """(left, top, right, bottom) of the part to make, `None` for all of it."""
@@ -266,7 +283,7 @@ class ImageStart(NoiseStart):
         if isinstance(target.generator, list) and not self.rules.draws_per_image and self.mask is None:
             pixels = target.for_all(pixels)
         if not Canvas.is_latent(self.image):
-            pixels = encode(target.vae, pixels, target.generator)
+            pixels = self.encode(target.vae, pixels, target.generator)
         return pixels if len(pixels) == target.batch else target.for_all(pixels)
 
 

@@ -10,7 +10,7 @@ P features of pooled text.
 
 import inspect
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -33,12 +33,20 @@ from hubgen.backbones.unet_condition import UNet2DConditionModel
 from hubgen.checks import whole
 from hubgen.conditioning.condition import Condition
 from hubgen.conditioning.families import BackboneFamily, family_of
-from hubgen.conditioning.guidance import NEGATIVE, POSITIVE, ClassifierFreeGuidance, Guidance
+from hubgen.conditioning.guidance import (
+    NEGATIVE,
+    PICTURE,
+    POSITIVE,
+    ClassifierFreeGuidance,
+    Guidance,
+    PictureGuidance,
+)
 from hubgen.conditioning.micro import MicroArguments
 from hubgen.conditioning.predict import Predictor
 from hubgen.conditioning.prompts import ClipAndT5, PromptCondition
 from hubgen.controls.control import Control, Target, check_controls, open_doors, opened, prepare_all
 from hubgen.controls.inpaint import is_shown_masks
+from hubgen.controls.shown_picture import REFERENCE, EditInput, edit_input
 from hubgen.data.images import Images
 from hubgen.hub.registration import loadable
 from hubgen.hub.single_file import SingleFilePipelineMixin
@@ -51,7 +59,7 @@ from hubgen.pipelines.checks import (
     check_latents,
     check_output,
 )
-from hubgen.pipelines.defaults import READS, Defaults, FamilyDefaults, defaults_of
+from hubgen.pipelines.defaults import KONTEXT, READS, Defaults, FamilyDefaults, defaults_of
 from hubgen.pipelines.denoising import AfterStep, Generator
 from hubgen.pipelines.denoising_pipeline import DenoisingPipeline
 from hubgen.pipelines.editing import EditingMixin
@@ -89,8 +97,9 @@ class TextToImagePipeline(
     """Pictures of prompts, by latent diffusion or flow matching.
 
     Reads the folders of diffusers' pipelines for Stable Diffusion 1, 2, XL and 3 and FLUX.1 (text to image, image to
-    image, inpainting), and is saved as one of them where it can be. Components may be hubgen's or diffusers' classes of
-    the same names, and schedulers any of diffusers'.
+    image, inpainting, ControlNets, and models that are shown a picture: InstructPix2Pix, UltraEdit, FLUX.1 Canny,
+    Depth, Fill and Kontext), and is saved as one of them where it can be. Components may be hubgen's or diffusers'
+    classes of the same names, and schedulers any of diffusers'.
 
     Args:
         vae: Autoencoder between pixels and latents.
@@ -118,9 +127,14 @@ class TextToImagePipeline(
             trained for (FLUX); `None` for 1024 with these.
         controlnet: A ControlNet, kept and saved with the rest; it steers the calls that are told so:
             `controls=[ControlNet(pipe.controlnet, image)]`.
+        edit_input: What the backbone is shown at every step, where its channels do not tell: "instruction", the picture
+            that is edited (InstructPix2Pix); "control", a hint; "reference", the picture that is edited, as further
+            tokens (FLUX.1 Kontext). `None` for what the channels tell; see `hubgen.controls.shown_picture`.
+        edit_input_normalised: Whether that picture's latents have the mean and scale of x_t; `None` for what is usual.
 
     Raises:
-        ValueError: Both or neither of `transformer` and `unet` were given.
+        ValueError: Both or neither of `transformer` and `unet` were given, or the backbone does not take the
+            `edit_input`.
     """
 
     # The annotations of __init__ name classes one by one, because diffusers' `from_pipe` compares types with them.
@@ -159,6 +173,8 @@ class TextToImagePipeline(
         requires_aesthetics_score: bool = False,
         default_side: int | None = None,
         controlnet: ModelMixin | None = None,
+        edit_input: str | None = None,
+        edit_input_normalised: bool | None = None,
     ):
         super().__init__()
         if (transformer is None) == (unet is None):
@@ -193,6 +209,8 @@ class TextToImagePipeline(
             force_zeros_for_empty_prompt=force_zeros_for_empty_prompt,
             requires_aesthetics_score=requires_aesthetics_score,
             default_side=default_side,
+            edit_input=edit_input,
+            edit_input_normalised=edit_input_normalised,
         )
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._guidance_scale = self.defaults().guidance_scale
@@ -207,7 +225,13 @@ class TextToImagePipeline(
         if self.controlnet is not None:
             union = self.controlnet.config.get("num_control_type") is not None
             return UNION_PIPELINE if union else family.controlled
-        return family.inpainting if is_shown_masks(self.family, self.vae.config.latent_channels) else family.pipeline
+        return family.inpainting if is_shown_masks(self.family, self.latent_space) else family.pipeline
+
+    @classmethod
+    def with_our_classes(cls, index: Mapping[str, Any]) -> dict[str, Any]:
+        """As in `NativePipeline`; of Kontext nothing but the pipeline's name tells that it is shown a picture."""
+        ours = super().with_our_classes(index)
+        return {"edit_input": REFERENCE.name, **ours} if ours.get("_class_name") in KONTEXT else ours
 
     def native_arguments(self) -> Collection[str] | None:
         """The arguments of diffusers' pipeline for such components; `None` where there is none."""
@@ -264,6 +288,8 @@ class TextToImagePipeline(
         cross_attention_kwargs: Mapping[str, Any] | None = None,
         joint_attention_kwargs: Mapping[str, Any] | None = None,
         controls: Sequence[Control] = (),
+        control_image: Images | None = None,
+        image_guidance_scale: float | None = None,
     ) -> TextToImageOutput | tuple[Any, ...]:
         """Makes pictures.
 
@@ -305,8 +331,11 @@ class TextToImagePipeline(
                 there is a negative prompt; it doubles the work.
             image: One or n images to begin from, n a divisor of the number of pictures: PIL (transparency becomes
                 white), arrays (n, H, W, 3) or tensors (n, 3, H, W) in [0, 1] or of uint8, or latents (n, C, h, w).
+                Models that edit (InstructPix2Pix, UltraEdit, FLUX.1 Kontext) are shown it at every step instead, and
+                begin at noise.
             mask_image: White (from 0.5 on), or opaque in a picture with transparent parts, where the image is made
-                anew; brought to the image's size.
+                anew; brought to the image's size. Of models that edit, the rest of the image stays as it is; UltraEdit
+                for masks is shown the mask, in all its shades.
             strength: In [0, 1], the share of the grid that is done: how far back towards noise an image goes. `None`
                 for the default of diffusers' pipeline.
             masked_image_latents: (n, C, h, w), in the place of the encoded masked image, for inpainting models.
@@ -328,6 +357,10 @@ class TextToImagePipeline(
             cross_attention_kwargs: Keywords for a U-Net's attention processors.
             joint_attention_kwargs: Keywords for a transformer's attention processors.
             controls: What else steers the call (`hubgen.controls`), in this order.
+            control_image: One or n hints, given as `image` is, for models that are shown one at every step (FLUX.1
+                Canny and Depth); `image` and `mask_image` beside it say where to begin.
+            image_guidance_scale: How near the result stays to `image`, for InstructPix2Pix and UltraEdit; `None`: 1.5.
+                Below 1, or without `guidance_scale` above 1, there is no guidance. See `PictureGuidance`.
 
         Raises:
             ValueError: An argument is not one that the model can work with; before anything is computed.
@@ -342,12 +375,14 @@ class TextToImagePipeline(
         defaults = self.defaults(image is not None, mask_image is not None)
         self._guidance_scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
         attention = self.attention_options(family, cross_attention_kwargs, joint_attention_kwargs)
+        shown = self.shown
+        image_scale = self.prepare_image_scale(shown, image_guidance_scale)
         guidance = self.prepare_guidance(
-            family, true_cfg_scale, guidance_rescale, guidance_interval, prompts.has_negative
+            family, true_cfg_scale, guidance_rescale, guidance_interval, prompts.has_negative, image_scale
         )
         guided = NEGATIVE in guidance.all_branches
         prompts.check(condition, family, guided)
-        start = start_of(images, family, space, defaults.strength)
+        start = start_of(images, family, space, defaults.strength, shown)
         micro.check("micro" in family.takes, self.config.requires_aesthetics_score)
         check_generator(generator, prompts.batch)
         check_latents(latents, space.shape(prompts.batch, start.size))
@@ -418,12 +453,17 @@ class TextToImagePipeline(
         rescale: float,
         interval: tuple[float, float],
         has_negative: bool,
+        image_scale: float | None = None,
     ) -> Guidance:
         """How the predictions of a step become one; with distilled weights, `guidance_scale` is an input of theirs.
 
-        Elsewhere it is read anew for each step: a callback may set `_guidance_scale`.
+        Elsewhere it is read anew for each step: a callback may set `_guidance_scale`. With `image_scale` there also is
+        a guidance by the picture that the backbone is shown.
         """
-        guidance = ClassifierFreeGuidance(self.guidance_scale, rescale, interval)
+        kind: Callable[..., ClassifierFreeGuidance] = ClassifierFreeGuidance
+        if image_scale is not None:
+            kind = partial(PictureGuidance, image_scale=image_scale)
+        guidance = kind(self.guidance_scale, rescale, interval)
         if not family.distilled:
             if true_cfg_scale is not None:
                 raise ValueError(
@@ -431,11 +471,25 @@ class TextToImagePipeline(
                     "classifier-free guidance."
                 )
             return LiveGuidance(guidance, lambda: self._guidance_scale)
-        guidance = ClassifierFreeGuidance(1.0 if true_cfg_scale is None else true_cfg_scale, rescale, interval)
+        guidance = kind(1.0 if true_cfg_scale is None else true_cfg_scale, rescale, interval)
         if guidance.enabled and not has_negative:
             logger.warning("`true_cfg_scale` has no effect without a negative prompt.")
             guidance = ClassifierFreeGuidance(1.0)
         return guidance
+
+    def prepare_image_scale(self, shown: EditInput | None, scale: float | None) -> float | None:
+        """The strength of the guidance by a shown picture; `None` where the model has no such guidance.
+
+        Raises:
+            ValueError: There was one, for such a model.
+        """
+        if shown is None or not shown.guided:
+            if scale is not None:
+                raise ValueError(
+                    f"`image_guidance_scale`: got {scale!r}, expected none: this model is not guided by a picture."
+                )
+            return None
+        return self.family_defaults.image_guidance_scale if scale is None else scale
 
     @staticmethod
     def attention_options(
@@ -543,6 +597,8 @@ class TextToImagePipeline(
             if "guidance_scale" in takes:
                 changes["guidance_scale"] = self.guidance_scale
             branches[branch] = replace(one, **changes)
+        if PICTURE in target.branches:  # differs from the negative branch by what the backbone is shown
+            branches[PICTURE] = branches[NEGATIVE]
         return branches
 
     def decode_latents(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
@@ -605,7 +661,14 @@ class TextToImagePipeline(
     @property
     def family_defaults(self) -> FamilyDefaults:
         """Defaults, and the pipelines of diffusers that these components make."""
-        return defaults_of(self.condition, self.family, self.config.requires_aesthetics_score)
+        family, masks = self.family, is_shown_masks(self.family, self.latent_space)
+        return defaults_of(self.condition, family, self.config.requires_aesthetics_score, self.shown, masks)
+
+    @property
+    def shown(self) -> EditInput | None:
+        """What the backbone is shown beside x_t; `None` for nothing, or a mask with the masked picture."""
+        config = self.config
+        return edit_input(self.family, self.latent_space, config.edit_input, config.edit_input_normalised)
 
     def defaults(self, image: bool = False, mask: bool = False) -> Defaults:
         """Defaults of a call without or with an image and a mask."""

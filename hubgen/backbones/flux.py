@@ -261,7 +261,8 @@ class FluxTransformer2DModel(FluxTransformer2DLoadersMixin, FluxStem):
             joint_attention_kwargs: Keywords for the attention processors; `scale`, the strength of LoRA layers; and
                 `ip_adapter_image_embeds`, the pictures of loaded IP-Adapters.
             controlnet_block_samples: A ControlNet's residuals, each (B, T, D), added to the image tokens by the double
-                blocks; fewer than the blocks serve several neighbouring blocks each.
+                blocks, to the first T where `hidden_states` holds tokens of other pictures behind those of x_t; fewer
+                than the blocks serve several neighbouring blocks each.
             controlnet_single_block_samples: The same for the single blocks.
             return_dict: Whether to return an output object rather than a tuple of one.
             controlnet_blocks_repeat: Whether `controlnet_block_samples` serve the double blocks in turns instead.

@@ -3,7 +3,8 @@
 Classifier-free guidance (Ho and Salimans, 2207.12598), its rescaling (Lin et al., 2305.08891, section 3.4) and its
 interval (Kynkäänniemi et al., 2404.07724).
 
-A guidance names branches: "positive" is the condition that is wanted, "negative" the one to lead away from. The
+A guidance names branches: "positive" is the condition that is wanted, "negative" the one to lead away from, and for
+models that are shown a picture "picture" is the negative condition beside the picture, where "negative" has none. The
 denoising loop has the backbone predict for all branches of a step in one call, whatever their number.
 """
 
@@ -15,7 +16,7 @@ import torch
 
 from hubgen.checks import is_number
 
-POSITIVE, NEGATIVE = "positive", "negative"
+POSITIVE, NEGATIVE, PICTURE = "positive", "negative", "picture"
 
 
 class Guidance(Protocol):
@@ -82,13 +83,62 @@ class ClassifierFreeGuidance:
         cond = predictions[POSITIVE]
         if NEGATIVE not in predictions:
             return cond
-        guided = torch.lerp(predictions[NEGATIVE], cond, self.scale)
+        guided = self.guided(predictions)
         if self.rescale == 0:
             return guided
         # 2305.08891, equations 15 and 16: phi = rescale
         dims = tuple(range(1, cond.ndim))
         ratio = cond.std(dims, keepdim=True) / guided.std(dims, keepdim=True)
         return torch.lerp(guided, guided * ratio, self.rescale)
+
+    def guided(self, predictions: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Of all branches, (B, ...) each, to (B, ...), before it is rescaled."""
+        return torch.lerp(predictions[NEGATIVE], predictions[POSITIVE], self.scale)
+
+
+@dataclass(frozen=True)
+class PictureGuidance(ClassifierFreeGuidance):
+    """Moves the prediction towards a picture that the model is shown, and from there towards the prompt.
+
+    e(0, 0) + image_scale * (e(I, 0) - e(0, 0)) + scale * (e(I, T) - e(I, 0)), with the picture I and the prompt T
+    (InstructPix2Pix, 2211.09800, equation 3). It is on where `scale` is above 1 and `image_scale` at least 1; elsewhere
+    the conditional prediction e(I, T) is all, as in diffusers' pipelines.
+
+    Args:
+        scale: See `ClassifierFreeGuidance`.
+        rescale: See `ClassifierFreeGuidance`.
+        interval: See `ClassifierFreeGuidance`.
+        image_scale: At least 0: how near the result stays to the picture.
+
+    Raises:
+        ValueError: A value is out of its range or not finite.
+    """
+
+    image_scale: float = 1.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not is_number(self.image_scale) or self.image_scale < 0:
+            raise ValueError(f"`image_guidance_scale`: got {self.image_scale!r}, expected a finite number, at least 0.")
+
+    @property
+    def enabled(self) -> bool:
+        """Whether there is a time that is guided."""
+        return super().enabled and self.image_scale >= 1
+
+    @property
+    def all_branches(self) -> tuple[str, ...]:
+        """Neither picture nor prompt, the picture, both."""
+        return (NEGATIVE, PICTURE, POSITIVE) if self.enabled else (POSITIVE,)
+
+    def branches(self, t: float) -> tuple[str, ...]:
+        """All inside the interval; elsewhere only the positive prediction is needed."""
+        return self.all_branches if NEGATIVE in super().branches(t) else (POSITIVE,)
+
+    def guided(self, predictions: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """See `ClassifierFreeGuidance.guided`."""
+        neither, picture, both = (predictions[branch] for branch in (NEGATIVE, PICTURE, POSITIVE))
+        return neither + self.scale * (both - picture) + self.image_scale * (picture - neither)
 
 
 @dataclass(frozen=True)

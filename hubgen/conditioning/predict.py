@@ -133,6 +133,7 @@ class Predictor:
         # Made once, so that tensors are known again.
         self._joined: dict[tuple[str, ...], Condition] = {}
         self._keywords: dict[tuple[str, ...], dict[str, Any]] = {}
+        self._changed: dict[tuple[str, ...], tuple[Condition, dict[str, Any]]] = {}
 
     def keywords(self, branches: Sequence[str]) -> dict[str, Any]:
         """Keywords of the backbone's forward for the rows of all branches, the first branch's first."""
@@ -140,6 +141,13 @@ class Predictor:
         if key not in self._keywords:
             self._keywords[key] = self.family.keywords(self.condition(key))
         return self._keywords[key]
+
+    def changed_keywords(self, branches: Sequence[str], condition: Condition) -> dict[str, Any]:
+        """The same of a condition that a control has put in the place of the call's; made anew when it changes."""
+        key = tuple(branches)
+        if key not in self._changed or self._changed[key][0] is not condition:
+            self._changed[key] = condition, self.family.keywords(condition)
+        return self._changed[key][1]
 
     def condition(self, branches: Sequence[str]) -> Condition:
         """The conditions of several branches in one batch."""
@@ -166,6 +174,7 @@ class Predictor:
         doors = SHUT
         if self.doors is not None:
             doors = self.doors(BackboneCall(x_t, timestep, tuple(branches), self.condition(branches), step))
-        keywords = self.keywords(branches) if doors.condition is None else self.family.keywords(doors.condition)
+        changed = doors.condition
+        keywords = self.keywords(branches) if changed is None else self.changed_keywords(branches, changed)
         with backbone.cache_context("+".join(branches)) if self._cached else nullcontext():
             return call(backbone, self.family, x_t, timestep, keywords, doors)

@@ -3,7 +3,8 @@
     control.check(target)                                 before any network runs
     start = control.begin(target, start)                  once a call: where it begins
     prepared = control.prepare(target, start)             once a call: encodes, draws, computes what stays the same
-    before_call, condition, channels, residuals, parts    what it then does to every call of the backbone ...
+    before_call, condition, text_tokens,                  what it then does to every call of the backbone ...
+    channels, tokens, residuals, parts
     after_step                                            ... and to the latents after it
 
 A control sees a `Target`, never the pipeline, and asks nothing of a backbone but through its family. A new control is a
@@ -24,7 +25,7 @@ from torch import nn
 from hubgen.autoencoders.latents import LatentSpace
 from hubgen.checks import is_number
 from hubgen.conditioning.condition import Condition
-from hubgen.conditioning.families import BackboneFamily, Doors
+from hubgen.conditioning.families import BackboneFamily, Doors, FurtherTokens
 from hubgen.conditioning.predict import BackboneCall, OpenDoors
 from hubgen.conditioning.prompts import PromptCondition
 
@@ -110,6 +111,20 @@ class Prepared:
         """(B, C', h, w), joined to x_t in this branch before the backbone."""
         return None
 
+    def tokens(self, branch: str) -> FurtherTokens | None:
+        """Latents of B pictures whose tokens come after those of x_t, in all branches or in none.
+
+        For families that `takes_tokens`; a control asks them in `check`.
+        """
+        return None
+
+    def text_tokens(self, branch: str) -> torch.Tensor | None:
+        """(B, L', D), after the text's tokens, in all branches or in none; the same tensor while it stays the same.
+
+        For families whose text has tokens of D features (`text_features`); a control asks them in `check`.
+        """
+        return None
+
     def residuals(self, call: BackboneCall) -> Mapping[str, Any]:
         """Features for the inside of the backbone, by the keywords of its forward: tensors, or lists of them.
 
@@ -189,22 +204,73 @@ def open_doors(prepared: Sequence[Prepared], attention: Mapping[str, Any] | None
         prepared: The controls.
         attention: Keywords for the backbone's attention processors.
     """
+    joined = Joined()
 
     def doors(call: BackboneCall) -> Doors:
-        channels, residuals, own = [], dict[str, Any](), call.condition
+        own = call.condition
         for control in prepared:
             control.before_call(call)
             if (changed := control.condition(call)) is not None:
                 call = replace(call, condition=changed)
-            rows = [control.channels(branch) for branch in call.branches]
-            given = [row for row in rows if row is not None]
-            if given:
-                channels.append(torch.cat(given))
+        text = [joined(control.text_tokens, call.branches) for control in prepared]
+        call = replace(call, condition=joined.after_text(call, [one for one in text if one is not None]))
+        channels, tokens, residuals = [], [], dict[str, Any]()
+        for control in prepared:
+            if (beside := joined(control.channels, call.branches)) is not None:
+                channels.append(beside)
+            if (further := further_tokens(control, call.branches)) is not None:
+                tokens.append(further)
             for name, features in control.residuals(call).items():
                 residuals[name] = added_up(residuals[name], features) if name in residuals else features
-        return Doors(channels, residuals, attention or {}, None if call.condition is own else call.condition)
+        return Doors(channels, tokens, residuals, attention or {}, None if call.condition is own else call.condition)
 
     return doors
+
+
+class Joined:
+    """Rows of several branches in one tensor, the same one as long as the parts are the same: it is known again."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Any, tuple[list[Any], Any]] = {}
+
+    def __call__(
+        self, of_branch: Callable[[str], torch.Tensor | None], branches: tuple[str, ...]
+    ) -> torch.Tensor | None:
+        """What a control gives of each branch, in one tensor; `None` where it gives none.
+
+        Args:
+            of_branch: A method of the control.
+            branches: In the order of the rows.
+        """
+        rows = [row for row in map(of_branch, branches) if row is not None]
+        if not rows:
+            return None
+        kept: torch.Tensor = self._same((of_branch, branches), rows, lambda: torch.cat(rows))
+        return kept
+
+    def after_text(self, call: BackboneCall, more: Sequence[torch.Tensor]) -> Condition:
+        """The condition of a call with further tokens, each (rows, L', D), after those of the text."""
+        condition, tokens = call.condition, call.condition.tokens
+        if not more or tokens is None:
+            return condition
+
+        def lengthened() -> Condition:
+            return replace(condition, tokens=torch.cat([tokens, *(one.to(tokens) for one in more)], dim=1))
+
+        kept: Condition = self._same(("text", call.branches), [condition, *more], lengthened)
+        return kept
+
+    def _same(self, key: Any, parts: list[Any], make: Callable[[], Any]) -> Any:
+        known = self._kept[key][0] if key in self._kept else []
+        if len(known) != len(parts) or any(one is not other for one, other in zip(known, parts, strict=True)):
+            self._kept[key] = parts, make()
+        return self._kept[key][1]
+
+
+def further_tokens(control: Prepared, branches: Sequence[str]) -> FurtherTokens | None:
+    """What a control puts after the tokens of x_t, for the rows of all branches."""
+    found = [one for one in map(control.tokens, branches) if one is not None]
+    return replace(found[0], latents=torch.cat([one.latents for one in found])) if found else None
 
 
 def added_up(first: Any, second: Any) -> Any:

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
+from torch.nn import functional as F
 
-from hubgen.autoencoders.latents import encode
+from hubgen.autoencoders.latents import LatentSpace, encode
 from hubgen.conditioning.families import BackboneFamily
 from hubgen.controls.control import Control, Generator, Prepared, Start, Target
 from hubgen.data.images import Canvas
@@ -22,9 +23,26 @@ from hubgen.schedulers.times import noised
 logger = logging.getLogger(__name__)
 
 
-def is_shown_masks(family: BackboneFamily, latent_channels: int) -> bool:
-    """Whether a backbone has inputs for mask and masked picture beside x_t: 2 C + 1 channels."""
-    return family.channels == 2 * latent_channels + 1
+def is_shown_masks(family: BackboneFamily, space: LatentSpace) -> bool:
+    """Whether a backbone has inputs for mask and masked picture beside x_t.
+
+    These are 2 C + 1 channels, or 2 C + f² where a mask comes in whole (FLUX.1 Fill), with its f x f pixels a latent.
+    """
+    return family.channels == 2 * space.channels + (space.factor**2 if family.shown.whole_mask else 1)
+
+
+def shown_mask(family: BackboneFamily, space: LatentSpace, mask: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+    """The channels beside x_t, (B, C', h, w): mask, masked picture; or the masked picture and all pixels of the mask.
+
+    Args:
+        family: Of a backbone that is shown them.
+        space: Of its latents.
+        mask: (B, 1, H, W), 1 where the picture is made anew, else 0.
+        masked: (B, C, h, w), latents of the picture that is black there.
+    """
+    if not family.shown.whole_mask:
+        return torch.cat([F.interpolate(mask, size=masked.shape[2:]), masked], dim=1)
+    return torch.cat([masked, F.pixel_unshuffle(mask, space.factor)], dim=1)
 
 
 class Inpaint(Control):
@@ -35,15 +53,24 @@ class Inpaint(Control):
         mask: What `hubgen.data.images.read_masks` gives: 1 (from 0.5 on) where the image is to be made anew.
         canvas: How both are brought to the size of the result.
         masked_image_latents: (n, C, h, w), in the place of the encoded masked image, for backbones that are shown it.
+        draws_first: Whether it takes its random numbers before those of the start, as diffusers' pipeline does it for
+            FLUX.1 Canny and Depth.
     """
 
-    def __init__(self, image: Any, mask: Any, canvas: Canvas, masked_image_latents: torch.Tensor | None = None):
+    def __init__(
+        self,
+        image: Any,
+        mask: Any,
+        canvas: Canvas,
+        masked_image_latents: torch.Tensor | None = None,
+        draws_first: bool = False,
+    ):
         self.image, self.mask, self.canvas = image, mask, canvas
-        self.masked_image_latents = masked_image_latents
+        self.masked_image_latents, self.draws_first = masked_image_latents, draws_first
 
     def check(self, target: Target) -> None:
         """Raises ValueError unless mask and masked latents fit the picture's size and number, and the backbone."""
-        shown, latents = is_shown_masks(target.family, target.latents.channels), self.masked_image_latents
+        shown, latents = is_shown_masks(target.family, target.latents), self.masked_image_latents
         if latents is None and shown and self.canvas.is_latent(self.image):
             raise ValueError(
                 "`masked_image_latents`: got None, expected them beside an `image` of latents: latents cannot be "
@@ -64,26 +91,36 @@ class Inpaint(Control):
                     f"`{name}`: got {len(value)}, expected a number that divides the {target.batch} pictures."
                 )
 
+    def prepare_first(self, target: Target) -> Prepared | None:
+        if self.draws_first:
+            self.draw_unused(target)
+        return None
+
     def prepare(self, target: Target, start: Start) -> Prepared:
         pixels = self.canvas.pixels(self.image, target.device)
-        pixel_mask = self.canvas.mask(self.mask, target.device)  # (n, 1, H, W), 1 where to make anew, else 0
-        mask = target.for_all(torch.nn.functional.interpolate(pixel_mask, size=target.shape[2:]))  # (B, 1, h, w)
-        latents, is_latent = self.masked_image_latents, self.canvas.is_latent(self.image)
-        if is_shown_masks(target.family, target.latents.channels):
+        mask = self.canvas.mask(self.mask, target.device)  # (n, 1, H, W), 1 where to make anew, else 0
+        if is_shown_masks(target.family, target.latents):
+            latents = self.masked_image_latents
             if latents is None:
-                latents = encode(target.vae, pixels * (pixel_mask < 0.5), target.generator)
-            return ShownMask(torch.cat([mask, target.for_all(latents.to(target.device, torch.float32))], dim=1))
-        if not is_latent and latents is None:
-            # diffusers encodes the masked image here too; only its random numbers count, for steps that draw more.
-            draw_posterior((max(len(pixels), len(pixel_mask)), *target.shape[1:]), target.generator, target.device)
-        return KeptOutside(target, mask, start)
+                latents = encode(target.vae, pixels * (mask < 0.5), target.generator)
+            masked = target.for_all(latents.to(target.device, torch.float32))
+            return ShownMask(shown_mask(target.family, target.latents, target.for_all(mask), masked))
+        if not self.draws_first:
+            self.draw_unused(target)
+        return KeptOutside(target, target.for_all(F.interpolate(mask, size=target.shape[2:])), start)
+
+    def draw_unused(self, target: Target) -> None:
+        """Takes the random numbers of the masked image, which diffusers encodes for backbones that are not shown it."""
+        if not self.canvas.is_latent(self.image) and self.masked_image_latents is None:
+            count = max(len(self.image), len(self.mask))
+            draw_posterior((count, *target.shape[1:]), target.generator, target.device)
 
 
 class ShownMask(Prepared):
     """The backbone is shown mask and masked picture beside x_t.
 
     Args:
-        shown: (B, 1 + C, h, w).
+        shown: (B, C', h, w), see `shown_mask`.
     """
 
     def __init__(self, shown: torch.Tensor):

@@ -22,23 +22,24 @@ LUMA = (0.299, 0.587, 0.114)
 """Brightness of red, green and blue, as Pillow weighs them (ITU-R 601-2)."""
 
 
-def read_images(image: Any, latent_channels: int) -> list[Image.Image] | torch.Tensor:
+def read_images(image: Any, latent_channels: int, name: str = "image") -> list[Image.Image] | torch.Tensor:
     """RGB images, or a tensor: (n, 3, H, W) in [0, 1], or latents (n, latent_channels, h, w); else ValueError.
 
     PIL images of any mode are read as files are, transparent ones on white; numbers of uint8 are divided by 255.
+    `name` is the argument's, for messages.
     """
-    images = _gathered("image", image, EXPECTED)
+    images = _gathered(name, image, EXPECTED)
     if not torch.is_tensor(images):
-        return [on_white(standard(picture, "`image`")) for picture in images]
+        return [on_white(standard(picture, f"`{name}`")) for picture in images]
     if images.ndim != 4 or images.shape[1] not in (3, latent_channels):
         raise ValueError(
-            f"`image`: got shape {tuple(images.shape)} (batch, channels, height, width), expected {EXPECTED}, or "
+            f"`{name}`: got shape {tuple(images.shape)} (batch, channels, height, width), expected {EXPECTED}, or "
             f"latents of {latent_channels} channels."
         )
     if images.shape[1] == 3:
-        return _in_range("image", images)
+        return _in_range(name, images)
     if not images.is_floating_point() or not torch.isfinite(images).all():
-        raise ValueError("`image`: got latents that are not finite floating-point numbers, expected such.")
+        raise ValueError(f"`{name}`: got latents that are not finite floating-point numbers, expected such.")
     return images
 
 

@@ -26,6 +26,7 @@ from hubgen.layers.normalization import (
     SD35AdaLayerNormZeroX,
     modulate,
 )
+from hubgen.layers.residuals import added_to_first
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines of the tokens' angles, text first, each (L + T, features of a head)."""
@@ -105,8 +106,8 @@ class JointTransformerBlock(nn.Module):
             joint_attention_kwargs: Further keywords of the joint attention's processor; the second attention, which
                 sees the image alone, has of them what IP-Adapters of diffusers look at. The processor may return a
                 third part, image tokens that are added behind the MLP and ungated (an IP-Adapter's).
-            residual: A ControlNet's, (B, T, D), added to the image tokens at the end. Here, and not between blocks, so
-                that it belongs to what a step cache keeps of a block.
+            residual: A ControlNet's, added to the image tokens at the end, of which it may be that only the first ones
+                are its own. Here, and not between blocks, so that it belongs to what a step cache keeps of a block.
         """
         x, context, kwargs = hidden_states, encoder_hidden_states, joint_attention_kwargs or {}
 
@@ -125,8 +126,9 @@ class JointTransformerBlock(nn.Module):
             pictures = {name: kwargs[name] for name in ("ip_hidden_states", "temb") if name in kwargs}
             x = add_gated(x, gate2, self.attn2(x_in2, **pictures))
         x = add_gated(x, gate_mlp, self.ff(modulate(self.norm2(x), scale_mlp, shift_mlp)))
-        for update in (*added, *([] if residual is None else [residual])):
+        for update in added:
             x = x + update
+        x = added_to_first(x, residual)
 
         if not self.context_pre_only:
             context = add_gated(context, c_gate, context_out)
@@ -230,7 +232,7 @@ class FluxSingleTransformerBlock(nn.Module):
         inner = self.act_mlp(self.proj_mlp(x_in))  # (B, L + T, mlp_hidden_dim)
         x = within_float16(add_gated(x, gate, self.proj_out(torch.cat([attended, inner], dim=2))))
         context, x = x.split(tokens, dim=1)
-        return context, x if residual is None else x + residual
+        return context, added_to_first(x, residual)
 
 
 def initialize_joint_(model: Any) -> None:

@@ -1,6 +1,6 @@
 """Which block of a transformer gets which of a ControlNet's residuals, where there are fewer of them than blocks.
 
-Each function takes the residuals, (B, T, D) each, and the number of blocks, and returns one entry a block; `None` for
+Each rule takes the residuals, (B, T, D) each, and the number of blocks, and returns one entry a block; `None` for
 a block that gets none. As many residuals as blocks are one each by every rule.
 """
 
@@ -32,3 +32,13 @@ def spread_evenly(residuals: Sequence[torch.Tensor] | None, blocks: int) -> Resi
         return [None] * blocks
     interval = blocks / len(residuals)
     return [*(residuals[int(i / interval)] for i in range(blocks - 1)), None]
+
+
+def added_to_first(tokens: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    """A residual (B, T, D) on the first T of the tokens (B, T or more, D): those behind are of pictures beside x_t."""
+    if residual is None:
+        return tokens
+    count = residual.shape[1]
+    if count == tokens.shape[1]:
+        return tokens + residual
+    return torch.cat([tokens[:, :count] + residual, tokens[:, count:]], dim=1)

@@ -13,12 +13,12 @@ from typing import Any
 from torch import nn
 
 from hubgen.conditioning.families.dit import DiTFamily
-from hubgen.conditioning.families.family import SHUT, BackboneFamily, Doors, StartRules
+from hubgen.conditioning.families.family import SHUT, BackboneFamily, Doors, FurtherTokens, StartRules
 from hubgen.conditioning.families.flux import FluxFamily
 from hubgen.conditioning.families.mmdit import MMDiTFamily
 from hubgen.conditioning.families.unet import UNetFamily
 
-__all__ = ["SHUT", "BackboneFamily", "Doors", "StartRules", "family_of", "plain_backbone"]
+__all__ = ["SHUT", "BackboneFamily", "Doors", "FurtherTokens", "StartRules", "family_of", "plain_backbone"]
 
 # By a key that the configs of the family alone have, the first that fits.
 FAMILIES: dict[str, type[BackboneFamily]] = {

@@ -17,18 +17,30 @@ from hubgen.conditioning.condition import Condition
 from hubgen.conditioning.prompts import OneEncoder, PromptCondition
 
 
+@dataclass(frozen=True, eq=False)
+class FurtherTokens:
+    """Latents whose tokens come after those of x_t, as those of a second picture beside it."""
+
+    latents: torch.Tensor
+    """(B, C, h', w'), of any size that makes up tokens, in the channels that the backbone takes"""
+    index: int = 1
+    """Place on the first axis of the positions, on which x_t is 0"""
+
+
 @dataclass(frozen=True)
 class Doors:
     """What controls put into one call of a backbone, for the same rows as x_t."""
 
     channels: Sequence[torch.Tensor] = ()
     """Each (B, C', h, w): joined to x_t before the backbone"""
+    tokens: Sequence[FurtherTokens] = ()
+    """After the tokens of x_t, for backbones that take them (`takes_tokens`)"""
     residuals: Mapping[str, Any] = field(default_factory=dict)
     """Features that are added inside the backbone, by the keywords under which its forward takes them"""
     attention: Mapping[str, Any] = field(default_factory=dict)
     """Keywords for the backbone's attention processors"""
     condition: Condition | None = None
-    """Of all rows, in the place of the call's own; `None`: that one"""
+    """Of all rows, in the place of the call's own, with what comes after the text; `None`: the call's own"""
 
 
 SHUT = Doors()
@@ -49,6 +61,20 @@ class StartRules:
     """Whether an image that serves several pictures is encoded once, in place of a draw from its posterior for each"""
 
 
+@dataclass(frozen=True)
+class ShownRules:
+    """What the further input channels of a family's published backbones hold, where they are those of a picture.
+
+    These are rules of reproduction. The picture is the one that is edited, unless it is a control.
+    """
+
+    control: bool = False
+    """Whether the picture is a control as the pictures of a ControlNet are: an argument of its own, drawn from the
+    autoencoder's posterior; `image` then still is where to begin"""
+    whole_mask: bool = False
+    """Whether a mask comes in whole, each of its pixels in a channel, and after the masked picture"""
+
+
 class BackboneFamily(ABC):
     """Base of the families; one object a backbone, made by `family_of`.
 
@@ -61,6 +87,9 @@ class BackboneFamily(ABC):
     attention_argument: ClassVar[str]
     """The keyword by which its forward takes options for the attention processors"""
     starts: ClassVar[StartRules] = StartRules()
+    shown: ClassVar[ShownRules] = ShownRules()
+    takes_tokens: ClassVar[bool] = False
+    """Whether tokens may come after those of x_t: x_t enters as a sequence of tokens with positions"""
     max_shift: ClassVar[float] = 1.15
     """Largest shift of the timesteps, for dynamic shifting where the scheduler's config has none"""
 
@@ -126,7 +155,13 @@ class BackboneFamily(ABC):
         return timestep
 
     def enter(self, x_t: torch.Tensor, doors: Doors) -> tuple[torch.Tensor, dict[str, Any]]:
-        """x_t (B, C, h, w) with what comes in beside it, as the backbone takes it, and further keywords."""
+        """x_t (B, C, h, w) with what comes in beside it, as the backbone takes it, and further keywords.
+
+        Raises:
+            ValueError: There are further tokens, and the backbone takes none.
+        """
+        if doors.tokens and not self.takes_tokens:
+            raise ValueError("`doors.tokens`: got some, expected none: this backbone takes no tokens beside x_t's.")
         x = torch.cat([x_t, *(channels.to(x_t.dtype) for channels in doors.channels)], dim=1) if doors.channels else x_t
         attention = {self.attention_argument: dict(doors.attention)} if doors.attention else {}
         return x, {**attention, **doors.residuals}
@@ -134,6 +169,11 @@ class BackboneFamily(ABC):
     def leave(self, prediction: torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
         """The backbone's prediction in the shape of x_t, but for its channels."""
         return prediction
+
+    @property
+    def text_features(self) -> int | None:
+        """D of the text's tokens; `None` where the backbone reads none."""
+        return None
 
     def require(self, condition: Condition, name: str) -> Any:
         """A field of a condition; raises ValueError where it is missing."""

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hubgen.conditioning.condition import Condition
-from hubgen.conditioning.families.family import BackboneFamily, Doors, StartRules, even_sigmas
+from hubgen.conditioning.families.family import BackboneFamily, Doors, ShownRules, StartRules, even_sigmas
 from hubgen.conditioning.prompts import ClipAndT5, PromptCondition
 from hubgen.conditioning.text import SHOWS_PADDING
 
@@ -23,12 +23,14 @@ class FluxFamily(BackboneFamily):
 
     attention_argument = "joint_attention_kwargs"
     starts = StartRules(draws_per_image=True)
+    shown = ShownRules(control=True, whole_mask=True)
+    takes_tokens = True
     patch = PACKED
     distilled = True
 
     def __init__(self, config: Any):
         super().__init__(config)
-        self._positions: dict[tuple[int, int, torch.device], torch.Tensor] = {}
+        self._positions: dict[tuple[Any, ...], torch.Tensor] = {}
 
     def fields(self) -> frozenset[str]:
         return frozenset({"tokens", "pooled", *(["guidance_scale"] if self.config.get("guidance_embeds") else [])})
@@ -36,6 +38,10 @@ class FluxFamily(BackboneFamily):
     @property
     def channels(self) -> int:
         return self.config.in_channels // PACKED**2
+
+    @property
+    def text_features(self) -> int | None:
+        return self.config.joint_attention_dim
 
     def prompt_condition(
         self, encoders: Sequence[nn.Module | None], tokenizers: Sequence[Any], zero_without_prompt: bool = True
@@ -67,17 +73,26 @@ class FluxFamily(BackboneFamily):
 
     def enter(self, x_t: torch.Tensor, doors: Doors) -> tuple[torch.Tensor, dict[str, Any]]:
         x, keywords = super().enter(x_t, doors)
-        height, width = x.shape[-2:]
-        return pack(x), {**keywords, "img_ids": self.positions(height, width, x.device)}
+        maps = [x, *(further.latents.to(x) for further in doors.tokens)]
+        indices = (0, *(further.index for further in doors.tokens))
+        sizes = tuple((*latents.shape[-2:], index) for latents, index in zip(maps, indices, strict=True))
+        tokens = [pack(latents) for latents in maps]
+        keywords = {**keywords, "img_ids": self.positions(sizes, x.device)}
+        return torch.cat(tokens, dim=1) if doors.tokens else tokens[0], keywords
 
     def leave(self, prediction: torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
-        return unpack(prediction, *x_t.shape[-2:])
+        height, width = x_t.shape[-2:]
+        return unpack(prediction[:, : height // PACKED * (width // PACKED)], height, width)
 
-    def positions(self, height: int, width: int, device: torch.device) -> torch.Tensor:
-        """See `token_positions`; the same tensor at every step, by which the backbone knows it again."""
-        key = (height, width, device)
+    def positions(self, sizes: tuple[tuple[int, int, int], ...], device: torch.device) -> torch.Tensor:
+        """Of the tokens of several pictures, each (h, w, index): (T, 3), one after the other.
+
+        The same tensor at every step, by which the backbone knows it again.
+        """
+        key = (*sizes, device)
         if key not in self._positions:
-            self._positions[key] = token_positions(*key)
+            found = [token_positions(height, width, device, index) for height, width, index in sizes]
+            self._positions[key] = torch.cat(found) if len(found) > 1 else found[0]
         return self._positions[key]
 
 
@@ -94,8 +109,9 @@ def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return squares.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
-def token_positions(height: int, width: int, device: torch.device) -> torch.Tensor:
-    """(T, 3): 0, row and column of each token of `pack`, for h x w latents."""
+def token_positions(height: int, width: int, device: torch.device, index: int = 0) -> torch.Tensor:
+    """(T, 3): the picture's index, row and column of each token of `pack`, for h x w latents."""
     rows, columns = height // PACKED, width // PACKED
     grid = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    return torch.stack([torch.zeros_like(grid[0]), *grid], dim=-1).flatten(0, 1).to(device, torch.float32)
+    positions = torch.stack([torch.full_like(grid[0], index), *grid], dim=-1)
+    return positions.flatten(0, 1).to(device, torch.float32)

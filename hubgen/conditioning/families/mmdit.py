@@ -18,6 +18,10 @@ class MMDiTFamily(BackboneFamily):
     def fields(self) -> frozenset[str]:
         return frozenset({"tokens", "pooled"})
 
+    @property
+    def text_features(self) -> int | None:
+        return self.config.joint_attention_dim
+
     def joined_encoders(
         self, encoders: tuple[nn.Module | None, ...], tokenizers: tuple[Any, ...], zero_without_prompt: bool
     ) -> PromptCondition:

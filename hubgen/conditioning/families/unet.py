@@ -38,6 +38,13 @@ class UNetFamily(BackboneFamily):
         return 1 if "tokens" in self.takes else 2 ** (len(self.config.block_out_channels) - 1)
 
     @property
+    def text_features(self) -> int | None:
+        if "tokens" not in self.takes:
+            return None
+        width = self.config.cross_attention_dim
+        return width if isinstance(width, int) else width[0]
+
+    @property
     def distilled(self) -> bool:
         return "guidance_scale" in self.takes
 
