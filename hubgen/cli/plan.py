@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from hubgen.cli.inspect import size_text
 from hubgen.hub.finding import BUNDLED
-from hubgen.training.kit.usual import Material, disk_needed, what_learns
+from hubgen.training.kit.usual import Material, control_of, disk_needed, what_learns
 
 
 def plan(settings: Any, known: Collection[str], material: Material) -> dict[str, str]:
@@ -45,14 +45,32 @@ def plan(settings: Any, known: Collection[str], material: Material) -> dict[str,
         "captions": told_captions(settings, material.captioned),
         "batch": says("run.batch_size", f"{a_step} {'picture' if a_step == 1 else 'pictures'} a step"),
         "steps": says("run.max_train_steps", f"{run.max_train_steps}, each picture about {uses:.0f} times"),
-        "rank": says("adapter.rank", f"{settings.adapter.rank}: {numbers:,} numbers"),
+        **size_of(settings, numbers, says),
         "rate": says("optim.learning_rate", f"{settings.optim.learning_rate:g}"),
-        "samples": told_samples(settings.validation),
+        "samples": told_samples(settings.validation, settings.data),
         "folder": f"{run.output_dir}, about {size_text(needed)} of the {size_text(free)} that are free",
     }
     if settings.publish.push_to_hub is not None:
         lines["push"] = f"to {settings.publish.push_to_hub}, at the end"
     return lines
+
+
+def size_of(settings: Any, numbers: int, says: Callable[[str, str], str]) -> dict[str, str]:
+    """How much learns."""
+    if control_of(settings) is None:
+        return {"rank": says("adapter.rank", f"{settings.adapter.rank}: {numbers:,} numbers")}
+    return {"size": f"{numbers:,} numbers", **told_beside(settings, says)}
+
+
+def told_beside(settings: Any, says: Callable[[str, str], str]) -> dict[str, str]:
+    """What is shown beside the pictures."""
+    data = settings.data
+    if hasattr(settings, "network"):
+        made = f"{data.hint}, made of each picture" if data.hint else f"column {data.hint_column}"
+        return {"hints": made}
+    if hasattr(settings, "adapter"):
+        return {"seen by": says("adapter.image_encoder", settings.adapter.image_encoder or "the base's image encoder")}
+    return {"edits": f"from column {data.original_column} to {data.edited_column}"}
 
 
 def told_pictures(material: Material, pictures: int, side: int) -> str:
@@ -72,8 +90,11 @@ def told_captions(settings: Any, captioned: bool) -> str:
     return f"{settings.instance.prompt!r} for all of them{beside}"
 
 
-def told_samples(validation: Any) -> str:
+def told_samples(validation: Any, data: Any) -> str:
     """What is drawn along the way."""
+    if not hasattr(validation, "prompts"):
+        split = validation.split or data.split
+        return f"{validation.samples} pictures of {split}: before, every {validation.steps} steps and after"
     if not validation.prompts:
         return "none"
     prompts = ", ".join(f'"{prompt}"' for prompt in validation.prompts)

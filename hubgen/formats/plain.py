@@ -34,7 +34,9 @@ def plain_model(model: Any) -> Any:
         return model
     holders = adapter_holders(model)
     compiled = any(COMPILED in name.split(".") for name, _ in model.named_modules())
-    offloaded = any(tensor.is_meta for tensor in model.state_dict().values())
+    # A model on "meta" that nothing brings weights to, as one whose sizes alone are asked, has none elsewhere.
+    elsewhere = any(hasattr(module, "_hf_hook") for module in model.modules())
+    offloaded = elsewhere and any(tensor.is_meta for tensor in model.state_dict().values())
     if not holders and not compiled and not offloaded:
         return model
     if holders:

@@ -7,7 +7,7 @@ settings = settings_of(script, {**completed(asked, given, material), **given}, {
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,6 +20,8 @@ SHOWN_BETWEEN = 4
 """How often pictures are drawn along the way"""
 CLIP_TOKENS = 77
 """That most text encoders read"""
+RATES = {"ControlNet": 1e-5, "IP-Adapter": 1e-4, "editor": 5e-5}
+"""Learning rates of what is no adapter, on large bases: those of the papers"""
 
 
 @dataclass(frozen=True)
@@ -109,15 +111,26 @@ def completed(asked: Any, known: Collection[str], material: Material) -> dict[st
         "run.max_train_steps": chosen.steps,
         "run.checkpoint_steps": min(between, 250),
         "run.log_steps": max(min(steps // 20, 50), 1),
-        "adapter.rank": chosen.rank,
-        "adapter.targets": chosen.targets,
         "optim.learning_rate": chosen.learning_rate,
         "data.upscale": material.smaller(material.side(asked.data.size)) > 0,
         "validation.steps": between,
-        "validation.prompts": prompts_of(asked, material),
         "validation.inference_steps": defaults.steps,
-        "validation.guidance_scale": defaults.guidance_scale,
     }
+    kind = control_of(asked)
+    if kind is None:
+        values |= {
+            "adapter.rank": chosen.rank,
+            "adapter.targets": chosen.targets,
+            "validation.prompts": prompts_of(asked, material),
+        }
+    elif material.parameters >= SMALL:
+        values["optim.learning_rate"] = RATES[kind]
+    elif kind == "IP-Adapter" and getattr(material.pipe, "image_encoder", None) is None:
+        values["adapter.image_encoder"] = "latents"
+    if kind == "ControlNet" and material.parameters < SMALL:
+        values["optim.lr_warmup_steps"] = 0
+    if kind != "editor":
+        values["validation.guidance_scale"] = defaults.guidance_scale
     if material.parameters >= SMALL:
         values |= {"base.frozen_dtype": "bfloat16", "run.mixed_precision": "bf16", "run.gradient_checkpointing": True}
     return values
@@ -131,6 +144,45 @@ def prompts_of(asked: Any, material: Material) -> list[str]:
     return [asked.instance.prompt, *([asked.prior.prompt] if asked.prior.weight and asked.prior.prompt else [])]
 
 
+def control_of(settings: Any) -> str | None:
+    """Which of `RATES` a script's settings are for; `None` for adapters of weights."""
+    if hasattr(settings, "network"):
+        return "ControlNet"
+    if not hasattr(settings, "adapter"):
+        return "editor"
+    return "IP-Adapter" if hasattr(settings.adapter, "image_encoder") else None
+
+
+def control_learns(kind: str, settings: Any, pipe: Any) -> tuple[str, int]:
+    """The same as `what_learns`, of what is no adapter of weights."""
+    from hubgen.training.kit.controlled import adapter_for, image_encoder_for, net_for
+
+    def made() -> Any:
+        if kind == "ControlNet":
+            return net_for(pipe, settings.base.controlnet, settings.network)
+        if kind == "editor":
+            return pipe.backbone
+        encoder, _ = image_encoder_for(pipe, settings.adapter, settings.data.size or pipe.default_size[0])
+        return adapter_for(pipe, settings.base.ip_adapter, settings.adapter, encoder).network
+
+    further = getattr(settings.base, {"ControlNet": "controlnet", "IP-Adapter": "ip_adapter"}.get(kind, ""), None)
+    learns = without_weights(made) if further is None else made()
+    what = f"{'all of ' if kind == 'editor' else ''}{type(learns).__name__}"
+    if kind == "IP-Adapter":
+        what = f"an IP-Adapter of {learns.image_proj.image_features} features of a picture"
+    return what + ("" if further is None else f", which goes on from {further}"), sum(
+        one.numel() for one in learns.parameters()
+    )
+
+
+def without_weights(make: Callable[[], Any]) -> Any:
+    """What a function makes, with weights that take no memory."""
+    import torch
+
+    with torch.device("meta"):
+        return make()
+
+
 def what_learns(settings: Any, pipe: Any) -> tuple[str, int]:
     """What of the base learns, in words, and how many numbers that are.
 
@@ -140,6 +192,9 @@ def what_learns(settings: Any, pipe: Any) -> tuple[str, int]:
     from hubgen.adaptation.adapters import targets
     from hubgen.adaptation.attach import adaptable, shape_of
 
+    kind = control_of(settings)
+    if kind is not None:
+        return control_learns(kind, settings, pipe)
     names = ["transformer" if pipe.unet is None else "unet"]
     if settings.adapter.text_encoder:
         names += [name for name in ("text_encoder", "text_encoder_2", "text_encoder_3") if getattr(pipe, name, None)]
@@ -170,11 +225,14 @@ def disk_needed(settings: Any, material: Material, numbers: int) -> int:
         _, channels, height, width = pipe.latent_space.shape(1, (side, side))
         data = settings.data
         views = max(data.random_crops, 1) * (data.random_moves + 1) * (1 + data.mirror)
-        cached = (len(material.examples) * views + made) * 2 * channels * height * width * 4  # mean and deviation
+        beside = 1 + bool(data.beside or getattr(data, "hint", None))
+        cached = (len(material.examples) * views * beside + made) * 2 * channels * height * width * 4  # mean, deviation
         wordings = {one for some in material.examples.captions for one in some} if material.captioned else {1, 2}
         config = pipe.backbone.config
         features = config.get("joint_attention_dim") or config.get("cross_attention_dim") or 0
         number = 4 if settings.base.frozen_dtype == "float32" else 2
         cached += (len(wordings) + 1) * (CLIP_TOKENS + (pipe.condition.t5_tokens or 0)) * features * number
-    grids = (len(settings.validation.prompts) * (SHOWN_BETWEEN + 1) + made) * side * side * 2
+    validation = settings.validation
+    drawn = len(validation.prompts) if hasattr(validation, "prompts") else validation.samples * 4
+    grids = (drawn * (SHOWN_BETWEEN + 1) + made) * side * side * 2
     return int(checkpoints + cached + grids + numbers * 2)
