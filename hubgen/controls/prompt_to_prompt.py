@@ -94,21 +94,25 @@ class PromptToPrompt(Control):
     ):
         if edit not in EDITS:
             raise ValueError(f"`edit`: got {edit!r}, expected one of {list(EDITS)}.")
-        if (edit == "reweight" and not weights) or not all(is_number(value) for value in (weights or {}).values()):
+        weights = {} if weights is None and edit != "reweight" else weights
+        numbers = isinstance(weights, Mapping) and all(is_number(value) for value in weights.values())
+        if not numbers or (edit == "reweight" and not weights):
             raise ValueError(f"`weights`: got {weights!r}, expected finite numbers by words, as in {{'red': 2.0}}.")
         if self_tokens is not None and not is_whole(self_tokens):
             raise ValueError(f"`self_tokens`: got {self_tokens!r}, expected a whole number, at least 1.")
         self.edit, self.weights, self.blocks, self.self_tokens = edit, dict(weights or {}), blocks, self_tokens
-        self.cross_steps = {DEFAULT: cross_steps} if not isinstance(cross_steps, Mapping) else dict(cross_steps)
-        self.cross_steps.setdefault(DEFAULT, None)
+        shares = cross_steps if isinstance(cross_steps, Mapping) else {DEFAULT: cross_steps}
+        self.cross_steps: dict[str, Share | None] = {DEFAULT: None, **shares}
         self.self_steps = self_steps
-        self.blend = LocalBlend(blend) if isinstance(blend, str | list | tuple) else blend
-        if self.blend is not None and not isinstance(self.blend, LocalBlend):
+        if isinstance(blend, str | list | tuple):
+            blend = LocalBlend(blend)
+        if blend is not None and not isinstance(blend, LocalBlend):
             raise ValueError(f"`blend`: got {blend!r}, expected words or a LocalBlend.")
-        for name, shares in (("cross_steps", self.cross_steps.values()), ("self_steps", [self_steps])):
-            for share in shares:
-                if share is not None:
-                    span_of(name, share)
+        self.blend = blend
+        given = [("self_steps", self_steps), *(("cross_steps", share) for share in self.cross_steps.values())]
+        for name, share in given:
+            if share is not None:
+                span_of(name, share)
 
     def check(self, target: Target) -> None:
         """Raises ValueError where the edit, the model and the prompts do not fit each other."""

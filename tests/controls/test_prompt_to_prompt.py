@@ -22,9 +22,11 @@ from hubgen.diffusers_contract import has_step_caches
 from hubgen.layers.attention import AttentionCall, Part
 from hubgen.pipelines.class_to_image import ClassToImagePipeline
 from hubgen.pipelines.text_to_image import TextToImagePipeline
+from hubgen.schedulers.ddim import DDIMScheduler
 from tests import models
 from tests.benchmarks import edits
 from tests.official import clip_text, clip_tokenizer
+from tests.official_images import picture
 
 Official = Callable[[str], Path]
 Pipes = Callable[[str], Any]
@@ -217,6 +219,21 @@ def test_several_edits_of_a_source_are_those_of_calls_of_their_own(name: str, pi
     for number, prompt in enumerate((EDIT, "the red dog"), 1):
         alone = drawn(pipe, [SOURCE, prompt], edit, num_inference_steps=2)
         torch.testing.assert_close(together[[0, number]], alone, rtol=1e-3, atol=1e-3 * alone.std().item())
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd3"])
+def test_a_given_picture_is_edited_from_its_inversion(name: str, official: Official) -> None:
+    pipe = TextToImagePipeline.from_pretrained(official(name))
+    pipe.set_progress_bar_config(disable=True)
+    if name == "sd1":
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    inversion = pipe.invert(picture(1).resize((32, 32)), SOURCE, num_inference_steps=STEPS)
+    edit, call = edit_of(pipe, cross_steps=0, self_steps=0.5), {"guidance_scale": 3.0, "output_type": "latent"}
+    plain = pipe.reconstruct(inversion, [SOURCE, EDIT], **call).images
+    edited = pipe.reconstruct(inversion, [SOURCE, EDIT], controls=[edit], **call).images
+    same = pipe.reconstruct(inversion, [SOURCE, SOURCE], controls=[edit], **call).images
+    assert torch.equal(edited[0], plain[0]) and not torch.equal(edited[1], plain[1])
+    assert torch.equal(same[1], same[0])
 
 
 # ---- U-Nets: maps ----
@@ -412,6 +429,7 @@ def test_what_does_not_fit_is_named(pipes: Pipes) -> None:
         ({"edit": "swap"}, "`edit`: got 'swap'"),
         ({"edit": "reweight"}, "`weights`: got None"),
         ({"weights": {"a": float("nan")}}, "`weights`: got"),
+        ({"weights": [2.0]}, r"`weights`: got \[2.0\]"),
         ({"cross_steps": 1.5}, "`cross_steps`: got 1.5, expected a number from 0 to 1"),
         ({"cross_steps": {"a": -1}}, "`cross_steps`: got -1"),
         ({"self_steps": (0.5, 0.5)}, r"`self_steps`: got \(0.5, 0.5\)"),
