@@ -95,7 +95,7 @@ class InCall(Seen):
         super().__init__(adapter, places, masks)
         self.span, self.target = span, target
         self.embeds = [one.to(target.device, self.network.dtype) for one in embeds]
-        self.tokens: dict[bool, torch.Tensor] = {}
+        self.picture_tokens: dict[bool, torch.Tensor] = {}
         """By whether it is the positive branch: (b, n, S, D)"""
         self.kept: dict[tuple[int, tuple[str, ...]], list[KeyValue]] = {}
         self.temb: torch.Tensor | None = None
@@ -124,7 +124,7 @@ class InCall(Seen):
                 else:
                     tokens, temb = self.network.image_proj(pictures, timestep.expand(len(pictures)))
                     self.temb = temb[:1]
-                self.tokens[positive] = tokens.unflatten(0, embeds.shape[:2])
+                self.picture_tokens[positive] = tokens.unflatten(0, embeds.shape[:2])
 
     def keys_values(self, number: int, heads: int) -> list[KeyValue]:
         key = (number, self.branches)
@@ -137,7 +137,9 @@ class InCall(Seen):
 
     def sets(self) -> list[torch.Tensor]:
         """Tokens of all pictures, or with masks of each, (branches * b, S, D)."""
-        rows = torch.cat([self.tokens[branch == POSITIVE] for branch in self.branches])  # (branches * b, n, S, D)
+        rows = torch.cat(
+            [self.picture_tokens[branch == POSITIVE] for branch in self.branches]
+        )  # (branches * b, n, S, D)
         return [rows.flatten(1, 2)] if self.pixel_masks is None else list(rows.unbind(1))
 
     def of_rows(self, tokens: torch.Tensor, number: int, heads: int) -> KeyValue:
@@ -160,7 +162,7 @@ class InTraining(Seen):
 
     def __init__(self, adapter: Adapter, places: Places):
         super().__init__(adapter, places)
-        self.tokens, self.temb = torch.empty(0), None
+        self.picture_tokens, self.temb = torch.empty(0), None
 
     def show(self, embeds: torch.Tensor, timestep: torch.Tensor | None = None) -> None:
         """What is seen from now on.
@@ -172,12 +174,12 @@ class InTraining(Seen):
         if self.network.image_proj.timed:
             if timestep is None:
                 raise ValueError("`timestep`: got None, expected it: this adapter is told the time.")
-            self.tokens, self.temb = self.network.image_proj(embeds, timestep)
+            self.picture_tokens, self.temb = self.network.image_proj(embeds, timestep)
         else:
-            self.tokens = self.network.image_proj(embeds)  # (B, S, D)
+            self.picture_tokens = self.network.image_proj(embeds)  # (B, S, D)
 
     def keys_values(self, number: int, heads: int) -> list[KeyValue]:
-        return [self.network.layer(number)(self.tokens, heads, self.temb)]
+        return [self.network.layer(number)(self.picture_tokens, heads, self.temb)]
 
 
 class Look(Part):
