@@ -102,6 +102,8 @@ HOMES = {
     "PooledLatents": "hubgen.controls.image_encoders",
     "PromptToPrompt": "hubgen.controls.prompt_to_prompt",
     "RectifiedFlowPath": "hubgen.paths.path",
+    "Redux": "hubgen.controls.redux",
+    "ReduxImageEncoder": "hubgen.controls.redux",
     "SD3ControlNetModel": "hubgen.backbones.controlnet_sd3",
     "SD3Transformer2DModel": "hubgen.backbones.sd3",
     "ScoreSdeVeScheduler": "hubgen.schedulers.score_sde_ve",

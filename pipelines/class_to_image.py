@@ -22,9 +22,18 @@ from hubgen.backbones.unet import UNet2DModel
 from hubgen.checks import whole
 from hubgen.conditioning.condition import Condition
 from hubgen.conditioning.families import BackboneFamily, family_of
-from hubgen.conditioning.guidance import NEGATIVE, POSITIVE, ClassifierFreeGuidance, GuidedNoise
+from hubgen.conditioning.guidance import (
+    NEGATIVE,
+    PICTURE,
+    POSITIVE,
+    ClassifierFreeGuidance,
+    GuidedNoise,
+    PictureGuidance,
+)
 from hubgen.conditioning.predict import Predictor
 from hubgen.controls.control import Control, Target, check_controls, open_doors, opened, prepare_all
+from hubgen.controls.inpaint import is_shown_masks
+from hubgen.controls.shown_picture import EditInput, check_image_scale, edit_input
 from hubgen.data.images import Images
 from hubgen.hub.registration import loadable
 from hubgen.pipelines.adapters import AdapterMixin
@@ -61,6 +70,8 @@ class ClassToImagePipeline(DenoisingPipeline, AdapterMixin, ClassEditingMixin):
             none unless this says so.
         default_num_inference_steps: What a call does that names no number of steps; saved with the pipeline.
         default_guidance_scale: Of a call that names none; without effect where there is no label that means none.
+        edit_input_normalised: Of a backbone that is shown a picture beside x_t, by further input channels: whether that
+            picture's latents have the mean and scale of x_t; `None` for what is usual.
 
     Raises:
         ValueError: Both or neither of `transformer` and `unet` were given, the U-Net knows no classes, the channels of
@@ -82,6 +93,7 @@ class ClassToImagePipeline(DenoisingPipeline, AdapterMixin, ClassEditingMixin):
         null_label: int | None = None,
         default_num_inference_steps: int = 50,
         default_guidance_scale: float = 4.0,
+        edit_input_normalised: bool | None = None,
     ):
         super().__init__()
         if (transformer is None) == (unet is None):
@@ -93,11 +105,12 @@ class ClassToImagePipeline(DenoisingPipeline, AdapterMixin, ClassEditingMixin):
             null_label=null_label,
             default_num_inference_steps=default_num_inference_steps,
             default_guidance_scale=default_guidance_scale,
+            edit_input_normalised=edit_input_normalised,
         )
         if unet is not None and not unet.config.get("num_class_embeds"):
             raise ValueError("`unet`: got one without `num_class_embeds`, expected a class-conditional one.")
-        channels = self.backbone.config.in_channels
-        if channels != vae.config.latent_channels:
+        channels, known = self.backbone.config.in_channels, self.shown is not None
+        if channels != vae.config.latent_channels and not known and not is_shown_masks(self.family, self.latent_space):
             raise ValueError(f"`vae`: got {vae.config.latent_channels} channels, expected the backbone's {channels}.")
         if null_label is not None and not 0 <= null_label < self.embedded_labels:
             raise ValueError(f"`null_label`: got {null_label}, expected one of 0 ... {self.embedded_labels - 1}.")
@@ -107,7 +120,8 @@ class ClassToImagePipeline(DenoisingPipeline, AdapterMixin, ClassEditingMixin):
 
     def native_class(self) -> str | None:
         """`DiTPipeline`, for a transformer and a scheduler of the kind that it was made for."""
-        fits = self.transformer is not None and hasattr(self.scheduler, "scale_model_input")
+        plain = self.backbone.config.in_channels == self.latent_space.channels
+        fits = plain and self.transformer is not None and hasattr(self.scheduler, "scale_model_input")
         return "DiTPipeline" if fits else None
 
     @classmethod
@@ -142,6 +156,7 @@ class ClassToImagePipeline(DenoisingPipeline, AdapterMixin, ClassEditingMixin):
         strength: float | None = None,
         padding_mask_crop: int | None = None,
         controls: Sequence[Control] = (),
+        image_guidance_scale: float | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Makes pictures. The first six arguments are those of diffusers' `DiTPipeline`.
 
@@ -162,23 +177,27 @@ class ClassToImagePipeline(DenoisingPipeline, AdapterMixin, ClassEditingMixin):
             callback_on_step_end_tensor_inputs: Names of `tensors`, of `_callback_tensor_inputs`.
             guidance_rescale: See `ClassifierFreeGuidance`.
             guidance_interval: See `ClassifierFreeGuidance`.
-            image: One or n images to begin from, as in `TextToImagePipeline`.
+            image: One or n images to begin from, or to be shown at every step, as in `TextToImagePipeline`.
             mask_image: White (from 0.5 on) where the image is made anew.
             strength: In [0, 1], how far back towards noise an image goes; `None`: 0.8, or with a mask 1.
             padding_mask_crop: Pixels around the mask's bounding box: only this part of the one image is made.
             controls: What else steers the call (`hubgen.controls`), in this order.
+            image_guidance_scale: As in `TextToImagePipeline`.
 
         Raises:
             ValueError: An argument is not one that the model can work with; before anything is computed.
         """
         space, backbone, family = self.latent_space, self.backbone, self.family
-        guidance = self.check_guidance(guidance_scale, guidance_rescale, guidance_interval)
+        shown = self.shown
+        guidance = self.check_guidance(
+            guidance_scale, guidance_rescale, guidance_interval, check_image_scale(shown, image_guidance_scale)
+        )
         labels = self.check_labels(class_labels)
         whole("num_images_per_label", num_images_per_label)
         images = ImageArguments(
             image, mask_image, strength, height, width, padding_mask_crop=padding_mask_crop, output_type=output_type
         )
-        start = start_of(images, family, space, IMAGE_STRENGTH if mask_image is None else 1.0)
+        start = start_of(images, family, space, IMAGE_STRENGTH if mask_image is None else 1.0, shown)
         shape = space.shape(len(labels) * num_images_per_label, start.size)
         check_generator(generator, shape[0])
         check_latents(latents, shape)
@@ -213,6 +232,7 @@ class ClassToImagePipeline(DenoisingPipeline, AdapterMixin, ClassEditingMixin):
         conditions = {POSITIVE: Condition(labels=chosen)}
         if guidance.enabled and self.null_label is not None:
             conditions[NEGATIVE] = Condition(labels=torch.full_like(chosen, self.null_label))
+            conditions[PICTURE] = conditions[NEGATIVE]  # differs by what the backbone is shown
         begin, prepared = prepare_all(steering, target, partial(start.begin, target, latents))
         predictor = Predictor(backbone, conditions, family, open_doors(prepared))
         channels = space.channels * (2 if self.scheduler_wants_variance else 1)
@@ -294,6 +314,11 @@ class ClassToImagePipeline(DenoisingPipeline, AdapterMixin, ClassEditingMixin):
         return LatentSpace(self.vae, self.backbone.config, self.family.patch)
 
     @property
+    def shown(self) -> EditInput | None:
+        """What the backbone is shown beside x_t; `None` for nothing, or a mask with the masked picture."""
+        return edit_input(self.family, self.latent_space, normalised=self.config.edit_input_normalised)
+
+    @property
     def vae_scale_factor(self) -> int:
         """Pixels of a picture's side per latent."""
         return self.latent_space.factor
@@ -304,12 +329,25 @@ class ClassToImagePipeline(DenoisingPipeline, AdapterMixin, ClassEditingMixin):
         return self._guidance_scale
 
     def check_guidance(
-        self, scale: float | None, rescale: float, interval: tuple[float, float]
+        self,
+        scale: float | None,
+        rescale: float,
+        interval: tuple[float, float],
+        image_scale: float | None = None,
     ) -> ClassifierFreeGuidance:
-        """The guidance of a call; raises ValueError where there is no label to lead away from."""
+        """The guidance of a call; raises ValueError where there is no label to lead away from.
+
+        Args:
+            scale: `None` for the model's.
+            rescale: See `ClassifierFreeGuidance`.
+            interval: See `ClassifierFreeGuidance`.
+            image_scale: See `PictureGuidance`; `None` without one.
+        """
         if scale is None:
             scale = self.config.default_guidance_scale if self.null_label is not None else 1.0
         guidance = ClassifierFreeGuidance(scale, rescale, interval)
+        if image_scale is not None:
+            guidance = PictureGuidance(scale, rescale, interval, image_scale)
         if guidance.enabled and self.null_label is None:
             raise ValueError(f"`guidance_scale`: got {scale}, expected at most 1: no label means none (`null_label`).")
         return guidance
@@ -333,11 +371,11 @@ class ClassToImagePipeline(DenoisingPipeline, AdapterMixin, ClassEditingMixin):
 
     def check_variance(self) -> None:
         """Raises ValueError where the scheduler asks for a variance that the backbone does not predict."""
-        config = self.backbone.config
-        if self.scheduler_wants_variance and config.out_channels != 2 * config.in_channels:
+        config, needed = self.backbone.config, 2 * self.latent_space.channels
+        if self.scheduler_wants_variance and config.out_channels != needed:
             raise ValueError(
                 f"`scheduler`: got `variance_type`={self.scheduler.config.variance_type!r}, which needs a backbone of "
-                f"{2 * config.in_channels} output channels; this one has {config.out_channels or config.in_channels}."
+                f"{needed} output channels; this one has {config.out_channels or config.in_channels}."
             )
 
 

@@ -34,8 +34,6 @@ class FamilyDefaults:
     """diffusers' pipeline for a backbone that is shown mask and masked picture"""
     controlled: str | None = None
     """diffusers' pipeline for the same with a ControlNet"""
-    image_guidance_scale: float = 1.5
-    """Of a model that is guided by a picture that it is shown"""
     tells_safety: bool = False
     """Whether its calls return beside the pictures which of them a safety checker has blackened, `None` without one"""
 
@@ -127,6 +125,11 @@ READS = (
     *("FluxControlImg2ImgPipeline", "FluxControlInpaintPipeline", "FluxFillPipeline", "FluxKontextPipeline"),
     "FluxKontextInpaintPipeline",
 )
+ELSEWHERE = {
+    "FluxPriorReduxPipeline": "it has no backbone and steers another model, FLUX.1: "
+    "`pipe(prompt, controls=[hubgen.Redux.from_pretrained(folder, image=picture)])`."
+}
+"""Pipelines whose folders hold no model that draws"""
 KONTEXT = ("FluxKontextPipeline", "FluxKontextInpaintPipeline")
 """Whose backbones are those of text to image, so that nothing but the pipeline's name tells what they are shown"""
 

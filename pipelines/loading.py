@@ -12,6 +12,7 @@ import torch
 
 from hubgen.hub.bare import ADAPTABLE, BACKBONES, bare_parts
 from hubgen.pipelines.class_to_image import ClassToImagePipeline
+from hubgen.pipelines.defaults import ELSEWHERE
 from hubgen.pipelines.text_to_image import TextToImagePipeline
 from hubgen.pipelines.unconditional import UnconditionalPipeline
 
@@ -35,6 +36,8 @@ def reader_of(index: Mapping[str, Any], model: str, argument: str = "model") -> 
         ValueError: There is none.
     """
     name = index["_class_name"]
+    if name in ELSEWHERE:
+        raise ValueError(f"{argument} {model}: is a {name}: {ELSEWHERE[name]}")
     if name not in READERS:
         raise ValueError(f"{argument} {model}: is a {name}; hubgen draws with {', '.join(sorted(READERS))}")
     return READERS[name]

@@ -46,7 +46,7 @@ from hubgen.conditioning.predict import Predictor
 from hubgen.conditioning.prompts import ClipAndT5, PromptCondition
 from hubgen.controls.control import Control, Target, check_controls, open_doors, opened, prepare_all
 from hubgen.controls.inpaint import is_shown_masks
-from hubgen.controls.shown_picture import REFERENCE, EditInput, edit_input
+from hubgen.controls.shown_picture import REFERENCE, EditInput, check_image_scale, edit_input
 from hubgen.data.images import Images
 from hubgen.hub.registration import loadable
 from hubgen.hub.single_file import SingleFilePipelineMixin
@@ -59,7 +59,7 @@ from hubgen.pipelines.checks import (
     check_latents,
     check_output,
 )
-from hubgen.pipelines.defaults import KONTEXT, READS, Defaults, FamilyDefaults, defaults_of
+from hubgen.pipelines.defaults import ELSEWHERE, KONTEXT, READS, Defaults, FamilyDefaults, defaults_of
 from hubgen.pipelines.denoising import AfterStep, Generator
 from hubgen.pipelines.denoising_pipeline import DenoisingPipeline
 from hubgen.pipelines.editing import EditingMixin
@@ -146,6 +146,7 @@ class TextToImagePipeline(
     _exclude_from_cpu_offload = ["safety_checker"]
     _callback_tensor_inputs = ["latents", *SHOWN]
     reads = READS
+    elsewhere = ELSEWHERE
 
     def __init__(
         self,
@@ -229,9 +230,15 @@ class TextToImagePipeline(
 
     @classmethod
     def with_our_classes(cls, index: Mapping[str, Any]) -> dict[str, Any]:
-        """As in `NativePipeline`; of Kontext nothing but the pipeline's name tells that it is shown a picture."""
+        """As in `NativePipeline`; of Kontext nothing but the pipeline's name tells that it is shown a picture.
+
+        A pipeline of diffusers' community, as that of UltraEdit, is named with its file.
+        """
         ours = super().with_our_classes(index)
-        return {"edit_input": REFERENCE.name, **ours} if ours.get("_class_name") in KONTEXT else ours
+        name = ours.get("_class_name")
+        if isinstance(name, list) and name[-1] in cls.reads:
+            ours["_class_name"] = name = name[-1]
+        return {"edit_input": REFERENCE.name, **ours} if name in KONTEXT else ours
 
     def native_arguments(self) -> Collection[str] | None:
         """The arguments of diffusers' pipeline for such components; `None` where there is none."""
@@ -376,7 +383,7 @@ class TextToImagePipeline(
         self._guidance_scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
         attention = self.attention_options(family, cross_attention_kwargs, joint_attention_kwargs)
         shown = self.shown
-        image_scale = self.prepare_image_scale(shown, image_guidance_scale)
+        image_scale = check_image_scale(shown, image_guidance_scale)
         guidance = self.prepare_guidance(
             family, true_cfg_scale, guidance_rescale, guidance_interval, prompts.has_negative, image_scale
         )
@@ -476,20 +483,6 @@ class TextToImagePipeline(
             logger.warning("`true_cfg_scale` has no effect without a negative prompt.")
             guidance = ClassifierFreeGuidance(1.0)
         return guidance
-
-    def prepare_image_scale(self, shown: EditInput | None, scale: float | None) -> float | None:
-        """The strength of the guidance by a shown picture; `None` where the model has no such guidance.
-
-        Raises:
-            ValueError: There was one, for such a model.
-        """
-        if shown is None or not shown.guided:
-            if scale is not None:
-                raise ValueError(
-                    f"`image_guidance_scale`: got {scale!r}, expected none: this model is not guided by a picture."
-                )
-            return None
-        return self.family_defaults.image_guidance_scale if scale is None else scale
 
     @staticmethod
     def attention_options(

@@ -10,10 +10,12 @@ Tests take the fixture `official` (tests/conftest.py), which makes each folder o
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import diffusers
+from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from torch import nn
 from transformers import (
     CLIPTextConfig,
@@ -25,6 +27,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from tests.ip_adapter_weights import HIDDEN, siglip
 from tests.models import NETWORKS, POOLED, TEXT_WIDTH
 from tests.models import WORDS as PIECES
 from tests.parity import randomize_
@@ -171,6 +174,11 @@ def sd1_inpaint() -> diffusers.DiffusionPipeline:
     return diffusers.StableDiffusionInpaintPipeline(**sd1_components(in_channels=9))
 
 
+def sd1_instruct() -> diffusers.DiffusionPipeline:
+    """InstructPix2Pix: eight channels, x_t and the latents of the picture that is edited."""
+    return diffusers.StableDiffusionInstructPix2PixPipeline(**sd1_components(in_channels=8))
+
+
 def sd2() -> diffusers.DiffusionPipeline:
     """SD 2.1's traits: OpenCLIP without its last layer, "!" as padding, linear projections, v-prediction."""
     components = sd1_components(use_linear_projection=True, attention_head_dim=(1, 2))
@@ -203,6 +211,14 @@ def sdxl() -> diffusers.DiffusionPipeline:
     )
 
 
+def sdxl_instruct() -> diffusers.DiffusionPipeline:
+    return diffusers.StableDiffusionXLInstructPix2PixPipeline(
+        text_encoder=clip_text(),
+        tokenizer=clip_tokenizer(),
+        **sdxl_components(6, cross_attention_dim=2 * TEXT_WIDTH, in_channels=8),
+    )
+
+
 def sdxl_refiner() -> diffusers.DiffusionPipeline:
     """The second text encoder alone, and a score of aesthetics beside the sizes."""
     return diffusers.StableDiffusionXLImg2ImgPipeline(
@@ -217,16 +233,14 @@ def sd3_5() -> diffusers.DiffusionPipeline:
 
 def sd3(**kind: Any) -> diffusers.DiffusionPipeline:
     """SD 3, or what `kind` makes of its transformer."""
-    transformer = NETWORKS["SD 3"].build(
-        "diffusers",
-        5,
-        in_channels=16,
-        out_channels=16,
-        joint_attention_dim=T5_WIDTH,
-        pooled_projection_dim=2 * POOLED,
-        pos_embed_max_size=12,
-        **kind,
-    )
+    sizes = {
+        "in_channels": 16,
+        "out_channels": 16,
+        "joint_attention_dim": T5_WIDTH,
+        "pooled_projection_dim": 2 * POOLED,
+        "pos_embed_max_size": 12,
+    }
+    transformer = NETWORKS["SD 3"].build("diffusers", 5, **{**sizes, **kind})
     return diffusers.StableDiffusion3Pipeline(
         vae=flow_vae(1.5305, 0.0609),
         text_encoder=clip_text(projected=True, seed=1),
@@ -240,11 +254,13 @@ def sd3(**kind: Any) -> diffusers.DiffusionPipeline:
     )
 
 
-def flux(guidance_embeds: bool, scheduler: dict[str, Any]) -> diffusers.DiffusionPipeline:
-    transformer = NETWORKS["FLUX.1 schnell"].build(
-        "diffusers", 5, in_channels=64, joint_attention_dim=T5_WIDTH, guidance_embeds=guidance_embeds
-    )
-    return diffusers.FluxPipeline(
+def flux(
+    guidance_embeds: bool, scheduler: dict[str, Any], cls: Any = diffusers.FluxPipeline, **kind: Any
+) -> diffusers.DiffusionPipeline:
+    """FLUX.1, or of another class with what `kind` makes of its transformer."""
+    sizes = {"in_channels": 64, "joint_attention_dim": T5_WIDTH, "guidance_embeds": guidance_embeds}
+    transformer = NETWORKS["FLUX.1 schnell"].build("diffusers", 5, **{**sizes, **kind})
+    return cls(
         vae=flow_vae(0.3611, 0.1159),
         text_encoder=clip_text(),
         tokenizer=clip_tokenizer(),
@@ -262,6 +278,40 @@ def flux_dev() -> diffusers.DiffusionPipeline:
 
 def flux_schnell() -> diffusers.DiffusionPipeline:
     return flux(False, {"shift": 1.0})
+
+
+def flux_tool(cls: Any, channels: int) -> diffusers.DiffusionPipeline:
+    """One of the FLUX.1 tools, whose transformer takes so many channels of latents."""
+    return flux(True, {"shift": 3.0, "use_dynamic_shifting": True}, cls, in_channels=4 * channels, out_channels=64)
+
+
+def flux_control() -> diffusers.DiffusionPipeline:
+    """Canny and Depth: x_t and the latents of a hint."""
+    return flux_tool(diffusers.FluxControlPipeline, 2 * 16)
+
+
+def flux_fill() -> diffusers.DiffusionPipeline:
+    """x_t, the latents of the masked picture, and all pixels of the mask."""
+    return flux_tool(diffusers.FluxFillPipeline, 2 * 16 + VAE_FACTOR**2)
+
+
+def flux_kontext() -> diffusers.DiffusionPipeline:
+    """The transformer of text to image; the picture that is edited comes in as further tokens."""
+    return flux_tool(diffusers.FluxKontextPipeline, 16)
+
+
+def flux_redux(texts: bool = False) -> diffusers.DiffusionPipeline:
+    """SigLIP and what makes text tokens of its patches; `texts` with the text encoders that it may have."""
+    encoder, extractor = siglip()
+    embedder = ReduxImageEncoder(redux_dim=HIDDEN, txt_in_features=T5_WIDTH)
+    pair = {"text_encoder": clip_text(), "tokenizer": clip_tokenizer()}
+    pair |= {"text_encoder_2": t5_text(), "tokenizer_2": t5_tokenizer()}
+    return diffusers.FluxPriorReduxPipeline(
+        image_encoder=encoder,
+        feature_extractor=extractor,
+        image_embedder=randomize_(embedder, 6).eval(),
+        **(pair if texts else {}),
+    )
 
 
 # Some words of DiT's 1000; a class can have several names.
@@ -301,13 +351,20 @@ def ncsnpp() -> diffusers.DiffusionPipeline:
 MAKERS: dict[str, Callable[[], diffusers.DiffusionPipeline]] = {
     "sd1": sd1,
     "sd1-inpaint": sd1_inpaint,
+    "sd1-instruct": sd1_instruct,
     "sd2": sd2,
     "sdxl": sdxl,
+    "sdxl-instruct": sdxl_instruct,
     "sdxl-refiner": sdxl_refiner,
     "sd3": sd3,
     "sd3.5": sd3_5,
     "flux-dev": flux_dev,
     "flux-schnell": flux_schnell,
+    "flux-control": flux_control,
+    "flux-fill": flux_fill,
+    "flux-kontext": flux_kontext,
+    "flux-redux": flux_redux,
+    "flux-redux-texts": partial(flux_redux, True),
     "dit": dit,
     "ddpm": ddpm,
     "ddim": ddim,

@@ -78,13 +78,19 @@ class EditInput:
         if self.drawn:
             latents = encode(vae, pixels, generator)
             return latents if self.normalised else denormalised(latents, vae)
-        mode = posterior(vae, pixels)[0]
+        return self.of_mode(vae, posterior(vae, pixels)[0])
+
+    def of_mode(self, vae: Any, mode: torch.Tensor) -> torch.Tensor:
+        """What the backbone is shown, where it is not drawn, of the mode of the autoencoder's posterior."""
         return normalised(mode, vae) if self.normalised else mode
 
     def with_normalised(self, value: bool | None) -> Self:
         """The same with latents of another scale; `None` changes nothing."""
         return self if value is None else replace(self, normalised=value)
 
+
+IMAGE_GUIDANCE_SCALE = 1.5
+"""Of a call that names none, as in diffusers' pipelines"""
 
 INSTRUCTION = EditInput("instruction", guided=True)
 MASKED_INSTRUCTION = replace(INSTRUCTION, channels=2)
@@ -125,6 +131,25 @@ def edit_input(
             f"{tokens}."
         )
     return found[0].with_normalised(normalised) if found else None
+
+
+def check_image_scale(kind: EditInput | None, scale: float | None) -> float | None:
+    """The strength of the guidance by a shown picture; `None` where the model has no such guidance.
+
+    Args:
+        kind: What the model is shown.
+        scale: `image_guidance_scale` of a call; `None` for the usual one.
+
+    Raises:
+        ValueError: There is one for a model without.
+    """
+    if kind is not None and kind.guided:
+        return IMAGE_GUIDANCE_SCALE if scale is None else scale
+    if scale is not None:
+        raise ValueError(
+            f"`image_guidance_scale`: got {scale!r}, expected none: this model is not guided by a picture."
+        )
+    return None
 
 
 class ShownPicture(Control):

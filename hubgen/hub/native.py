@@ -51,6 +51,8 @@ class NativePipeline(DiffusionPipeline):
 
     reads: ClassVar[tuple[str, ...]] = ()
     """Classes of diffusers whose `model_index.json` this pipeline takes, beside its own."""
+    elsewhere: ClassVar[Mapping[str, str]] = {}
+    """Classes whose folders hold no pipeline that could stand alone, and what reads them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,7 +171,7 @@ class NativePipeline(DiffusionPipeline):
 
         Raises:
             ValueError: A folder that is no pipeline, or an index with a pipeline, library, class or component that
-                is not known; before any weights are read.
+                is not known, or a pipeline that something else reads; before any weights are read.
             OSError: Neither a folder nor a repository that can be reached.
         """
         path = os.fspath(pretrained_model_name_or_path)
@@ -241,6 +243,8 @@ class NativePipeline(DiffusionPipeline):
         where, known = f"{path}: {cls.config_name}", (cls.__name__, *cls.reads)
         if index.get("_class_name") not in known:
             found = repr(index["_class_name"]) if "_class_name" in index else "none"
+            if (other := cls.elsewhere.get(str(index.get("_class_name")))) is not None:
+                raise ValueError(f"{where} names {found} as the pipeline: {other}")
             raise ValueError(f"{where} names {found} as the pipeline; {cls.__name__} reads {', '.join(known)}.")
         slots, _ = cls._get_signature_keys(cls)
         for name, value in index.items():
