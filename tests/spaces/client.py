@@ -29,7 +29,7 @@ def adapter_file(path: Path, seed: int, size: float) -> None:
 
 
 def network_folder(path: Path) -> None:
-    """A ControlNet of one block for the bundled model, whose zero layers are random numbers."""
+    """A ControlNet of one block for the bundled model: it sees its hint, and adds a little that means nothing."""
     from hubgen import SD3ControlNetModel, SD3Transformer2DModel
 
     base = SD3Transformer2DModel.from_pretrained(bundled_model() / "transformer")
@@ -37,7 +37,8 @@ def network_folder(path: Path) -> None:
     random = torch.Generator().manual_seed(0)
     for name, parameter in net.named_parameters():
         if name.startswith(("controlnet_blocks.", "pos_embed_input.")):
-            torch.nn.init.normal_(parameter, std=0.1, generator=random)
+            std = 0.004 if name.startswith("controlnet_blocks.") else 0.1
+            torch.nn.init.normal_(parameter, std=std, generator=random)
     net.save_pretrained(path)
 
 

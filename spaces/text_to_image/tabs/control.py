@@ -18,11 +18,12 @@ A **ControlNet** keeps the shapes of a picture of yours while the words change e
 over its look. Both are networks beside the model, made for the model that draws. There is none on this page; to have
 some:
 
-- **train one** for this model: `accelerate launch -m hubgen.training.train_controlnet --help` says how;
+- **train one** for this model from a folder of pictures: `hubgen train controlnet PICTURES --hint canny`;
 - or **take one** that was made for the model you draw with, by its name on the Hub, such as
   `lllyasviel/control_v11p_sd15_canny` for Stable Diffusion 1.5.
 
-Then start the page with `hubgen demo --model MODEL --controls NETWORK`.
+Then start the page with `hubgen demo --model MODEL --controls NETWORK`. An IP-Adapter sees with the image encoder of
+the model, which has to have one.
 
 Without any, a picture can still be where the drawing starts: see **Transform**, which also draws a painted part
 anew."""
