@@ -4,10 +4,11 @@
     same = pipe.reconstruct(inversion).images[0]
     edited = pipe.reconstruct(inversion, "a blue cat", guidance_scale=4).images[0]
 
-    null = pipe.null_text(pipe.invert(picture, "a red cat"), guidance_scale=7.5)      # of U-Nets above all
+    inversion = pipe.invert(picture, "a red cat")  # DDIM, or Euler's method along a flow
+    null = pipe.null_text(inversion, guidance_scale=7.5)
     edited = pipe.reconstruct(inversion, "a blue cat", guidance_scale=7.5, controls=[null]).images[0]
 
-    edited = pipe.flow_edit(picture, "a red cat", "a blue cat").images[0]             # flows, without inversion
+    edited = pipe.flow_edit(picture, "a red cat", "a blue cat").images[0]  # along a flow, without inversion
 
 Shapes: B pictures, (B, C, h, w) latents, n steps.
 """

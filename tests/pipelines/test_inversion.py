@@ -343,6 +343,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("sd3", {"controls": AttentionMaps()}, "`controls`: got .*, expected a list of controls"),
     ("sd3", {"generator": [seeded(), seeded()]}, "`generator`: got a list of 2, expected one for each of 1"),
     ("sd1-inpaint", {}, "`mask_image`: got None, expected a mask"),
+    ("sd1-instruct", {}, "`image`: this call cannot show a picture to a backbone of 8 channels"),
 ]
 
 
