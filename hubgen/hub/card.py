@@ -35,9 +35,17 @@ class Usage:
     arguments: str
     """Of a call"""
     reads_words: bool = False
+    before: Sequence[str] = ()
+    """Lines of Python before it"""
 
 
 TEXT_TO_IMAGE = Usage("TextToImagePipeline", "text-to-image", '"a red apple"', reads_words=True)
+EDITOR = Usage(
+    "TextToImagePipeline",
+    "image-to-image",
+    '"turn it upside down", image=picture, image_guidance_scale=1.5',
+    before=("from PIL import Image", "", 'picture = Image.open("before.png")'),
+)
 CLASS_TO_IMAGE = Usage("ClassToImagePipeline", "unconditional-image-generation", "0")
 UNCONDITIONAL = Usage("UnconditionalPipeline", "unconditional-image-generation", "")
 
@@ -107,7 +115,7 @@ def pipeline_card(
         *([f"![Pictures that it drew]({grid})", ""] if grid else []),
         "```python",
         f"from hubgen import {usage.pipeline}",
-        "",
+        *(usage.before or [""]),
         f"pipe = {usage.pipeline}.from_pretrained({loaded})",
         f'pipe({example}).images[0].save("picture.png")',
         "```",
@@ -116,7 +124,7 @@ def pipeline_card(
         "",
         "```python",
         "from diffusers import DiffusionPipeline",
-        "",
+        *(usage.before or [""]),
         f"pipe = DiffusionPipeline.from_pretrained({loaded}{trust})",
         f'pipe({example}).images[0].save("picture.png")',
         "```",

@@ -21,6 +21,7 @@ from hubgen.controls.control import Target
 from hubgen.controls.image_attention import Adapter
 from hubgen.controls.image_encoders import encode, is_pooling, pixels_of
 from hubgen.controls.net_kinds import Hint, NetKind
+from hubgen.controls.shown_picture import EditInput
 from hubgen.data.cache import TensorCache, module_digest
 from hubgen.data.encoded import LatentSource
 from hubgen.data.order import Draw, generator_of
@@ -226,3 +227,33 @@ class Embeddings:
             embeds = self.seen.of([self.seen.examples.picture(self._rows[key]) for key in chosen])
             for key, one in zip(chosen, embeds, strict=True):
                 yield key, {"embeds": one}
+
+
+# ---- pictures before an edit ----
+
+
+class Originals(Beside):
+    """Pictures before an edit, which an editor is shown as in sampling: by what it takes.
+
+    Args:
+        pipe: The editor.
+        pictures: After the edit, with a column of those before it.
+        column: Its name.
+        kind: What the editor takes.
+    """
+
+    def __init__(self, pipe: Any, pictures: Pictures, column: str, kind: EditInput) -> None:
+        self.pipe, self.pictures, self.column, self.kind = pipe, pictures, column, kind
+
+    def sources(self, seed: int, cache_dir: Path | None) -> Sequence[Source]:
+        examples, views = self.pictures.examples, self.pictures.views
+        self.latents = LatentSource(self.pipe.vae, examples, views, seed, cache_dir, column=self.column)
+        return [self.latents]
+
+    def read(self, draws: Sequence[Draw]) -> Any:
+        return self.latents.read(draws)
+
+    @torch.no_grad()
+    def shown(self, read: Any, draws: Sequence[Draw], kept: Sequence[bool], device: torch.device) -> torch.Tensor:
+        shown = self.kind.of_mode(self.pipe.vae, self.latents.modes(read, device))  # (B, C, h, w)
+        return shown * torch.tensor(kept, device=device).view(-1, 1, 1, 1)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hubgen.adaptation.widening import widen
 from hubgen.autoencoders.efficientnet import EfficientNetLite0
 from hubgen.backbones.controlnet import ControlNetModel
 from hubgen.backbones.controlnet_dit import DiTControlNetModel
@@ -39,12 +40,16 @@ from hubgen.controls.image_encoders import PooledLatents, features_of
 from hubgen.controls.ip_adapter import IPAdapter
 from hubgen.controls.net_kinds import AdapterNet, NetKind, Rows, TransformerNet, check_modes, kind_of
 from hubgen.controls.opening import network
+from hubgen.controls.shown_picture import INSTRUCTION, EditInput
 from hubgen.errors import one_line
+from hubgen.pipelines.class_to_image import ClassToImagePipeline
+from hubgen.training.kit.adapters import backbone_name
 from hubgen.training.kit.bases import AdaptedBase
 from hubgen.training.kit.beside import target_of
 from hubgen.training.kit.groups import Network, PictureAdapter
 from hubgen.training.kit.parse import SettingsError
 from hubgen.training.kit.publishing import place_of
+from hubgen.training.kit.quantization import refuse_quantised
 
 HINT_WIDTHS = (16, 32, 96, 256)
 """Of published ControlNets, whose autoencoder has 8 pixels a latent"""
@@ -75,6 +80,11 @@ class Controlled(nn.Module, ABC):
         for one in (self.pipe.backbone, self.learns):
             if hasattr(one, "enable_gradient_checkpointing"):
                 one.enable_gradient_checkpointing()
+
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """Inside, the base is ready for calls and their backward passes."""
+        yield
 
     @abstractmethod
     def forward(self, x_t: torch.Tensor, timestep: torch.Tensor, condition: Condition, beside: Any) -> torch.Tensor:
@@ -372,6 +382,46 @@ def begin_as_text(adapter: Adapter, backbone: Any) -> None:
             source = getattr(attn, theirs, None)
             if source is not None and source.weight.shape == ours.weight.shape:
                 ours.weight.copy_(source.weight)
+
+
+# ---- editors ----
+
+
+class Editing(Controlled):
+    """A backbone that is shown a picture in channels beside x_t, all of which learns."""
+
+    def __init__(self, pipe: Any) -> None:
+        super().__init__(pipe, pipe.backbone)
+
+    def forward(self, x_t: torch.Tensor, timestep: torch.Tensor, condition: Condition, beside: Any) -> torch.Tensor:
+        return predict(self.learns, x_t, timestep, condition, Doors(channels=[beside]))
+
+
+def made_editor(pipe: Any) -> EditInput:
+    """Makes a pipeline one that edits pictures by instructions, and returns what it is shown; its backbone in float32.
+
+    Args:
+        pipe: One of prompts, whose backbone is widened by zeros; or one that is an editor already, as it is.
+
+    Raises:
+        SettingsError: It is one of classes, inpaints, or is shown something else.
+    """
+    if isinstance(pipe, ClassToImagePipeline):
+        raise SettingsError("setting 'base.model': got a model of classes, expected one that is given prompts.")
+    name, space = backbone_name(pipe), pipe.latent_space
+    refuse_quantised(name, pipe.backbone)
+    if pipe.family.channels == space.channels and pipe.shown is None:
+        pipe.register_modules(**{name: widen(pipe.backbone, space.channels)})
+        pipe.register_to_config(edit_input=INSTRUCTION.name)
+    kind = pipe.shown
+    if kind is None or kind.name != INSTRUCTION.name or kind.masked:
+        raise SettingsError(
+            f"setting 'base.model': got a backbone of {pipe.family.channels} channels, expected one that is given "
+            f"prompts alone, {space.channels}, or one that edits pictures by instructions, {2 * space.channels}."
+        )
+    if pipe.backbone.dtype != torch.float32:
+        pipe.backbone.to(torch.float32)
+    return kind
 
 
 def check_unpacked(base: AdaptedBase) -> None:
