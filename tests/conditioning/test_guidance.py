@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hubgen.conditioning.guidance import ClassifierFreeGuidance, GuidedNoise
+from hubgen.conditioning.guidance import ClassifierFreeGuidance, GuidedNoise, PictureGuidance
 
 
 def two_predictions() -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,3 +99,44 @@ def test_at_scale_one_and_in_an_empty_interval_no_time_is_guided(guidance: Class
 def test_a_bad_value_is_named(name: str, arguments: dict) -> None:
     with pytest.raises(ValueError, match=f"`{name}`"):
         ClassifierFreeGuidance(**arguments)
+
+
+# ---- guidance by a picture that the model is shown ----
+
+
+def three() -> dict[str, torch.Tensor]:
+    return {branch: torch.randn(2, 4, 8, 8) for branch in ("negative", "picture", "positive")}
+
+
+def test_guidance_by_a_picture_goes_to_the_picture_and_from_there_to_the_prompt() -> None:
+    rows = three()
+    neither, picture, both_ = rows.values()
+    expected = neither + 2.0 * (picture - neither) + 7.0 * (both_ - picture)
+    torch.testing.assert_close(PictureGuidance(7.0, image_scale=2.0).combine(rows), expected)
+
+
+def test_equal_scales_of_prompt_and_picture_are_classifier_free_guidance() -> None:
+    rows = three()
+    plain = ClassifierFreeGuidance(3.0).combine({name: rows[name] for name in ("negative", "positive")})
+    torch.testing.assert_close(PictureGuidance(3.0, image_scale=3.0).combine(rows), plain, atol=1e-4, rtol=0.0)
+
+
+def test_guidance_by_a_picture_is_rescaled_as_any_other() -> None:
+    rows = three()
+    guided = PictureGuidance(7.0, 1.0, image_scale=2.0).combine(rows)
+    torch.testing.assert_close(guided.std((1, 2, 3)), rows["positive"].std((1, 2, 3)))
+
+
+@pytest.mark.parametrize(("scale", "image_scale", "rows"), [(7.0, 1.5, 3), (1.1, 1.0, 3), (1.0, 1.5, 1), (7.0, 0.9, 1)])
+def test_guidance_by_a_picture_is_on_with_both_scales(scale: float, image_scale: float, rows: int) -> None:
+    guidance = PictureGuidance(scale, interval=(0.2, 1.0), image_scale=image_scale)
+    assert len(guidance.all_branches) == len(guidance.branches(0.5)) == rows
+    assert guidance.branches(0.1) == ("positive",)
+    alone = torch.randn(2, 4, 8, 8)
+    assert guidance.combine({"positive": alone}) is alone
+
+
+@pytest.mark.parametrize("scale", [-0.1, float("nan"), "1"])
+def test_a_scale_of_the_picture_out_of_range_is_refused(scale: float) -> None:
+    with pytest.raises(ValueError, match="`image_guidance_scale`: got .*, expected a finite number, at least 0"):
+        PictureGuidance(7.0, image_scale=scale)
