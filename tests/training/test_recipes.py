@@ -17,6 +17,9 @@ SCRIPTS = {
     "unconditional": "train_unconditional",
     "lora": "train_lora",
     "dreambooth": "train_dreambooth",
+    "controlnet": "train_controlnet",
+    "ip-adapter": "train_ip_adapter",
+    "instruct-pix2pix": "train_instruct_pix2pix",
 }
 
 
