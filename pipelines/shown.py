@@ -75,7 +75,7 @@ def take_picture(arguments: Any, kind: EditInput, space: LatentSpace) -> Taken:
     image = read_images(given, space.channels, kind.argument)
     if not kind.is_edited:
         return Taken(kind, image, None, replace(arguments, control_image=None), space)
-    if arguments.mask_image is not None and not kind.masked:  # where to begin, too
+    if not kind.begins_at_noise(arguments.mask_image is not None):
         size = (arguments.height, arguments.width)
         if size == (None, None) and not Canvas.is_latent(image):
             found = one_size("image", image)

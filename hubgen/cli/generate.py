@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+PICTURES = {"image": "image", "mask": "mask_image", "control_image": "control_image"}
+"""Options that name a picture's file, and what pipelines call them"""
 GENERATE_DESCRIPTION = """\
 Make a picture of each prompt and write it to a file. Several prompts, or -n above 1, give one picture with a grid:
 with both, a row for each prompt.
@@ -54,7 +56,9 @@ with both, a row for each prompt.
 --model takes the folder or repository of any pipeline that hubgen reads: Stable Diffusion 1.x, 2.x, XL, 3 and 3.5,
 FLUX.1 and hubgen's own draw prompts; with DiT a prompt is the name or number of a class; DDPM and NCSN++ take none.
 It also takes a single .safetensors file in an original layout, with tokenizers and configs from --config.
---image starts from a picture instead of noise, and --mask names the part of it that is drawn anew.
+--image starts from a picture instead of noise, and --mask names the part of it that is drawn anew. Models that edit
+(InstructPix2Pix, UltraEdit, FLUX.1 Kontext) are shown --image, and the prompt tells them what to change; those of hints
+(FLUX.1 Canny and Depth) are shown --control-image.
 --lora puts an adapter on the model, in any layout that people trade (diffusers, PEFT, kohya, ComfyUI, ...), and :0.8
 behind its name says how much it counts; given several times, all of them count.
 
@@ -69,6 +73,7 @@ examples:
   hubgen generate "a house by the sea" --model runs/my-model --num-inference-steps 50 --guidance-scale 5 --out house.png
   hubgen generate "a watercolour" --model owner/model --image photo.png --strength 0.6 --out painted.png
   hubgen generate "a hat" --model owner/model --image photo.png --mask head.png --out hat.png
+  hubgen generate "make it night" --model timbrooks/instruct-pix2pix --image photo.png --out night.png
   hubgen generate "a cat" --model v1-5.safetensors --config my/sd15-folder --out cat.png
   hubgen generate "a cat" --lora style.safetensors:0.8 --lora owner/name --out cat.png
   hubgen generate "a red house" --model owner/model --control owner/canny=edges.png:0.8:0-0.6 --out house.png
@@ -97,7 +102,9 @@ def add_generate(commands: Any) -> None:
     )
     # No defaults here: None says "not given", so that --from can tell what to override.
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what the picture shows; several give a grid")
-    parser.add_argument("--image", type=Path, metavar="FILE", help="a picture to start from, instead of noise")
+    parser.add_argument(
+        "--image", type=Path, metavar="FILE", help="a picture to start from, instead of noise, or to edit"
+    )
     parser.add_argument(
         "--mask",
         type=Path,
@@ -108,7 +115,10 @@ def add_generate(commands: Any) -> None:
         "--max-pixels",
         type=count,
         metavar="N",
-        help="pixels of --image and --mask at most (default: 100 million)",
+        help="pixels of --image, --mask and --control-image at most (default: 100 million)",
+    )
+    parser.add_argument(
+        "--control-image", type=Path, metavar="FILE", help="a hint that the model itself is shown (FLUX.1 Canny, Depth)"
     )
     parser.add_argument(
         "--strength",
@@ -182,6 +192,12 @@ def add_generate(commands: Any) -> None:
         metavar="X",
         help="how strongly the prompt steers; 1 is no guidance (default: the model's)",
     )
+    parser.add_argument(
+        "--image-guidance-scale",
+        type=finite,
+        metavar="X",
+        help="how near the picture stays to --image, for models that edit (default: 1.5)",
+    )
     parser.add_argument("--seed", type=seed, metavar="N", help="start of the random numbers (default: drawn, and told)")
     parser.add_argument(
         "--size", type=size, metavar="N or WxH", help="pixels of each picture (default: what the model was trained for)"
@@ -214,9 +230,9 @@ def generate(arguments: argparse.Namespace) -> None:
     told = f"--from {arguments.source}: its " if source is not None else ""
     check_comes_with_image(chosen("image"), mask=chosen("mask"), strength=chosen("strength"))
     opened = opened_pictures(
-        {"image": chosen("image"), "mask": chosen("mask")},
+        {name: chosen(name) for name in PICTURES},
         arguments.max_pixels,
-        {name: told for name in ("image", "mask") if getattr(arguments, name) is None},
+        {name: told for name in PICTURES if getattr(arguments, name) is None},
     )
     controls = asked_controls(arguments.control, source)
     hints = opened_hints(controls, arguments.max_pixels, told if arguments.control is None else "")
@@ -270,6 +286,8 @@ def generate(arguments: argparse.Namespace) -> None:
         lora=[lora.used for lora in loras] or None,
         embedding=[one.used for one in embeddings] or None,
         control=controls or None,
+        control_image=None if chosen("control_image") is None else str(chosen("control_image")),
+        image_guidance_scale=chosen("image_guidance_scale"),
     )
     with few_lines():
         from hubgen.hub.bare import bare_parts
@@ -326,7 +344,7 @@ def check_comes_with_image(image: Any, **options: Any) -> None:
 def opened_pictures(
     options: Mapping[str, Any], max_pixels: int | None = None, told: Mapping[str, str] | None = None
 ) -> dict[str, Image.Image]:
-    """The files of --image and --mask as pictures, under the pipeline's names.
+    """The files of options in `PICTURES` as pictures, under the pipeline's names.
 
     Args:
         options: By option, the file or None.
@@ -339,10 +357,11 @@ def opened_pictures(
     from hubgen.data.pictures import MAX_PIXELS, as_mask, on_white, read_picture
 
     opened = {}
-    for option, name, form in (("image", "image", on_white), ("mask", "mask_image", as_mask)):
+    for option, name in PICTURES.items():
         path = options.get(option)
         if path is not None:
-            shown = f"{(told or {}).get(option, '')}--{option} {path}"
+            shown = f"{(told or {}).get(option, '')}--{option.replace('_', '-')} {path}"
+            form = as_mask if option == "mask" else on_white
             opened[name] = form(read_picture(path, max_pixels or MAX_PIXELS, shown))
     return opened
 
@@ -448,12 +467,14 @@ KINDS = (
             "lora",
             "embedding",
             "control",
+            "control_image",
+            "image_guidance_scale",
         ),
     ),
     Kind(
         "ClassToImagePipeline",
         "name a class or its number",
-        ("guidance_scale", "height", "width", "image", "mask", "strength", "control"),
+        ("guidance_scale", "height", "width", "image", "mask", "strength", "control", "image_guidance_scale"),
     ),
     Kind("UnconditionalPipeline", "", ()),
 )
@@ -515,8 +536,14 @@ def complete(kind: Kind, request: Request, pipe: Any) -> Request:
     if kind.pipeline == "TextToImagePipeline":
         defaults = pipe.defaults(image=request.image is not None, mask=request.mask is not None)
         steps, scale = defaults.steps, defaults.guidance_scale
-        if request.image is not None and request.strength is None:
+        begins_at_noise = pipe.shown is not None and pipe.shown.begins_at_noise(request.mask is not None)
+        if request.image is not None and request.strength is None and not begins_at_noise:
             request = dataclasses.replace(request, strength=defaults.strength)
+    if "image_guidance_scale" in kind.options:
+        from hubgen.controls.shown_picture import check_image_scale
+
+        scale_of_image = check_image_scale(pipe.shown, request.image_guidance_scale)
+        request = dataclasses.replace(request, image_guidance_scale=scale_of_image)
     return dataclasses.replace(
         request,
         num_inference_steps=first_given(request.num_inference_steps, steps),
@@ -537,7 +564,7 @@ def sample(kind: Kind, pipe: Any, request: Request, opened: dict[str, Any]) -> l
     prompts = [word for word in words for _ in range(request.n)]
     seeds = [request.seed + j for _ in words for j in range(request.n)]
     options = {name: getattr(request, name) for name in kind.options if getattr(request, name) is not None}
-    beside = ("image", "mask", "control", *(used.option for used in USED))  # opened, or on the pipeline already
+    beside = (*PICTURES, "control", *(used.option for used in USED))  # opened, or on the pipeline already
     options = {name: value for name, value in options.items() if name not in beside} | opened
     pictures: list[Image.Image] = []
     for start in range(0, len(prompts), request.batch_size):

@@ -61,8 +61,16 @@ class EditInput:
 
     @property
     def is_edited(self) -> bool:
-        """Whether the picture is the one that is edited, so that the call begins at noise."""
+        """Whether the picture is the one that is edited, `image`."""
         return self.argument == "image"
+
+    def begins_at_noise(self, mask: bool) -> bool:
+        """Whether a call's `image` is what is shown and no more, so that it says nothing about where to begin.
+
+        Args:
+            mask: Whether the call has a mask.
+        """
+        return self.is_edited and (self.masked or not mask)
 
     def encoded(self, vae: Any, pixels: torch.Tensor, generator: Generator = None) -> torch.Tensor:
         """What the backbone is shown of pictures.

@@ -145,6 +145,10 @@ class Request:
     """Learned words that its text encoders know, in their order."""
     control: list[UsedControl] | None = None
     """What else steers, in its order."""
+    control_image: str | None = None
+    """File of the hint that the model itself is shown, for models of hints."""
+    image_guidance_scale: float | None = None
+    """How near a picture stays to `image`, for models that edit."""
 
 
 def versions() -> dict[str, str]:
@@ -231,7 +235,7 @@ def is_valid(name: str, value: Any) -> bool:
             return isinstance(value, list) and all(isinstance(prompt, str) for prompt in value)
         case "model" | "device":
             return isinstance(value, str)
-        case "negative_prompt" | "revision" | "image" | "mask" | "config":
+        case "negative_prompt" | "revision" | "image" | "mask" | "config" | "control_image":
             return value is None or isinstance(value, str)
         case "lora" | "embedding":
             (kind,) = (one for one in USED if one.option == name)
@@ -240,7 +244,7 @@ def is_valid(name: str, value: Any) -> bool:
             return value is None or (isinstance(value, list) and bool(value) and all(map(UsedControl.is_valid, value)))
         case "dtype":
             return value in DTYPES
-        case "guidance_scale":
+        case "guidance_scale" | "image_guidance_scale":
             return value is None or is_number(value)
         case "seed":
             return is_whole(value, 0, LARGEST_SEED)
