@@ -130,6 +130,8 @@ ELSEWHERE = {
     "`pipe(prompt, controls=[hubgen.Redux.from_pretrained(folder, image=picture)])`."
 }
 """Pipelines whose folders hold no model that draws"""
+ULTRA_EDIT = "StableDiffusion3InstructPix2PixPipeline"
+"""Of which no version stands in diffusers itself; the folders are those of UltraEdit's authors (2407.05282)"""
 KONTEXT = ("FluxKontextPipeline", "FluxKontextInpaintPipeline")
 """Whose backbones are those of text to image, so that nothing but the pipeline's name tells what they are shown"""
 

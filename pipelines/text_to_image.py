@@ -59,7 +59,15 @@ from hubgen.pipelines.checks import (
     check_latents,
     check_output,
 )
-from hubgen.pipelines.defaults import ELSEWHERE, KONTEXT, READS, Defaults, FamilyDefaults, defaults_of
+from hubgen.pipelines.defaults import (
+    ELSEWHERE,
+    KONTEXT,
+    READS,
+    ULTRA_EDIT,
+    Defaults,
+    FamilyDefaults,
+    defaults_of,
+)
 from hubgen.pipelines.denoising import AfterStep, Generator
 from hubgen.pipelines.denoising_pipeline import DenoisingPipeline
 from hubgen.pipelines.editing import EditingMixin
@@ -131,6 +139,9 @@ class TextToImagePipeline(
             that is edited (InstructPix2Pix); "control", a hint; "reference", the picture that is edited, as further
             tokens (FLUX.1 Kontext). `None` for what the channels tell; see `hubgen.controls.shown_picture`.
         edit_input_normalised: Whether that picture's latents have the mean and scale of x_t; `None` for what is usual.
+        latents_shifted: Whether x_t has the autoencoder's `shift_factor`. If not, as in UltraEdit's training, that
+            factor is set to 0 in the autoencoder's config. For UltraEdit as trained by diffusers' community scripts,
+            pass this and `edit_input_normalised` as true.
 
     Raises:
         ValueError: Both or neither of `transformer` and `unet` were given, or the backbone does not take the
@@ -176,6 +187,7 @@ class TextToImagePipeline(
         controlnet: ModelMixin | None = None,
         edit_input: str | None = None,
         edit_input_normalised: bool | None = None,
+        latents_shifted: bool = True,
     ):
         super().__init__()
         if (transformer is None) == (unet is None):
@@ -212,7 +224,10 @@ class TextToImagePipeline(
             default_side=default_side,
             edit_input=edit_input,
             edit_input_normalised=edit_input_normalised,
+            latents_shifted=latents_shifted,
         )
+        if not latents_shifted:
+            vae.register_to_config(shift_factor=0.0)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._guidance_scale = self.defaults().guidance_scale
 
@@ -232,12 +247,14 @@ class TextToImagePipeline(
     def with_our_classes(cls, index: Mapping[str, Any]) -> dict[str, Any]:
         """As in `NativePipeline`; of Kontext nothing but the pipeline's name tells that it is shown a picture.
 
-        A pipeline of diffusers' community, as that of UltraEdit, is named with its file.
+        Nor does anything but the name tell UltraEdit's, whose name may stand behind that of a file.
         """
         ours = super().with_our_classes(index)
         name = ours.get("_class_name")
         if isinstance(name, list) and name[-1] in cls.reads:
             ours["_class_name"] = name = name[-1]
+        if name == ULTRA_EDIT:
+            return {"latents_shifted": False, **ours}
         return {"edit_input": REFERENCE.name, **ours} if name in KONTEXT else ours
 
     def native_arguments(self) -> Collection[str] | None:

@@ -123,6 +123,7 @@ def edit_input(
         ValueError: There is no kind of this name, or the backbone has not its channels or takes no further tokens.
     """
     pictures = (family.channels - space.channels) / space.channels
+    kinds: tuple[EditInput, ...]
     if name is None:
         kinds = (FLUX_CONTROL,) if family.shown.control else (INSTRUCTION, MASKED_INSTRUCTION)
     else:

@@ -149,7 +149,10 @@ def test_a_folder_keeps_its_class_and_diffusers_loads_it(name: str, official: Of
 def test_an_ultra_edit_folder_loads_and_is_saved_with_what_it_is_shown(written: Any, tmp_path: Path) -> None:
     pipe = ultra_edit(2, tmp_path / "official", written)
     assert pipe.shown is not None and pipe.shown.guided and not pipe.shown.normalised
-    pipe = TextToImagePipeline.from_pretrained(tmp_path / "official", edit_input_normalised=True)
+    assert pipe.vae.config.shift_factor == 0  # as it was trained
+    options = {"edit_input_normalised": True, "latents_shifted": True}
+    pipe = TextToImagePipeline.from_pretrained(tmp_path / "official", **options)
+    assert pipe.vae.config.shift_factor == 0.0609
     pipe.save_pretrained(tmp_path / "again")
     again = quiet(TextToImagePipeline.from_pretrained(tmp_path / "again"))
     assert again.shown is not None and again.shown.normalised
@@ -159,13 +162,13 @@ def test_an_ultra_edit_folder_loads_and_is_saved_with_what_it_is_shown(written: 
     )
 
 
-def ultra_edit(times: int, folder: Path, name: Any = None) -> TextToImagePipeline:
+def ultra_edit(times: int, folder: Path, name: Any = None, **options: Any) -> TextToImagePipeline:
     """SD3 with the channels of x_t so many times, from a folder of the name that UltraEdit's have."""
     sd3(in_channels=16 * times).save_pretrained(folder)
     index = json.loads((folder / "model_index.json").read_text())
     index["_class_name"] = "StableDiffusion3InstructPix2PixPipeline" if name is None else name
     (folder / "model_index.json").write_text(json.dumps(index))
-    return quiet(TextToImagePipeline.from_pretrained(folder))
+    return quiet(TextToImagePipeline.from_pretrained(folder, **options))
 
 
 # ---- UltraEdit, for which diffusers has no pipeline of its own ----
@@ -179,8 +182,7 @@ def test_ultra_edit_follows_its_formula(times: int, normalised: bool, tmp_path: 
 
     The formula is written out here from the pipelines of UltraEdit's authors and of diffusers' community.
     """
-    pipe = ultra_edit(times, tmp_path)
-    pipe.register_to_config(edit_input_normalised=normalised)
+    pipe = ultra_edit(times, tmp_path, edit_input_normalised=normalised, latents_shifted=normalised)
     taken = inspect.signature(diffusers.StableDiffusion3Pipeline).parameters
     parts = {name: part for name, part in pipe.components.items() if name in taken}
     base = diffusers.StableDiffusion3Pipeline(**parts)
@@ -208,6 +210,9 @@ def test_ultra_edit_follows_its_formula(times: int, normalised: bool, tmp_path: 
         guided = neither + 4.0 * (both - alone) + 2.0 * (alone - neither)
         x = scheduler.step(guided, t, x, return_dict=False)[0]
     assert (found - x).abs().max() < 1e-4 * x.std()
+    config, pictures = pipe.vae.config, pipe(**{**call, "output_type": "pt"}, generator=generators(3)).images
+    decoded = pipe.vae.decode(found / config.scaling_factor + (0.0609 if normalised else 0)).sample
+    torch.testing.assert_close(pictures, (decoded / 2 + 0.5).clamp(0, 1), atol=1e-4, rtol=0.0)
 
 
 def test_without_a_mask_ultra_edit_is_shown_a_white_one(tmp_path: Path) -> None:

@@ -263,7 +263,8 @@ def class_to_image(
     else:
         needed |= {"num_class_embeds": len(names) + 1, "out_channels": channels}
     usual = {"sample_size": latent_side(vae, side), **({"out_channels": 2 * channels} if variance else {})}
-    backbone = built(CLASS_BACKBONES[base.backbone], config, needed, usual)
+    backbone: Any = built(CLASS_BACKBONES[base.backbone], config, needed, usual)
+    part: dict[str, Any] = {"unet" if base.backbone == "unet" else "transformer": backbone}
     pipeline = ClassToImagePipeline(
         vae=vae,
         scheduler=None,
@@ -271,7 +272,7 @@ def class_to_image(
         null_label=len(names),
         default_num_inference_steps=validation.inference_steps,
         default_guidance_scale=validation.guidance_scale,
-        **{"unet" if base.backbone == "unet" else "transformer": backbone},
+        **part,
     )
     return frozen(pipeline, base)
 
