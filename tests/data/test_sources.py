@@ -6,10 +6,12 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from hubgen.data.errors import DataError
+from hubgen.data.hub_dataset import stream_to_shards
 from hubgen.data.image_folder import ImageTextFolder
 from hubgen.data.sources import open_examples
 from hubgen.data.webdataset import WebDataset
@@ -135,6 +137,83 @@ def test_a_data_set_is_streamed_once_and_goes_on_where_it_stopped(
     assert_same_pictures(open_examples(str(copy)), ImageTextFolder(folder, split="train"))
     with pytest.raises(DataError, match="split 'test'"):
         hub_dataset.stream_to_shards(str(home), "test", tmp_path / "cache")
+
+
+# ---- further pictures ----
+
+
+def negative(picture: Image.Image) -> Image.Image:
+    return picture.point(lambda value: 255 - value)
+
+
+@pytest.fixture
+def beside(folder: Path) -> Path:
+    """The folder with the negative of each picture beside it."""
+    (folder / "train" / "negatives").mkdir()
+    found = []
+    for row in rows(folder):
+        with Image.open(folder / "train" / row["file_name"]) as opened:
+            negative(opened.convert("RGB")).save(folder / "train" / "negatives" / row["file_name"])
+        found.append({**row, "conditioning_image_file_name": f"negatives/{row['file_name']}"})
+    (folder / "train" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    return folder
+
+
+def test_every_source_has_the_pictures_beside_the_pictures(beside: Path, tmp_path: Path) -> None:
+    """A folder, shards, and a data set as the Hub has them."""
+    datasets = pytest.importorskip("datasets")
+    column = "conditioning_image"
+    plain = open_examples(str(beside), "train", beside=[column])
+    assert plain.left_out() == []
+    with tarfile.open(tmp_path / "one.tar", "w") as tar:
+        for number, row in enumerate(rows(beside)):
+            for name, file in (("png", row["file_name"]), (f"{column}.png", row[f"{column}_file_name"])):
+                tar.add(beside / "train" / file, f"{number:03}.{name}")
+            text = tmp_path / "caption.txt"
+            text.write_text(row["text"])
+            tar.add(text, f"{number:03}.txt")
+    home = tmp_path / "home" / "owner" / "name"
+    home.mkdir(parents=True)
+    names = {"before": f"{column}_file_name", "after": "file_name"}
+    built = datasets.Dataset.from_list(
+        [
+            {**{name: str(beside / "train" / row[key]) for name, key in names.items()}, "text": row["text"]}
+            for row in rows(beside)
+        ]
+    )
+    for name in ("before", "after"):
+        built = built.cast_column(name, datasets.Image())
+    built.to_parquet(home / "train.parquet")
+    shards = stream_to_shards(str(home), "train", tmp_path / "cache", "after", ["before"])
+    for found, name in (
+        (plain, column),
+        (open_examples(str(tmp_path / "one.tar"), beside=[column]), column),
+        (open_examples(str(shards), beside=["before"], picture="after"), "before"),
+    ):
+        assert len(found) == len(plain)
+        for row in range(len(found)):
+            picture = found.picture(row)
+            assert np.array_equal(np.asarray(picture), np.asarray(plain.picture(row)))
+            assert np.array_equal(np.asarray(found.further(row, name)), np.asarray(negative(picture)))
+    assert open_examples(str(beside), "train").fingerprint != plain.fingerprint
+    with pytest.raises(DataError, match=r"one.tar: 000: got .*, expected a picture pose.png too"):
+        open_examples(str(tmp_path / "one.tar"), beside=["pose"])
+    with pytest.raises(DataError, match="expected one of pictures, 'pose'"):
+        stream_to_shards(str(home), "train", tmp_path / "cache", "after", ["pose"])
+
+
+def test_a_further_picture_of_other_bytes_changes_the_fingerprint_and_one_outside_is_refused(
+    beside: Path, tmp_path: Path
+) -> None:
+    before = open_examples(str(beside), "train", beside=["conditioning_image"]).fingerprint
+    first = beside / "train" / rows(beside)[0]["conditioning_image_file_name"]
+    with Image.open(first) as opened:
+        negative(opened.convert("RGB")).save(first)
+    assert open_examples(str(beside), "train", beside=["conditioning_image"]).fingerprint != before
+    table = beside / "train" / "metadata.jsonl"
+    table.write_text(table.read_text().replace("negatives/", "../../", 1))
+    with pytest.raises(DataError, match="conditioning_image_file_name '../../.*' leaves the folder"):
+        open_examples(str(beside), "train", beside=["conditioning_image"])
 
 
 def test_a_source_that_is_nothing_is_named(tmp_path: Path) -> None:

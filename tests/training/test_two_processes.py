@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hubgen.data.edits import write_edits
 from tests import models
 from tests.training.processes import Running, stop_at_the_first_checkpoint
 
@@ -97,6 +98,35 @@ def test_logged_losses_do_not_depend_on_the_number_of_processes(
         assert len(alone) == (20 if name in ("loss", "prior_loss") else 2)
         for run in found.values():
             torch.testing.assert_close(torch.tensor(curve(run, name)), alone, rtol=1e-5, atol=1e-5)
+
+
+CONTROLS: dict[str, dict[str, Any]] = {
+    "train_controlnet": {"data.hint": "color", "data.hint_options": {"cells": 2}},
+    "train_ip_adapter": {"adapter.image_encoder": "latents", "adapter.tokens": 2},
+    "train_instruct_pix2pix": {},
+}
+
+
+@pytest.mark.parametrize("script", CONTROLS)
+def test_controls_learn_the_same_on_any_number_of_processes(
+    recipe: dict[str, Any], tmp_path: Path, script: str
+) -> None:
+    names = [name for name in recipe if name.startswith(("data.", "run.", "optim."))]
+    base = {name: recipe[name] for name in names} | CONTROLS[script]
+    if script == "train_instruct_pix2pix":
+        write_edits(Path(recipe["data.source"]), tmp_path / "edits", ("mirror", "grey"))
+        base["data.source"] = str(tmp_path / "edits")
+    base |= {"base.model": str(models.saved_pipeline(tmp_path / "base")), "validation.split": "held_out"}
+    base |= {"validation.samples": 2, "validation.inference_steps": 2, "run.max_train_steps": 6}
+    curves = []
+    for processes, batch in ((1, 4), (2, 2)):
+        output = tmp_path / f"{processes}"
+        changes = {"run.output_dir": str(output), "run.batch_size": batch}
+        Running(script, base | changes, tmp_path, processes).finish()
+        curves.append([torch.tensor(curve(output, name)) for name in ("loss", "held_out_loss")])
+        assert (output / "validation" / "step-00000006.png").is_file()
+    for ours, theirs in zip(*curves, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_a_run_begun_on_two_processes_ends_on_one_with_the_same_curve(recipe: dict[str, Any], tmp_path: Path) -> None:
