@@ -70,7 +70,7 @@ def main(settings: Settings) -> None:
     space = pipe.latent_space
     encoder, extractor = image_encoder_for(pipe, s.adapter, s.data.size or space.default_size[0])
     adapter = adapter_for(pipe, s.base.ip_adapter, s.adapter, encoder)
-    found = []
+    found: list[ConditionedPictures] = []
     for split in [s.data.split] if s.validation.split is None else [s.data.split, s.validation.split]:
         one = told_pictures(pipe, s.data, split, run, s.base.guidance_scale, train=not found)
         one.beside = Seen(one.pictures, encoder, extractor, adapter)

@@ -198,11 +198,14 @@ def check_learns(kind: NetKind) -> None:
 def check_reaches(kind: NetKind, pipe: Any) -> None:
     """Raises SettingsError for a network of so many blocks that some of them add to no block of the base."""
     names = {"num_layers": "layers", "num_single_layers": "single_layers"}
-    for keyword, (counted, _) in kind.base_blocks.items() if isinstance(kind, TransformerNet) else ():
+    if not isinstance(kind, TransformerNet):
+        return
+    rule = kind.rule
+    for keyword, (counted, _) in kind.base_blocks.items():
         there, own = pipe.backbone.config[counted], kind.config[counted]
 
         def served(layers: int, keyword: str = keyword, there: int = there) -> int:
-            return len(set(kind.rule(keyword)(range(layers), there)) - {None})
+            return len(set(rule(keyword)(range(layers), there)) - {None})
 
         if served(own) < own:
             fits = max(layers for layers in range(1, own) if served(layers) == layers)
