@@ -84,7 +84,10 @@ class LatentSource:
     def _key(self, row: int, number: int) -> str:
         """What names the pixels of a view."""
         own = self.views.key(row, number)
-        return own if self.column is None else f"{self.examples.beside[self.column][row].digest} beside {own}"
+        if self.column is None:
+            return own
+        # A picture that stands beside several is encoded once.
+        return f"{self.examples.beside[self.column][row].digest} {own.partition(' ')[2]}"
 
     def read(self, draws: Sequence[Draw]) -> dict[str, torch.Tensor]:
         """What is needed of pictures, each in the view drawn for it: posteriors from the cache, or pixels."""
