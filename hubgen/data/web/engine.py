@@ -1,0 +1,178 @@
+"""The loop over shards. Work, commit and resumption are one shard's (`stages`), so an engine cannot change results.
+
+    report = run(stage, works, folder, workers=4)
+    report.failed       # {"00007": "why"}: the others are done
+
+`local` is a loop in this process, or with several workers a pool of fresh ones. `ENGINES` names all there are.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from tqdm.auto import tqdm
+
+from hubgen.data.web.stages import Stage, Work, alone_in, run_shard, to_do
+from hubgen.errors import one_line
+
+STRIKES = 2
+"""Deaths of a worker that a shard may be part of, before it is given up"""
+
+
+@dataclass
+class Report:
+    """What a run did."""
+
+    done: list[str] = field(default_factory=list)
+    """Names of the shards that were made"""
+    there: int = 0
+    """Shards that were made before"""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Name of a shard to what went wrong, in one line"""
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of one shard."""
+
+    work: Work
+    problem: str | None
+    stats: dict[str, Any] | None = None
+
+
+Engine: TypeAlias = Callable[[Stage, Sequence[Work], Path, int], Iterator[Result]]
+
+
+def run(
+    stage: Stage,
+    works: Sequence[Work],
+    folder: Path,
+    *,
+    engine: str = "local",
+    workers: int = 1,
+    show_progress: bool = False,
+) -> Report:
+    """Does a stage to all shards that it was not done to yet; one that fails does not stop the others.
+
+    Args:
+        stage: What to do.
+        works: The shards' input.
+        folder: Of the shards; made if there is none.
+        engine: A name in `ENGINES`.
+        workers: Processes.
+        show_progress: Whether a progress bar counts rows.
+
+    Raises:
+        ValueError: There is no such engine.
+        DataError: The folder holds something else, or another run writes to it.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"`engine`: got {engine!r}, expected {' or '.join(ENGINES)}.")
+    with alone_in(folder):
+        pending = to_do(stage, works, folder)
+        report = Report(there=len(works) - len(pending))
+        with tqdm(
+            total=sum(work.stop - work.start for work in works),
+            initial=sum(work.stop - work.start for work in works) - sum(work.stop - work.start for work in pending),
+            desc=stage.name,
+            unit=" rows",
+            disable=not show_progress,
+        ) as progress:
+            for result in ENGINES[engine](stage, pending, folder, workers):
+                if result.problem is None:
+                    report.done.append(result.work.name)
+                else:
+                    report.failed[result.work.name] = result.problem
+                progress.update(result.work.stop - result.work.start)
+    report.done.sort()
+    return report
+
+
+def attempt(stage: Stage, work: Work, folder: Path) -> Result:
+    """Does a stage to a shard; what goes wrong is told, not raised."""
+    try:
+        return Result(work, None, run_shard(stage, work, folder))
+    except Exception as error:  # of one shard, whose turn it is to be told: the others go on
+        if os.environ.get("HUBGEN_DEBUG") == "1":
+            traceback.print_exc()
+        return Result(work, f"{type(error).__name__}: {one_line(error)}")
+
+
+def local(stage: Stage, works: Sequence[Work], folder: Path, workers: int) -> Iterator[Result]:
+    """In this process, or in a pool of fresh ones."""
+    if not works:
+        return
+    if workers > 1:
+        yield from _pool(stage, works, folder, min(workers, len(works)))
+        return
+    stage.setup()
+    try:
+        for work in works:
+            yield attempt(stage, work, folder)
+    finally:
+        stage.close()
+
+
+def _pool(stage: Stage, works: Sequence[Work], folder: Path, workers: int) -> Iterator[Result]:
+    """A worker that dies takes its pool with it; the shards that were at work then are tried once more."""
+    waiting, strikes = list(works), dict.fromkeys(works, 0)
+    while waiting:
+        running: dict[Future[Result], Work] = {}
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, spawn, _begin, (stage,)) as pool:
+            try:
+                while waiting or running:
+                    while waiting and len(running) < workers:  # no more than are at work: those are the suspects
+                        running[pool.submit(_attempt, waiting[0], folder)] = waiting[0]
+                        waiting.pop(0)
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        result = future.result()
+                        del running[future]
+                        yield result
+            except BrokenProcessPool as death:
+                for future, work in running.items():
+                    strikes[work] += 1
+                    if future.exception() is None:
+                        yield future.result()
+                    elif stage.is_done(work, folder):
+                        yield Result(work, None)
+                    elif strikes[work] < STRIKES:
+                        waiting.append(work)
+                    else:
+                        yield Result(work, f"its process ended: {one_line(death)}")
+
+
+_stage: Stage | None = None
+
+
+def _begin(stage: Stage) -> None:
+    """Of a fresh process: it ends with its parent, and at Ctrl-C without a word."""
+    global _stage
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+    stage.setup()
+    _stage = stage
+
+
+def _end_with(sentinel: int) -> None:
+    connection.wait([sentinel])
+    os._exit(1)
+
+
+def _attempt(work: Work, folder: Path) -> Result:
+    assert _stage is not None
+    return attempt(_stage, work, folder)
+
+
+ENGINES: dict[str, Engine] = {"local": local}
