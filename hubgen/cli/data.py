@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hubgen.cli.arguments import add_command, finite, positive, seed
+from hubgen.cli.crawl import add_crawl
 
 EMOJI_DESCRIPTION = """\
 Build an image-text folder from emoji: DIR/train and DIR/test, each with pictures and a metadata.jsonl of captions,
@@ -71,6 +72,7 @@ def add_data(commands: Any) -> None:
     emoji.set_defaults(run=data_emoji)
     add_hints(kinds)
     add_edits(kinds)
+    add_crawl(kinds)
 
 
 HINTS_DESCRIPTION = """\
