@@ -4,10 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from hubgen.cli.arguments import add_command, count, finite, positive
-
-EXIT_INCOMPLETE = 3
-"""Some shards failed, and the others are done"""
+from hubgen.cli.arguments import add_command, count, finite
+from hubgen.cli.web import EXIT_SHARDS_FAILED, add_engine
 
 CRAWL_DESCRIPTION = """\
 Find pictures with texts in files of a crawl, and write the pairs that a recipe's rules leave: DIR/00000.parquet, ...,
@@ -43,8 +41,6 @@ def add_crawl(kinds: Any) -> None:
     crawl.add_argument("files", nargs="+", type=Path, metavar="FILE", help="WAT or WARC files, packed by gzip or not")
     crawl.add_argument("--recipe", required=True, metavar="NAME", help="which rules to apply, or a .yaml file of them")
     crawl.add_argument("--out", type=Path, metavar="DIR", required=True, help="the folder to write")
-    crawl.add_argument("--workers", type=positive, default=1, metavar="N", help="processes (default: 1)")
-    crawl.add_argument("--engine", default="local", metavar="NAME", help="what runs them (default: local)")
     crawl.add_argument(
         "--dedup",
         choices=("exact", "bloom"),
@@ -68,6 +64,7 @@ def add_crawl(kinds: Any) -> None:
         help="of a file that is cut off or broken: say so at the end and write nothing yet, or take what stands before "
         "the fault (default: fail)",
     )
+    add_engine(crawl)
     crawl.set_defaults(run=data_crawl)
 
 
@@ -86,10 +83,9 @@ def data_crawl(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--bloom-{next(iter(bloom))}: is for --dedup bloom, and that is {arguments.dedup}")
     if arguments.bloom_error is not None and not 0 < arguments.bloom_error < 1:
         raise ValueError(f"--bloom-error: got {arguments.bloom_error:g}, expected a number above 0 and below 1")
+    if arguments.out.exists() and not arguments.out.is_dir():
+        raise ValueError(f"--out {arguments.out}: is a file, expected the folder to write")
     recipe = load_recipe(arguments.recipe)
-    from hubgen.cli.data import as_option, check_out
-
-    check_out(arguments.out)
     try:
         report = crawl(
             arguments.files,
@@ -103,12 +99,10 @@ def data_crawl(arguments: argparse.Namespace) -> None:
             **bloom,
         )
     except IncompleteCrawl as error:
-        say(f"error: {error}")
-        raise SystemExit(EXIT_INCOMPLETE) from error
-    except ValueError as error:
-        raise as_option(error) from error
+        say(f"hubgen: error: {error}")
+        raise SystemExit(EXIT_SHARDS_FAILED) from error
     dropped = ", ".join(f"{name} {number}" for name, number in report["dropped"].items() if number)
     print(f"{arguments.out}: {report['kept']} pairs of {report['links']} pictures in {report['files']} files")
     print(f"dropped: {dropped or 'none'}")
     for problem in report["cut_files"].values():
-        say(f"warning: {problem}; what stands before is taken")
+        say(f"hubgen: warning: {problem}; what stands before is taken")

@@ -217,6 +217,7 @@ def content(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_of_equal_pairs_the_first_stays_and_the_number_of_workers_is_no_matter(tmp_path: Path) -> None:
     files = many(tmp_path / "wats")
     recipe = load_recipe("laion-400m")
@@ -242,6 +243,7 @@ def exact_crawl(files: list[Path], out: Path) -> None:
     crawl(files, load_recipe("laion-5b"), out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [exact_crawl, bloom_crawl])
 def test_a_run_that_was_killed_anywhere_and_started_again_gives_the_same_files(run: Any, tmp_path: Path) -> None:
     files = many(tmp_path / "wats", pages=20)
@@ -394,6 +396,7 @@ def test_the_command_writes_candidates_and_says_what_went(
     for further, message in (
         (["--bloom-error", "0.1"], "--bloom-error: is for --dedup bloom"),
         (["--dedup", "bloom", "--bloom-error", "1"], "--bloom-error: got 1, expected"),
+        (["--out", str(files[0])], "is a file, expected the folder to write"),
         (["--recipe", "laion"], "recipe laion: found none of that name, expected datacomp-basic, laion-400m, laion-5b"),
     ):
         assert main([*words, *further]) == 2
