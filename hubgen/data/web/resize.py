@@ -22,7 +22,7 @@ LONGEST = {"jpg": 65_500, "png": 2**31 - 1, "webp": 16_383}
 FORMATS = ("jpeg", "png", "webp", "gif", "bmp", "tiff", "avif")
 """What is read unless something else is asked for"""
 MAX_PIXELS = 89_478_484
-"""LAION's limit, at which Pillow warns of a bomb"""
+"""LAION's limit, at which Pillow warns of a bomb; such a picture takes about a gigabyte while it is decoded"""
 ORIENTATION = 274
 UNREADABLE, TOO_LARGE = "Image decoding error", "image area too large"
 
@@ -83,12 +83,10 @@ class Resizing:
             return Outcome(NOT_RESIZED, TOO_LARGE)
         except (DataError, OSError):  # `Image.open` raises OSErrors over bytes that are no picture
             return Outcome(NOT_RESIZED, UNREADABLE)
-        picture = self.resized(on_white(decoded))
+        picture = self.resized(decoded if decoded.mode == "RGB" else on_white(decoded))  # `on_white` copies
         is_same = picture.size == decoded.size and decoded.mode == "RGB" and header.mode == "RGB" and not is_turned
         if self.skip_reencode and is_same and header.format == ENCODINGS[self.encoding]:
             encoded = content
-        elif max(picture.size) > LONGEST[self.encoding]:
-            return Outcome(NOT_RESIZED, TOO_LARGE)
         else:
             encoded = self.encoded(picture)
         sizes = {"original_width": decoded.width, "original_height": decoded.height}
@@ -98,7 +96,7 @@ class Resizing:
         if min(width, height) < max(self.min_side, 1):
             return "image too small"
         new = (width, height) if self._stays((width, height)) else self._scaled((width, height))
-        if max(width * height, new[0] * new[1]) > self.max_pixels:
+        if max(width * height, new[0] * new[1]) > self.max_pixels or max(new) > LONGEST[self.encoding]:
             return TOO_LARGE
         if self.max_aspect_ratio is not None and max(width, height) / min(width, height) > self.max_aspect_ratio:
             return "aspect ratio too large"
