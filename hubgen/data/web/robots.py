@@ -7,17 +7,19 @@ name (`otherbot: noai, noindex`). `noai`, `noimageai` are DeviantArt's words, `n
 import re
 from collections.abc import Iterable
 
+CRAWLER = "hubgen"
+"""The name that pages may call us by"""
 OPT_OUTS = ("noai", "noimageai", "noindex", "noimageindex", "noml")
 WITH_VALUE = ("unavailable_after", "max-snippet", "max-image-preview", "max-video-preview")
 AGENT = re.compile(r"[a-z][\w.+-]*|\*")
 
 
-def robots_words(values: Iterable[str], agent: str = "") -> frozenset[str]:
+def robots_words(values: Iterable[str], agent: str = CRAWLER) -> frozenset[str]:
     """The words that are meant for everybody or for `agent`, in lower case; `none` counts as `noindex, nofollow`.
 
     Args:
         values: Each of a header, or the content of a meta element.
-        agent: The crawler's own name; "" has none.
+        agent: The crawler's own name.
     """
     words: set[str] = set()
     for value in values:

@@ -417,7 +417,7 @@ def recipe_of(content: Any, name: str, where: str) -> Recipe:
     unknown = sorted(str(key) for key in content if key not in (*STAGES, *FIELDS))
     if unknown:
         raise DataError(f"{where}: found {unknown[0]}, expected one of {', '.join((*STAGES, *FIELDS))}")
-    given = {}
+    given: dict[str, Any] = {}
     for key, (expected, is_right) in FIELDS.items():
         if key in content:
             if not is_right(content[key]):

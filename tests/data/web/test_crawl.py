@@ -12,8 +12,10 @@ import pytest
 
 from hubgen.cli import main
 from hubgen.data.errors import DataError
-from hubgen.data.web.crawl import IncompleteCrawl, crawl
+from hubgen.data.web.crawl import IncompleteCrawl, KeepNew, Parse, crawl
+from hubgen.data.web.engine import run
 from hubgen.data.web.rules import CRAWLED, load_recipe
+from hubgen.data.web.stages import Work
 from tests.data.web.wats import TEXT, WebPage, anchor, image, write_warc, write_wat
 
 RECIPES = ("laion-400m", "laion-5b", "datacomp-basic")
@@ -244,14 +246,14 @@ def exact_crawl(files: list[Path], out: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", [exact_crawl, bloom_crawl])
-def test_a_run_that_was_killed_anywhere_and_started_again_gives_the_same_files(run: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [exact_crawl, bloom_crawl])
+def test_a_run_that_was_killed_anywhere_and_started_again_gives_the_same_files(kind: Any, tmp_path: Path) -> None:
     files = many(tmp_path / "wats", pages=20)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.data.web.test_crawl"])
 
     def start(out: Path) -> Any:
-        process = context.Process(target=run, args=(files, out))
+        process = context.Process(target=kind, args=(files, out))
         process.start()
         return process
 
@@ -297,6 +299,26 @@ def test_a_bloom_filter_lets_a_later_run_add_files(tmp_path: Path) -> None:
     assert rows_of(tmp_path / "exact") == rows_of(tmp_path / "at-once")  # 240 of 1000 keys: no false drop
     report = json.loads((tmp_path / "by-and-by" / "report.json").read_text())
     assert report["dedup"]["error"] == 0.001 and 0 < report["dedup"]["error_now"] < 0.001
+
+
+def test_a_bloom_filter_forgets_what_could_not_be_written(tmp_path: Path) -> None:
+    files, parsed = many(tmp_path / "wats"), tmp_path / "parsed"
+    parse = Parse(load_recipe("laion-5b"))
+    run(parse, [Work(number, path, 0, 1, path.name) for number, path in enumerate(files)], parsed)
+    works = [Work(number, parsed / f"{number:05d}.parquet", 0, 1, path.name) for number, path in enumerate(files)]
+
+    def keep(out: Path) -> dict[str, str]:
+        return run(KeepNew(parse, parsed, out, 1000, 0.001), works, out).failed
+
+    assert keep(tmp_path / "whole") == {}
+    counts = parsed / "00001_stats.json"  # read when the filter has the rows already
+    text = counts.read_text()
+    counts.write_text("{")
+    failed = keep(tmp_path / "out")
+    assert sorted(failed) == ["00001", "00002", "00003"] and "an earlier file failed" in failed["00002"]
+    counts.write_text(text)
+    assert keep(tmp_path / "out") == {}
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
 def test_a_file_that_is_cut_off_fails_alone_and_is_done_once_it_is_whole(files: list[Path], tmp_path: Path) -> None:

@@ -126,6 +126,7 @@ def test_words_for_another_robot_are_not_for_us() -> None:
     assert robots_words(["otherbot: noai, noindex"]) == set()
     assert robots_words(["otherbot: noai, us: noml, noindex"], "us") == {"noml", "noindex"}
     assert robots_words(["otherbot: noai", "NOML"]) == {"noml"}
+    assert robots_words(["hubgen: noai, otherbot: noml"]) == {"noai"}
     assert robots_words(["*: noai"]) == {"noai"}
     assert robots_words(["none"]) >= {"noindex"}
     assert "noai" in robots_words(["unavailable_after: Fri, 25 Jun 2100 15:00:00 GMT, noai"])
