@@ -24,9 +24,6 @@ from tqdm.auto import tqdm
 from hubgen.data.web.stages import Stage, Work, alone_in, run_shard, to_do
 from hubgen.errors import one_line
 
-STRIKES = 2
-"""Deaths of a worker that a shard may be part of, before it is given up"""
-
 
 @dataclass
 class Report:
@@ -123,15 +120,26 @@ def local(stage: Stage, works: Sequence[Work], folder: Path, workers: int) -> It
 
 
 def _pool(stage: Stage, works: Sequence[Work], folder: Path, workers: int) -> Iterator[Result]:
-    """A worker that dies takes its pool with it; the shards that were at work then are tried once more."""
-    waiting, strikes = list(works), dict.fromkeys(works, 0)
+    """A worker that dies takes its pool with it; the shards that were at work then are tried once more, one by one."""
+    suspects: list[tuple[Work, str]] = []
+    yield from _pools(stage, works, folder, workers, suspects)
+    guilty: list[tuple[Work, str]] = []
+    yield from _pools(stage, [work for work, _ in suspects], folder, 1, guilty)
+    for work, problem in guilty:
+        yield Result(work, f"its process ended: {problem}")
+
+
+def _pools(
+    stage: Stage, works: Sequence[Work], folder: Path, workers: int, suspects: list[tuple[Work, str]]
+) -> Iterator[Result]:
+    """One pool after the other until no work is left; what was at work when one died is added to `suspects`."""
+    waiting = list(works)
     while waiting:
         running: dict[Future[Result], Work] = {}
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, spawn, _begin, (stage,)) as pool:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin, (stage,)) as pool:
             try:
                 while waiting or running:
-                    while waiting and len(running) < workers:  # no more than are at work: those are the suspects
+                    while waiting and len(running) < workers:  # no more than are at work
                         running[pool.submit(_attempt, waiting[0], folder)] = waiting[0]
                         waiting.pop(0)
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -140,15 +148,12 @@ def _pool(stage: Stage, works: Sequence[Work], folder: Path, workers: int) -> It
                         yield result
             except BrokenProcessPool as death:
                 for future, work in running.items():
-                    strikes[work] += 1
                     if future.exception() is None:
                         yield future.result()
                     elif stage.is_done(work, folder):
                         yield Result(work, None)
-                    elif strikes[work] < STRIKES:
-                        waiting.append(work)
                     else:
-                        yield Result(work, f"its process ended: {one_line(death)}")
+                        suspects.append((work, one_line(death)))
 
 
 _stage: Stage | None = None
