@@ -4,6 +4,7 @@ Shapes: n pictures, F features of the image encoder, P patches, S tokens of a pi
 b sets of pictures, a divisor of the number of results; rows are those of all branches.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from diffusers.image_processor import IPAdapterMaskProcessor
 
 from hubgen.conditioning.guidance import POSITIVE
 from hubgen.conditioning.predict import BackboneCall
+from hubgen.controls.attention_maps import token_grid
 from hubgen.controls.control import Prepared, Span, Target
 from hubgen.controls.image_attention import Adapter
 from hubgen.layers.attention import AttentionCall, Part, attend
@@ -28,11 +30,14 @@ class Seen(Prepared):
         adapter: The weights.
         places: Numbers of layers and how much they count, by names of processors.
         masks: (n, 1, H, W).
+        own_tokens: Those of x_t, where others may come after; `None`: all are x_t's.
     """
 
-    def __init__(self, adapter: Adapter, places: Places, masks: torch.Tensor | None = None):
+    def __init__(
+        self, adapter: Adapter, places: Places, masks: torch.Tensor | None = None, own_tokens: int | None = None
+    ):
         self.network, self.after_mlp = adapter.network, adapter.kind.after_mlp
-        self.places, self.pixel_masks = places, masks
+        self.places, self.pixel_masks, self.own_tokens = places, masks, own_tokens
         self.token_masks: dict[int, list[torch.Tensor]] = {}
         self.live = True
 
@@ -59,15 +64,25 @@ class Seen(Prepared):
         return total
 
     def mask(self, picture: int, tokens: int, rows: int) -> torch.Tensor:
-        """A picture's mask for so many image tokens, (1, rows, 1), as diffusers has it.
+        """A picture's mask for so many tokens, (1, rows, 1), as diffusers has it.
 
-        What comes in front are text tokens, which lie nowhere: they see as much of the picture as the image on average.
+        What comes in front are text tokens, and after x_t's may come those of other pictures. Both lie nowhere in the
+        result: they see as much of the picture as the result does on average.
+
+        Args:
+            picture: Its number.
+            tokens: Of x_t and of what comes after.
+            rows: Of these and of the text in front.
         """
         if rows not in self.token_masks:
             assert self.pixel_masks is not None
-            found = [IPAdapterMaskProcessor.downsample(one, 1, tokens, 1) for one in self.pixel_masks]
-            before = rows - tokens
-            self.token_masks[rows] = [torch.cat([one.mean(1, True).expand(1, before, 1), one], 1) for one in found]
+            own = tokens if self.own_tokens is None else self.own_tokens
+            self.token_masks[rows] = []
+            for one in self.pixel_masks:
+                inside = IPAdapterMaskProcessor.downsample(one, 1, own, 1)  # (1, own, 1)
+                mean = inside.mean(1, keepdim=True)
+                around = [mean.expand(1, count, 1) for count in (rows - tokens, tokens - own)]
+                self.token_masks[rows].append(torch.cat([around[0], inside, around[1]], dim=1))
         return self.token_masks[rows][picture]
 
 
@@ -92,7 +107,7 @@ class InCall(Seen):
         embeds: tuple[torch.Tensor, torch.Tensor],
         masks: torch.Tensor | None = None,
     ):
-        super().__init__(adapter, places, masks)
+        super().__init__(adapter, places, masks, math.prod(token_grid(target)) if target.family.takes_tokens else None)
         self.span, self.target = span, target
         self.embeds = [one.to(target.device, self.network.dtype) for one in embeds]
         self.picture_tokens: dict[bool, torch.Tensor] = {}

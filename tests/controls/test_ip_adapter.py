@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 import hubgen
 from hubgen.controls.image_attention import Adapter
 from hubgen.controls.ip_adapter import IPAdapter
+from hubgen.controls.seen_pictures import InCall
 from hubgen.pipelines.text_to_image import TextToImagePipeline
 from tests import models
 from tests.ip_adapter_weights import FACE, PROJECTED, clip, siglip, tensors
@@ -182,6 +183,43 @@ def test_masks_are_those_of_diffusers(layout: str, sides: Callable[[str], Sides]
     found = both.drawn([IPAdapter(path, **given(layout, pictures), scale=0.7, mask=masks)])
     assert (found - both.drawn([IPAdapter(path, **given(layout, pictures), scale=0.7)])).abs().max() > 1e-2
     both.same(found, pipe, ip_adapter_image=[pictures], cross_attention_kwargs={"ip_adapter_masks": [shown]})
+
+
+@pytest.mark.parametrize("layout", ["xlabs", "instantx"])
+def test_masks_lie_on_the_result_where_another_picture_stands_beside_it(layout: str, official: Official) -> None:
+    pipe = TextToImagePipeline.from_pretrained(official("flux-kontext"), default_side=32)
+    pipe.set_progress_bar_config(disable=True)
+    adapter = Adapter.read(tensors(layout, pipe.backbone))
+    added: list[torch.Tensor] = []
+    """To the image tokens of the layers in their order: (1, L, D), x_t's in front of the shown picture's"""
+
+    def drawn(where: torch.Tensor | None) -> torch.Tensor:
+        with pytest.MonkeyPatch.context() as patch:
+            look = InCall.look
+            added.clear()
+
+            def watched(seen: InCall, *call: Any) -> torch.Tensor | None:
+                found = look(seen, *call)
+                assert found is not None
+                added.append(found[:, -call[-1].query.shape[1] :])
+                return found
+
+            patch.setattr(InCall, "look", watched)
+            control = IPAdapter(adapter, **given(layout, picture(3)), mask=where)
+            return pipe(**CALL, height=32, width=32, image=picture(1), controls=[control], generator=seeded()).images
+
+    half = torch.zeros(1, 1, 32, 32)
+    half[..., 16:] = 1  # the right one
+    plain = drawn(None)
+    everywhere = added.copy()
+    assert torch.equal(drawn(torch.ones(1, 1, 32, 32)), plain)
+    assert not torch.equal(drawn(half), plain)
+    right = half[0, 0, ::8, ::8].flatten().bool()  # (16,), a token has 8 x 8 pixels
+    before, after = everywhere[0], added[0]  # of the first layer, whose input is the same
+    assert before.shape[1] > len(right) == 16
+    assert torch.equal(after[:, :16][:, right], before[:, :16][:, right]) and before.abs().amin() > 0
+    assert not after[:, :16][:, ~right].any()
+    assert torch.equal(after[:, 16:], 0.5 * before[:, 16:])
 
 
 SCALES: list[tuple[str, str, Any]] = [
