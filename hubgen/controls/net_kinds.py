@@ -99,6 +99,8 @@ class NetKind(ABC):
     """Whether it is shown several hints at once, one a mode"""
     sees_latents: bool = False
     """Whether it is shown latents of the hint, not pixels"""
+    sees_x_t: ClassVar[bool] = True
+    """Whether it is shown x_t too, beside the hint"""
 
     def __init__(self, net: nn.Module):
         self.net: Any = net
@@ -126,6 +128,11 @@ class NetKind(ABC):
         if found:
             expected = {key: base[key] for key in found}
             raise ValueError(f"`net`: got a {name} with {found}, expected {expected} as the model's backbone has them.")
+        if self.sees_x_t and self.family.channels != target.latents.channels:
+            raise ValueError(
+                f"`net`: got a {name} of {self.family.channels} input channels, expected {target.latents.channels}: it "
+                "is shown x_t alone, without what else the model may be shown."
+            )
 
     @abstractmethod
     def shown(self, hint: Hint, target: Target) -> Any:
@@ -189,14 +196,6 @@ class UNetNet(NetKind):
     def sizes(self, config: Mapping[str, Any], is_net: bool) -> dict[str, Any]:
         return {name: plain(config[name]) for name in ("block_out_channels", "layers_per_block", "cross_attention_dim")}
 
-    def check(self, target: Target) -> None:
-        super().check(target)
-        if self.config.in_channels != target.latents.channels:
-            raise ValueError(
-                f"`net`: got a {type(self.net).__name__} of {self.config.in_channels} input channels, expected "
-                f"{target.latents.channels}: it is shown x_t alone, without what else an inpainting model is shown."
-            )
-
     def shown(self, hint: Hint, target: Target) -> tuple[torch.Tensor, bool]:
         return self.to_net(target.for_all(hint.images[0])), hint.guess or self.pools
 
@@ -250,6 +249,7 @@ class AdapterNet(NetKind):
     """Runs once a call, on the hint alone; its features are added inside the down levels."""
 
     family_class = UNetFamily
+    sees_x_t = False
 
     @property
     def image_channels(self) -> int:
@@ -372,7 +372,9 @@ class SD3Net(TransformerNet):
         x = self.to_net(rows.x_t)
         if getattr(self.net, "pos_embed", None) is None:  # a pipeline of diffusers may have put the base's into it
             base: Any = target.backbone
-            x = self.to_net(base.pos_embed(rows.x_t.to(base.dtype)))  # (rows, T, D)
+            # Zeros for what else a widened base is shown, of which the embedding is a sum.
+            x_t = F.pad(rows.x_t, (0, 0, 0, 0, 0, target.family.channels - rows.x_t.shape[1]))
+            x = self.to_net(base.pos_embed(x_t.to(base.dtype)))  # (rows, T, D)
         (blocks,) = self.net(
             x,
             controlnet_cond=shown,
@@ -401,7 +403,7 @@ class FluxNet(TransformerNet):
         self.sees_latents = not self.reads_pixels
 
     def sizes(self, config: Mapping[str, Any], is_net: bool) -> dict[str, Any]:
-        return {"width": width_of(config), "in_channels": config["in_channels"] if is_net else self.config.in_channels}
+        return {"width": width_of(config)}
 
     def rule(self, keyword: str) -> Callable[..., Any]:
         return in_turns if self.reads_pixels and keyword == "controlnet_block_samples" else super().rule(keyword)
@@ -448,7 +450,7 @@ class DiTNet(TransformerNet):
     base_blocks: ClassVar = {"block_controlnet_hidden_states": ("num_layers", shared_by_neighbours)}
 
     def sizes(self, config: Mapping[str, Any], is_net: bool) -> dict[str, Any]:
-        same = ("patch_size", "num_embeds_ada_norm", "in_channels")
+        same = ("patch_size", "num_embeds_ada_norm")
         return {"width": width_of(config), **{name: config[name] for name in same}}
 
     def shown(self, hint: Hint, target: Target) -> torch.Tensor:

@@ -12,8 +12,11 @@ from diffusers import FirstBlockCacheConfig
 from diffusers.image_processor import VaeImageProcessor
 
 from hubgen.acceleration.optimize import optimize, restore
+from hubgen.adaptation.widening import widen
+from hubgen.backbones.controlnet_dit import DiTControlNetModel
 from hubgen.controls.attention_maps import AttentionMaps
 from hubgen.controls.controlnet import ControlNet
+from hubgen.pipelines.class_to_image import ClassToImagePipeline
 from hubgen.pipelines.text_to_image import TextToImagePipeline
 from tests.official_images import mask, picture
 from tests.parity import certain_, quiet_, randomize_
@@ -226,10 +229,17 @@ def test_networks_for_sd3_5_are_shown_x_t_as_the_base_embeds_it_and_no_text(side
     both.assert_same([ControlNet(net, hint)], net, control_image=hint)
 
 
+STABILITYS: dict[str, Any] = {
+    "joint_attention_dim": None,
+    "use_pos_embed": False,
+    "pos_embed_type": None,
+    "force_zeros_for_pooled_projection": False,
+}
+
+
 def stabilitys(both: Sides, **kind: Any) -> Any:
     """A network like Stability's for SD3.5 large, which sees no text."""
-    config = {"joint_attention_dim": None, "use_pos_embed": False, "pos_embed_type": None}
-    net = quiet_(net_of(both.backbone, **config, force_zeros_for_pooled_projection=False))
+    net = quiet_(net_of(both.backbone, **STABILITYS))
     net.register_to_config(**kind)
     return net
 
@@ -424,6 +434,46 @@ def test_hints_go_with_their_prompts(sides: Callable[[str], Sides]) -> None:
         assert (together[place] - alone[0]).abs().max() < 1e-3
 
 
+def widened(pipe: Any) -> Any:
+    """A pipeline of the same parts, whose backbone is shown a picture that is to be edited; it has learned nothing."""
+    part = "transformer" if getattr(pipe, "unet", None) is None else "unet"
+    kind = {"edit_input": "instruction"} if pipe.family.shown.control else {}  # FLUX' is a hint otherwise
+    parts = {**pipe.components, part: widen(pipe.backbone, pipe.latent_space.channels)}
+    return type(pipe)(**parts, **kind)
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd3", "sd3.5", "flux-dev", "dit"])
+def test_a_network_for_a_base_steers_the_base_that_was_widened(name: str, official: Official) -> None:
+    """It is shown x_t alone. As long as the new inputs have no weights, the call is that of the base."""
+    cls = ClassToImagePipeline if name == "dit" else TextToImagePipeline
+    pipe = cls.from_pretrained(official(name))
+    certain_(pipe.vae, exactly=True)
+    if name == "dit":
+        net = quiet_(randomize_(DiTControlNetModel.from_transformer(pipe.backbone), 7))
+    else:
+        theirs = diffusers.DiffusionPipeline.from_pretrained(official(name))
+        theirs = theirs.unet if hasattr(theirs, "unet") else theirs.transformer
+        net = quiet_(net_of(theirs, **(STABILITYS if name == "sd3.5" else {})))
+    wide = widened(pipe)
+    call: dict[str, Any] = {
+        **CALL,
+        "height": 32,
+        "width": 32,
+        "latents": torch.randn(pipe.latent_space.shape(1, (32, 32))),
+    }
+    if name == "dit":
+        call = {**{key: value for key, value in call.items() if key != "prompt"}, "class_labels": [1]}
+
+    def drawn(one: Any, **more: Any) -> torch.Tensor:
+        one.set_progress_bar_config(disable=True)
+        return one(**call, **more, generator=seeded()).images
+
+    plain, steered = drawn(pipe), drawn(pipe, controls=[ControlNet(net, picture(3))])
+    found = drawn(wide, controls=[ControlNet(net, picture(3))], image=picture(4))
+    assert (steered - plain).abs().max() > 0.02 * plain.std(), "the network changes next to nothing"
+    assert (found - steered).abs().max() < 1e-4 * steered.std()
+
+
 # ---- what is refused ----
 
 
@@ -453,6 +503,7 @@ def test_hints_go_with_their_prompts(sides: Callable[[str], Sides]) -> None:
         ("sd3.5", "edges", {"mode": 2}, r"`mode`: got \[2\], expected 1, which this SD3ControlNetModel was made for"),
         ("sd3.5", "edges", {"mode": 3}, r"`mode`: got \[3\], expected different numbers from 0 to 2"),
         ("sd1", "wide", {}, "`net`: got a ControlNetModel of 9 input channels, expected 4: it is shown x_t alone"),
+        ("sd3", "wide", {}, "`net`: got a SD3ControlNetModel of 20 input channels, expected 16: it is shown x_t alone"),
         ("sd1", "backbone", {}, "`net`: got a UNet2DConditionModel, expected a ControlNet or a T2I-adapter"),
     ],
 )
@@ -465,7 +516,7 @@ def test_what_does_not_fit_is_refused_before_any_network_runs(
     elif net_name == "edges":
         net = stabilitys(both, _control_type=1)
     elif net_name == "wide":
-        net = net_of(both.backbone, in_channels=9)
+        net = net_of(both.backbone, in_channels=9 if name == "sd1" else 20)
     else:
         net = both.backbone if net_name == "backbone" else net_of(sides(net_name).backbone)
     handles = [
