@@ -9,6 +9,7 @@ from typing import Any
 
 from hubgen.cli.arguments import add_command, finite, positive, seed
 from hubgen.cli.crawl import add_crawl
+from hubgen.cli.web import add_download
 
 EMOJI_DESCRIPTION = """\
 Build an image-text folder from emoji: DIR/train and DIR/test, each with pictures and a metadata.jsonl of captions,
@@ -73,6 +74,7 @@ def add_data(commands: Any) -> None:
     add_hints(kinds)
     add_edits(kinds)
     add_crawl(kinds)
+    add_download(kinds)
 
 
 HINTS_DESCRIPTION = """\

@@ -9,9 +9,9 @@ from typing import Any
 from hubgen.cli.arguments import add_command, count, finite, positive, positive_number, whole
 
 EXIT_SHARDS_FAILED = 3
-SHOWN_REASONS = 5
+SHOWN_REASONS, SHOWN_SHARDS = 5, 3
 MODES = ("no", "border", "keep_ratio", "center_crop", "keep_ratio_largest")
-ENGINES = ("local",)
+ENGINES = ("local", "ray")
 EXTRA = 'pip install "hubgen[web]"'
 
 DOWNLOAD_DESCRIPTION = """\
@@ -207,8 +207,10 @@ def run_stage(stage: Any, works: Any, out: Path, arguments: argparse.Namespace) 
     if report.there:
         say(f"{report.there} of {len(works)} shards were there already")
     if report.failed:
-        for name, problem in sorted(report.failed.items()):
-            say(f"hubgen: shard {name} failed: {problem}")
+        for problem in dict.fromkeys(report.failed.values()):
+            names = sorted(name for name, other in report.failed.items() if other == problem)
+            more = f" and {len(names) - SHOWN_SHARDS} more" if len(names) > SHOWN_SHARDS else ""
+            say(f"hubgen: shard {', '.join(names[:SHOWN_SHARDS])}{more} failed: {problem}")
         say(f"hubgen: {len(report.failed)} of {len(works)} shards failed; start the same command again for these")
         raise SystemExit(EXIT_SHARDS_FAILED)
     return [read_stats(out / f"{work.name}{STATS}") for work in works]

@@ -3,9 +3,12 @@
     report = run(stage, works, folder, workers=4)
     report.failed       # {"00007": "why"}: the others are done
 
-`local` is a loop in this process, or with several workers a pool of fresh ones. `ENGINES` names all there are.
+`local` is a loop in this process, or with several workers a pool of fresh ones; `ray` is Ray Data's pool of actors.
+`ENGINES` names all there are. An engine gives back a `Result` for each piece of work; `attempt` is what its processes
+call.
 """
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -16,6 +19,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import connection
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -104,6 +108,26 @@ def attempt(stage: Stage, work: Work, folder: Path) -> Result:
         return Result(work, f"{type(error).__name__}: {one_line(error)}")
 
 
+@dataclass(frozen=True)
+class Unprepared(Stage):
+    """In the place of a stage whose `setup` went wrong: each shard is told why."""
+
+    problem: str
+    name = "unprepared"
+
+    def __call__(self, work: Work, folder: Path) -> dict[str, Any]:
+        raise ValueError(self.problem)
+
+
+def prepared(stage: Stage) -> Stage:
+    """The stage, set up; where that goes wrong, one that tells it for each shard, so that no pool breaks over it."""
+    try:
+        stage.setup()
+    except Exception as error:
+        return Unprepared(f"cannot be set up: {type(error).__name__}: {one_line(error)}")
+    return stage
+
+
 def local(stage: Stage, works: Sequence[Work], folder: Path, workers: int) -> Iterator[Result]:
     """In this process, or in a pool of fresh ones."""
     if not works:
@@ -166,8 +190,8 @@ def _begin(stage: Stage) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-    stage.setup()
-    _stage = stage
+    _stage = prepared(stage)
+    Finalize(None, _stage.close, exitpriority=0)
 
 
 def _end_with(sentinel: int) -> None:
@@ -180,4 +204,62 @@ def _attempt(work: Work, folder: Path) -> Result:
     return attempt(_stage, work, folder)
 
 
-ENGINES: dict[str, Engine] = {"local": local}
+# ---- Ray ----
+
+
+class _Actor:
+    """A process of Ray, with the stage set up once."""
+
+    def __init__(self, stage: Stage, works: Sequence[Work], folder: Path) -> None:
+        self._stage, self._works, self._folder = prepared(stage), works, folder
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Places of shards among the works -> what went wrong with each, "" for nothing."""
+        works = [self._works[place] for place in batch["place"]]
+        return {
+            "place": batch["place"],
+            "problem": [attempt(self._stage, work, self._folder).problem or "" for work in works],
+        }
+
+
+def on_ray(stage: Stage, works: Sequence[Work], folder: Path, workers: int) -> Iterator[Result]:
+    """On the cluster that `RAY_ADDRESS` names, or a new one of this machine; all of it sees the files by their paths.
+
+    Ray makes an actor anew that dies, and gives it its shard again.
+
+    Raises:
+        ValueError: Ray is not installed.
+    """
+    if not works:
+        return
+    try:
+        import ray
+        import ray.data
+    except ImportError:
+        raise ValueError("`engine`: got 'ray', and Ray is not installed: pip install \"hubgen[ray]\"") from None
+    ours = not ray.is_initialized()
+    if ours:
+        ray.init(num_cpus=None if "RAY_ADDRESS" in os.environ else max(workers, 1), include_dashboard=False,
+                 logging_level=logging.ERROR, log_to_driver=False)  # fmt: skip
+    context = ray.data.DataContext.get_current()
+    before = context.enable_progress_bars
+    context.enable_progress_bars = False
+    try:
+        shards = ray.data.from_items([{"place": place} for place in range(len(works))], override_num_blocks=len(works))
+        done = shards.map_batches(
+            _Actor,
+            fn_constructor_args=(stage, list(works), folder.resolve()),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=min(workers, len(works))),
+            num_cpus=1,
+            num_gpus=stage.gpus or None,
+        )
+        for row in done.iter_rows():
+            yield Result(works[row["place"]], row["problem"] or None)
+    finally:
+        context.enable_progress_bars = before
+        if ours:
+            ray.shutdown()
+
+
+ENGINES: dict[str, Engine] = {"local": local, "ray": on_ray}

@@ -67,9 +67,11 @@ class Stage:
     """Of the record in `_stats.json`"""
     settings: Mapping[str, Any] = {}
     """All that results follow from beside the input, as JSON values"""
+    gpus: float = 0.0
+    """Of each worker, where the engine deals them out (Ray)"""
 
     def setup(self) -> None:
-        """Called once in each process, before its first shard."""
+        """Called once in each process, before its first shard; what it raises ends a run in one process."""
 
     def close(self) -> None:
         """Called once in each process, after its last shard."""

@@ -25,7 +25,14 @@ class CaptionLengths(Stage):
     once: Path | None = None
     """Folder where a death is noted, which then is the only one"""
 
+    needs: str | None = None
+    """A file that `setup` reads"""
+
     name = "caption_lengths"
+
+    def setup(self) -> None:
+        if self.needs is not None:
+            Path(self.needs).read_bytes()
 
     @property
     def settings(self) -> Mapping[str, Any]:  # type: ignore[override]

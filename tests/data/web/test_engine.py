@@ -100,6 +100,35 @@ def test_a_loop_and_a_pool_write_the_same_bytes(tmp_path: Path) -> None:
     assert content_of(tmp_path / "loop") == content_of(tmp_path / "pool")
 
 
+@pytest.mark.slow
+def test_a_process_of_ray_that_dies_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
+    folder = downloaded(tmp_path)
+    stage = CaptionLengths(dies=("00001",), once=tmp_path)
+    report = run(stage, works_on(open_shards(folder), stage), folder, engine="ray", workers=2)
+    assert (tmp_path / "00001").exists()
+    assert report.failed == {} and report.done == ["00000", "00001", "00002", "00003"]
+    assert all("length" in shard.read().column_names for shard in open_shards(folder))
+
+
+@pytest.mark.slow
+def test_ray_writes_the_same_bytes_and_tells_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with serving(answers()) as site:
+        works = DOWNLOAD.works(candidates(site, tmp_path / "c.parquet"))
+        broken = tmp_path / "broken.parquet"
+        broken.write_bytes(b"PAR1")
+        works[2] = replace(works[2], source=broken)
+        for engine in ("local", "ray"):
+            report = run(DOWNLOAD, works, tmp_path / engine, engine=engine, workers=2)
+            assert report.done == ["00000", "00001", "00003"]
+            assert list(report.failed) == ["00002"] and "broken.parquet: cannot be read" in report.failed["00002"]
+    assert content_of(tmp_path / "local") == content_of(tmp_path / "ray")
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_shard_that_raises_is_told_and_the_others_are_done(workers: int, tmp_path: Path) -> None:
     folder = downloaded(tmp_path)
@@ -123,6 +152,16 @@ def test_a_shard_that_kills_each_worker_is_given_up(tmp_path: Path) -> None:
     report = lengths(folder, 2, dies=("00003",))
     assert list(report.failed) == ["00003"] and "its process ended" in report.failed["00003"]
     assert ["length" in shard.read().column_names for shard in open_shards(folder)] == [True] * 3 + [False]
+
+
+def test_a_stage_that_cannot_be_set_up_is_told_in_a_line(tmp_path: Path) -> None:
+    folder = downloaded(tmp_path)
+    with pytest.raises(FileNotFoundError, match="a model that is not there"):
+        lengths(folder, 1, needs="a model that is not there")
+    report = lengths(folder, 2, needs="a model that is not there")
+    assert set(report.failed.values()) == {
+        "ValueError: cannot be set up: FileNotFoundError: a model that is not there: No such file or directory"
+    }
 
 
 def test_the_command_ends_with_3_if_a_shard_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -320,6 +359,6 @@ def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(workers: int,
 
 
 def test_all_engines_are_named() -> None:
-    with pytest.raises(ValueError, match="`engine`: got 'spark', expected local"):
+    with pytest.raises(ValueError, match="`engine`: got 'spark', expected local or ray"):
         run(Stage(), [], Path("x"), engine="spark")
     assert "local" in ENGINES
