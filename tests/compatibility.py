@@ -58,6 +58,8 @@ COLUMNS = (
     *("ControlNet", "ControlNet with an image", "ControlNet with a mask"),
     *("T2I-adapter", "T2I-adapter with an image", "T2I-adapter with a mask"),
     *("IP-Adapter", "IP-Adapter with an image", "IP-Adapter with a mask"),
+    *("prompt-to-prompt", "prompt-to-prompt with an image", "prompt-to-prompt with a mask"),
+    *("edit input", "edit input with an image", "edit input with a mask"),
 )
 """Rows of the README's table, in its order, by what tests call them."""
 

@@ -4,9 +4,9 @@ What can be one of the two stands in `KINDS`, one entry each.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from hubgen.controls.ip_adapter import IPAdapter
 from hubgen.controls.prompt_to_prompt import PromptToPrompt
 from hubgen.pipelines.class_to_image import ClassToImagePipeline
 from hubgen.pipelines.text_to_image import TextToImagePipeline
+from tests.controls.test_controlnet import widened
 from tests.official_images import mask, picture
 from tests.parity import certain_, quiet_, randomize_
 
@@ -51,15 +52,45 @@ FEATURES = 8
 class One:
     """One of the two, for one pipeline."""
 
-    put: Callable[[float], AbstractContextManager[list[Control]]]
-    """At a scale: the controls of a call; what it does to the model itself holds inside"""
+    put: Callable[[Any, float], AbstractContextManager[list[Control]]]
+    """On a backbone, at a scale: the controls of a call; what it does to the backbone itself holds inside"""
     scaled: bool = True
     """Whether it has a scale, at 0 of which it is not there"""
+    pipe: Any = None
+    """That draws in place of the usual one"""
+    call: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of a call"""
+    tasks: Sequence[str] = ("text", "image", "mask")
+    """That it goes with"""
 
 
 def controls(make: Callable[[float], Control], scaled: bool = True) -> One:
     """One that is a control and nothing else."""
-    return One(lambda scale: nullcontext([make(scale)]), scaled)
+    return One(lambda backbone, scale: nullcontext([make(scale)]), scaled)
+
+
+def edit_input(name: str, pipe: Any) -> One | None:
+    """A picture in further channels of the backbone, which inpainting models have already.
+
+    FLUX is shown a hint, beside which there may be an image to begin at; the others a picture that is edited.
+    """
+    if name == "sd1-inpaint":
+        return None
+    wide = widened(pipe, control=True)
+    base = dict(pipe.backbone.named_parameters())
+    for key, weights in wide.backbone.named_parameters():
+        if key in base and weights.shape != base[key].shape:
+            with torch.no_grad():
+                new = weights[:, base[key].shape[1] :]
+                new.normal_(std=0.3, generator=torch.Generator().manual_seed(6))
+    hint = wide.family.shown.control
+    return One(
+        lambda backbone, scale: nullcontext([]),
+        scaled=False,
+        pipe=wide,
+        call={"control_image" if hint else "image": picture(6)},
+        tasks=("text", "image", "mask") if hint else ("text", "mask"),
+    )
 
 
 def controlnet(name: str, pipe: Any, seed: int) -> One:
@@ -98,10 +129,9 @@ def t2i_adapter(name: str, pipe: Any) -> One | None:
 
 def lora(name: str, pipe: Any) -> One:
     """LoRA on all attention layers, which is on the model inside and off it afterwards."""
-    backbone = pipe.backbone
 
     @contextmanager
-    def put(scale: float) -> Iterator[list[Control]]:
+    def put(backbone: Any, scale: float) -> Iterator[list[Control]]:
         random = torch.Generator().manual_seed(11)
         add_adapter(backbone, "style", AdapterShape(rank=2), targets(backbone, "attention"))
         try:
@@ -123,6 +153,7 @@ def prompt_to_prompt(name: str, pipe: Any) -> One:
 
 
 KINDS: Mapping[str, Callable[[str, Any], One | None]] = {
+    "edit input": edit_input,
     "ControlNet": partial(controlnet, seed=7),
     "another ControlNet": partial(controlnet, seed=8),
     "IP-Adapter": ip_adapter,
@@ -131,7 +162,7 @@ KINDS: Mapping[str, Callable[[str, Any], One | None]] = {
     "prompt-to-prompt": prompt_to_prompt,
 }
 """By its name, what makes one for a pipeline; `None` where the family has none"""
-NOT_IN_THE_TABLE = ("another ControlNet", "LoRA", "prompt-to-prompt")
+NOT_IN_THE_TABLE = ("another ControlNet", "LoRA")
 """Of what works on which model: other tests show it"""
 
 
@@ -151,7 +182,7 @@ def pipes(official: Official) -> Callable[[str], Any]:
     return get
 
 
-def drawn(name: str, pipe: Any, task: str, *puts: AbstractContextManager[list[Control]]) -> torch.Tensor:
+def drawn(name: str, pipe: Any, task: str, *given: tuple[One, float]) -> torch.Tensor:
     """Latents of two steps; the start is given, so that hints that draw random numbers leave it as it is."""
     shape = pipe.latent_space.shape(len(PROMPTS), (32, 32))
     call: dict[str, Any] = {
@@ -165,9 +196,11 @@ def drawn(name: str, pipe: Any, task: str, *puts: AbstractContextManager[list[Co
         "generator": torch.Generator().manual_seed(2),
         **TASKS[task],
     }
+    for one, _ in given:
+        pipe, call = pipe if one.pipe is None else one.pipe, {**call, **one.call}
     with ExitStack() as stack:
-        given = [control for put in puts for control in stack.enter_context(put)]
-        return pipe(**call, controls=given).images
+        put = [control for one, scale in given for control in stack.enter_context(one.put(pipe.backbone, scale))]
+        return pipe(**call, controls=put).images
 
 
 @pytest.mark.parametrize(("name", "task"), CELLS)
@@ -175,23 +208,24 @@ def test_any_two_go_together_and_one_at_scale_0_is_not_there(
     name: str, task: str, pipes: Callable[[str], Any], shows: Callable[..., None]
 ) -> None:
     pipe = pipes(name)
-    available = {kind: one for kind, make in KINDS.items() if (one := make(name, pipe)) is not None}
+    made = {kind: make(name, pipe) for kind, make in KINDS.items()}
+    available = {kind: one for kind, one in made.items() if one is not None and task in one.tasks}
     plain = drawn(name, pipe, task)
-    alone = {kind: drawn(name, pipe, task, one.put(1.0)) for kind, one in available.items()}
+    alone = {kind: drawn(name, pipe, task, (one, 1.0)) for kind, one in available.items()}
     for kind, latents in alone.items():
         assert (latents - plain).abs().max() > 0.01 * plain.std(), f"{kind} changes next to nothing"
         if available[kind].scaled:  # with an image or a mask, which is one of the two itself
-            assert torch.equal(drawn(name, pipe, task, available[kind].put(0.0)), plain), kind
+            assert torch.equal(drawn(name, pipe, task, (available[kind], 0.0)), plain), kind
         if kind not in NOT_IN_THE_TABLE:
             shows(name, kind + WORDS[task])
     for (kind, one), (other_kind, other) in itertools.combinations(available.items(), 2):
-        both = drawn(name, pipe, task, one.put(1.0), other.put(1.0))
+        both = drawn(name, pipe, task, (one, 1.0), (other, 1.0))
         words = f"{kind} with {other_kind}"
         assert torch.isfinite(both).all(), words
         assert not torch.equal(both, alone[kind]) and not torch.equal(both, alone[other_kind]), words
         if (kind, other_kind) == ("ControlNet", "another ControlNet"):
-            assert torch.equal(drawn(name, pipe, task, other.put(1.0), one.put(1.0)), both), "swapped"
+            assert torch.equal(drawn(name, pipe, task, (other, 1.0), (one, 1.0)), both), "swapped"
         if other.scaled:
-            assert torch.equal(drawn(name, pipe, task, one.put(1.0), other.put(0.0)), alone[kind]), words
+            assert torch.equal(drawn(name, pipe, task, (one, 1.0), (other, 0.0)), alone[kind]), words
         if one.scaled:
-            assert torch.equal(drawn(name, pipe, task, one.put(0.0), other.put(1.0)), alone[other_kind]), words
+            assert torch.equal(drawn(name, pipe, task, (one, 0.0), (other, 1.0)), alone[other_kind]), words

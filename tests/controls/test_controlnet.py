@@ -434,12 +434,17 @@ def test_hints_go_with_their_prompts(sides: Callable[[str], Sides]) -> None:
         assert (together[place] - alone[0]).abs().max() < 1e-3
 
 
-def widened(pipe: Any) -> Any:
-    """A pipeline of the same parts, whose backbone is shown a picture that is to be edited; it has learned nothing."""
+def widened(pipe: Any, control: bool = False) -> Any:
+    """A pipeline of the same parts, whose backbone is shown a picture that is to be edited; it has learned nothing.
+
+    FLUX may be shown a hint instead (`control`).
+    """
     part = "transformer" if getattr(pipe, "unet", None) is None else "unet"
-    kind = {"edit_input": "instruction"} if pipe.family.shown.control else {}  # FLUX' is a hint otherwise
+    kind = {"edit_input": "instruction"} if pipe.family.shown.control and not control else {}
     parts = {**pipe.components, part: widen(pipe.backbone, pipe.latent_space.channels)}
-    return type(pipe)(**parts, **kind)
+    wide = type(pipe)(**parts, **kind)
+    wide.set_progress_bar_config(disable=True)
+    return wide
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd3", "sd3.5", "flux-dev", "dit"])
