@@ -37,7 +37,8 @@ examples:
   center_crop          that, cut to a square
   keep_ratio_largest   the longer side becomes SIZE
 
-Needs pyarrow: pip install "hubgen[web]".
+Needs pyarrow: pip install "hubgen[web]". --engine ray works on the cluster that RAY_ADDRESS names, or on this machine:
+pip install "hubgen[ray]".
 
 exit status:
   0 done, 2 bad arguments or files (one line says what), 3 some shards failed and the others are done, 130 interrupted,
@@ -99,7 +100,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     """Adds what runs a stage's shards."""
     work = parser.add_argument_group("work")
     work.add_argument(
-        "--engine", choices=("local",), default="local", help="what runs them: local, this machine (default)"
+        "--engine", choices=ENGINES, default="local", help="what runs them: this machine (default), or Ray"
     )
     work.add_argument("--workers", type=positive, default=1, metavar="N", help="shards at a time (default: 1)")
 
@@ -125,7 +126,7 @@ def download_of(arguments: argparse.Namespace) -> Any:
     Raises:
         ValueError: They do not fit together, or a package is missing.
     """
-    check_packages()
+    check_packages(arguments.engine)
     check_numbers(arguments)
     from hubgen.data.web.download import Columns, Download, Manners
     from hubgen.data.web.fetch import Limits
@@ -165,10 +166,12 @@ def download_of(arguments: argparse.Namespace) -> Any:
     )
 
 
-def check_packages() -> None:
-    """Raises ValueError where pyarrow is missing."""
+def check_packages(engine: str) -> None:
+    """Raises ValueError where a package is missing, with the line that installs it."""
     if find_spec("pyarrow") is None:
         raise ValueError(f"hubgen data download: needs pyarrow: {EXTRA}")
+    if engine == "ray" and find_spec("ray") is None:
+        raise ValueError('--engine ray: needs Ray: pip install "hubgen[ray]"')
 
 
 def check_numbers(arguments: argparse.Namespace) -> None:

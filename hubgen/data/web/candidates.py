@@ -15,7 +15,7 @@ import pyarrow.json
 import pyarrow.parquet
 
 from hubgen.data.errors import DataError
-from hubgen.data.web.shards import table_columns, table_rows
+from hubgen.data.web.shards import table_rows, table_schema
 from hubgen.data.web.stages import Work
 
 KINDS = ("parquet", "csv", "tsv", "jsonl")
@@ -41,13 +41,13 @@ def candidate_files(source: Path) -> list[Path]:
     return files
 
 
-def columns_of(path: Path) -> list[str]:
-    """The names of a table's columns.
+def schema_of(path: Path) -> Any:
+    """The names and types of a table's columns (`pyarrow.Schema`).
 
     Raises:
         DataError: It cannot be read.
     """
-    return table_columns(path) if _kind(path) == "parquet" else list(_whole(path).column_names)
+    return table_schema(path) if _kind(path) == "parquet" else _whole(path).schema
 
 
 def works_of(files: Sequence[Path], rows: int) -> list[Work]:

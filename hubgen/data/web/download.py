@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 
 from hubgen.data.errors import DataError
-from hubgen.data.web.candidates import candidate_files, columns_of, read_rows, works_of
+from hubgen.data.web.candidates import candidate_files, read_rows, schema_of, works_of
 from hubgen.data.web.fetch import Fetched, Fetcher, Limits
 from hubgen.data.web.resize import Resizing
 from hubgen.data.web.shards import (
@@ -55,11 +55,19 @@ class Columns:
 
     def check(self, path: Path) -> None:
         """Raises DataError unless a table has these columns, and none that a shard has for itself."""
-        found = columns_of(path)
+        schema = schema_of(path)
+        found = list(schema.names)
         for name in (self.url, self.caption, self.expected_digest):
             if name is not None and name not in found:
                 raise DataError(f"{path}: got the columns {found}, expected {name!r} too")
         used = [name for name in (self.url, self.caption, self.expected_digest) if name is not None]
+        for name in used:
+            if found.count(name) > 1:
+                raise DataError(f"{path}: got the column {name!r} twice, expected it once")
+            try:
+                _as_text(pa.chunked_array([], schema.field(name).type))
+            except pa.ArrowException:
+                raise DataError(f"{path}: got {schema.field(name).type} in {name!r}, expected text") from None
         names = [name for name in found if name not in used]
         taken = {*RESERVED, "url", *([self.digest] if self.digest else []), *(["caption"] if self.caption else [])}
         for name in names:

@@ -237,6 +237,7 @@ def on_ray(stage: Stage, works: Sequence[Work], folder: Path, workers: int) -> I
         import ray.data
     except ImportError:
         raise ValueError("`engine`: got 'ray', and Ray is not installed: pip install \"hubgen[ray]\"") from None
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers
     ours = not ray.is_initialized()
     if ours:
         ray.init(num_cpus=None if "RAY_ADDRESS" in os.environ else max(workers, 1), include_dashboard=False,

@@ -22,7 +22,7 @@ from pathlib import Path
 from urllib.parse import SplitResult, urljoin
 
 from hubgen.data.web.optout import Robots, forbidding_header
-from hubgen.data.web.transfer import Clock, Names, TimedOut, Unusable, answer, body, checked_url
+from hubgen.data.web.transfer import Clock, LocalFault, Names, TimedOut, Unusable, answer, body, checked_url
 
 RETRIED = frozenset({408, 425, 429})
 """And 500 to 599"""
@@ -61,14 +61,17 @@ class Body:
         self._path, self._start, self.size = path, bytearray(), 0
 
     def write(self, piece: bytes) -> None:
-        """Adds bytes."""
+        """Adds bytes; raises `LocalFault` where the file cannot take them."""
         self.size += len(piece)
         if self.size <= IN_MEMORY:
             self._start += piece
             return
-        with self._path.open("ab") as file:
-            file.write(self._start)
-            file.write(piece)
+        try:
+            with self._path.open("ab") as file:
+                file.write(self._start)
+                file.write(piece)
+        except OSError as error:
+            raise LocalFault(f"{self._path}: {error.strerror or error}") from error
         self._start.clear()
 
     def read(self) -> bytes:
@@ -133,6 +136,9 @@ class Fetcher:
         Args:
             url: Anything.
             name: Of a file in the scratch folder, of this URL alone.
+
+        Raises:
+            LocalFault: This machine's disk is full, or it can open no more connections.
         """
         content = Body(self.scratch / name)
         problem = "no URL"

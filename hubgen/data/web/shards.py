@@ -289,7 +289,7 @@ def table_columns(path: Path) -> list[str]:
     Raises:
         DataError: It is no parquet file.
     """
-    return _schema(path).names
+    return list(table_schema(path).names)
 
 
 def table_rows(path: Path) -> int:
@@ -304,7 +304,12 @@ def table_rows(path: Path) -> int:
         raise _no_table(path, problem) from problem
 
 
-def _schema(path: Path) -> Any:
+def table_schema(path: Path) -> Any:
+    """The names and types of a parquet file's columns (`pyarrow.Schema`), from its end alone.
+
+    Raises:
+        DataError: It is no parquet file.
+    """
     try:
         return pa.parquet.read_schema(path)
     except (pa.ArrowException, OSError) as problem:

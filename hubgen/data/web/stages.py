@@ -34,6 +34,9 @@ from hubgen.formats.atomic import sweep, written
 STAGES = "stages"
 """Field of `_stats.json`: the records of what was done to a shard, in order."""
 
+GIVEN = "given"
+"""Stands in the records for what another program did"""
+
 LOCK = ".lock"
 
 
@@ -165,6 +168,8 @@ def run_shard(stage: Stage, work: Work, folder: Path) -> dict[str, Any]:
             if record["stage"] == stage.name:
                 break
             records.append(record)
+        if not records and work.source.parent.resolve() == folder.resolve():  # img2dataset's
+            records = [{"stage": GIVEN, "input": None, "settings": {}, "output": work.digest}]
         ended = time.time()
         if not records:  # the times are those of the download, as img2dataset has them
             fields = {**fields, "duration": ended - started, "start_time": started, "end_time": ended}

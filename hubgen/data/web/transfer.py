@@ -5,6 +5,7 @@ redirect leads into the network of whoever runs this. The deadline holds for all
 headers and body, however slowly they drip.
 """
 
+import errno
 import http.client
 import io
 import ipaddress
@@ -26,11 +27,16 @@ KNOWN_NAMES = 10_000
 KNOWN_SECONDS = 300.0
 MAX_URL = 8_000
 
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 class Unusable(Exception):
     """A URL that is not asked for: what it names is refused, or it is none."""
+
+
+class LocalFault(Exception):
+    """Something of this machine failed (its disk, its number of open files): no fact about a URL."""
 
 
 class TimedOut(Exception):
@@ -160,6 +166,8 @@ class Names:
         except FutureTimeout:
             future.cancel()
             raise clock.stop() from None
+        except _NoAnswer:  # of the name servers, and so not kept
+            raise TimedOut(past_deadline=False) from None
         with self._lock:
             self._known[host] = (time.monotonic() + KNOWN_SECONDS, found)
             while len(self._known) > KNOWN_NAMES:
@@ -171,9 +179,17 @@ class Names:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
+class _NoAnswer(Exception):
+    """No name server answered."""
+
+
 def _lookup(host: str) -> list[str] | None:
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except socket.gaierror as error:
+        if error.errno == socket.EAI_AGAIN:
+            raise _NoAnswer from None
+        return None
     except (OSError, UnicodeError):
         return None
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
@@ -239,6 +255,8 @@ def _connect(parts: SplitResult, addresses: list[str], clock: Clock) -> socket.s
             problem = clock.stop()
             continue
         except OSError as error:
+            if error.errno in EXHAUSTED:
+                raise LocalFault(f"no connection can be opened ({error.strerror}); try fewer threads") from error
             problem = error
             continue
         if parts.scheme == "http":
@@ -270,6 +288,7 @@ def answer(
     Raises:
         Unusable: The host has no address that may be asked.
         TimedOut: It took too long.
+        LocalFault: This machine can open no more connections.
         OSError: The connection failed.
         http.client.HTTPException: What came is not HTTP.
     """

@@ -1,6 +1,7 @@
 import hashlib
 import io
 import json
+import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -276,6 +277,7 @@ def test_the_command_says_what_was_had(tmp_path: Path, capsys: pytest.CaptureFix
         ({"url": ["a"], "text": ["b"]}, ["--user-agent", "a b"], "--user-agent: got 'a b'"),
         ({"url": ["a"], "text": ["b"]}, ["--retry-failed"], "has no shards yet"),
         ({"url": [], "text": []}, [], "got no rows"),
+        ({"url": ["a"], "text": [["b"]]}, [], "got list<element: string> in 'text', expected text"),
     ],
 )
 def test_bad_input_is_one_line_before_any_request(
@@ -286,3 +288,15 @@ def test_bad_input_is_one_line_before_any_request(
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and said in lines[0]
     assert not list((tmp_path / "out").glob("0*"))
+
+
+def test_an_engine_that_is_not_installed_says_how_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)  # as Python marks what cannot be imported
+    source = table(tmp_path / "c.parquet", url=["a"], text=["b"])
+    assert main(["data", "download", str(source), "--out", str(tmp_path / "out"), "--engine", "ray"]) == 2
+    assert 'pip install "hubgen[ray]"' in capsys.readouterr().err
+    stage = Download()
+    with pytest.raises(ValueError, match="Ray is not installed"):
+        run(stage, stage.works(source), tmp_path / "out", engine="ray")

@@ -216,7 +216,10 @@ def test_a_folder_of_another_program_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(stats))
     with pytest.raises(DataError, match="was written by another program"):
         run(DOWNLOAD, DOWNLOAD.works(tmp_path / "c.parquet"), folder)
-    assert lengths(folder).failed == {}  # but it can be worked on
+    assert lengths(folder).failed == {}  # but it can be worked on, and that is known again
+    assert lengths(folder).there == 4
+    again = json.loads(path.read_text())
+    assert {name: again[name] for name in stats} == stats
 
 
 def test_two_runs_do_not_write_to_one_folder(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from hubgen.data.web.fetch import Fetcher, Limits
 from hubgen.data.web.shards import open_shards
-from hubgen.data.web.transfer import Unusable, checked_url, is_public
+from hubgen.data.web.transfer import LocalFault, Unusable, checked_url, is_public
 from tests.data.web.site import Answer, Site, file_of, in_turn, picture, redirect, reply, serving
 
 GOOD = file_of(picture(40, 30))
@@ -100,7 +100,7 @@ def asked_of(site: Site) -> dict[str, tuple[Answer | None, tuple[str, str | None
         "http://10.1.2.3/a.jpg": (None, refused("address not public: 10.1.2.3")),
         "http://169.254.169.254/latest/meta-data": (None, refused("address not public: 169.254.169.254")),
         f"http://2130706433:{site.port}/good.jpg": (None, refused("address not public: 127.0.0.1")),
-        "http://no-such-host.invalid/a.jpg": (None, refused("no such host")),
+        f"http://{'a' * 70}.example/a.jpg": (None, refused("no such host")),
         "/to-file": (redirect("file:///etc/hostname"), refused("unsupported scheme: file")),
         "/to-loopback": (redirect(site.url("/good.jpg")), refused("address not public: 127.0.0.1")),
         "/round": (redirect("/round"), refused("too many redirects")),
@@ -309,3 +309,8 @@ def test_urls_are_brought_to_the_form_that_is_sent() -> None:
     for url in ("example.org/a", "//example.org/a", "http://a b/", "http://a:99999/", "http://[::1/", "http://%00/"):
         with pytest.raises(Unusable):
             checked_url(url)
+
+
+def test_a_full_disk_is_no_fault_of_a_site(tmp_path: Path) -> None:
+    with serving({"/a": reply(bytes(2**20))}) as site, pytest.raises(LocalFault, match="No such file or directory"):
+        fetch(site.url("/a"), tmp_path / "no such folder")
