@@ -171,8 +171,8 @@ def add_generate(commands: Any) -> None:
         action="append",
         metavar="NET=PICTURE[:SCALE[:START-END]]",
         help="steers by a picture: NET is the folder, file or owner/name of a ControlNet or T2I-adapter, for which "
-        "PICTURE is a hint (`hubgen data hints`), or of an IP-Adapter, which shows it to the model, or `model` for the "
-        "model's own ControlNet; START and END are shares of the steps; may be given several times",
+        "PICTURE is a hint (`hubgen data hints`), or of an IP-Adapter or FLUX.1 Redux, which show it to the model, or "
+        "`model` for the model's own ControlNet; START and END are shares of the steps; may be given several times",
     )
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what the picture should not show (default: nothing)")
     parser.add_argument(

@@ -74,6 +74,8 @@ class Adapter:
     network: ImageAttention
     lora: dict[str, torch.Tensor] = field(default_factory=dict)
     """See `IPAdapterFile`"""
+    seen_by: str | None = None
+    """One of hubgen's own image encoders, if it is known to see with one; see `IPAdapterFile`"""
 
     @classmethod
     def read(cls, source: str | Path | Mapping[str, Any]) -> Self:
@@ -83,7 +85,7 @@ class Adapter:
             ValueError: Its tensors are not those of an adapter; names the first and counts them.
         """
         found = read_ip_adapter(source)
-        return cls(found.layout, network_of(found), found.lora)
+        return cls(found.layout, network_of(found), found.lora, found.seen_by)
 
     @classmethod
     def fresh(cls, backbone: Any, image_features: int, tokens: int = 4) -> Self:
@@ -110,7 +112,7 @@ class Adapter:
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file of the adapter's layout."""
-        write_ip_adapter(IPAdapterFile(self.layout, self.network.state_dict(), self.lora), path)
+        write_ip_adapter(IPAdapterFile(self.layout, self.network.state_dict(), self.lora, self.seen_by), path)
 
     def lora_of(self, backbone: Any) -> dict[str, torch.Tensor]:
         """FaceID's LoRA layers by the names of a U-Net's processors, as diffusers once wrote LoRA files.

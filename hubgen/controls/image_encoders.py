@@ -4,10 +4,15 @@
     EfficientNetLite0     (hubgen.autoencoders.efficientnet) small, an ImageNet classifier: one vector, no patches
     PooledLatents         the autoencoder of the model itself, which needs no further weights
 
+The last two are hubgen's own. An adapter that was trained with one of them says so in its file (`described`), by which
+a call has it again (`encoder_of`).
+
 Shapes: n pictures, (n, 3, h, w) pixels as the encoder takes them, P patches, F features.
 """
 
+import json
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,7 +20,9 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import nn
 
-from hubgen.autoencoders.latents import normalised, posterior
+from hubgen.autoencoders.efficientnet import EfficientNetLite0
+from hubgen.autoencoders.latents import LARGEST_SIDE, normalised, posterior
+from hubgen.checks import whole
 
 Pictures = list[Image.Image] | torch.Tensor
 """Read and checked: RGB, or (n, 3, H, W) in [0, 1]"""
@@ -48,6 +55,58 @@ class PooledLatents(nn.Module):
 def is_pooling(encoder: Any) -> bool:
     """Whether an encoder is one of hubgen's, which take pixels in [-1, 1] and give one vector each."""
     return hasattr(encoder, "forward_pooled")
+
+
+def described(encoder: Any) -> str | None:
+    """One of hubgen's encoders in a line of JSON, by which `encoder_of` makes it again; `None` for any other."""
+    if isinstance(encoder, PooledLatents):
+        return json.dumps({"name": "PooledLatents", "places": encoder.places, "size": encoder.image_size})
+    if isinstance(encoder, EfficientNetLite0):
+        return json.dumps({"name": "EfficientNetLite0"})
+    return None
+
+
+def encoder_of(description: str, vae: Any, device: torch.device) -> nn.Module:
+    """The encoder of a description.
+
+    Args:
+        description: What `described` gave, read from a file.
+        vae: The model's autoencoder, in which an encoder may see.
+        device: Where an encoder with weights of its own goes.
+
+    Raises:
+        ValueError: It describes none, or one that cannot be had here.
+    """
+    try:
+        said = json.loads(description)
+        name, sizes = said.pop("name"), said
+        if name == "PooledLatents" and sizes.keys() == {"places", "size"}:
+            size = whole("size", sizes["size"], 1, LARGEST_SIDE)
+            places = whole("places", sizes["places"], 1, size)
+        elif name != "EfficientNetLite0" or sizes:
+            raise ValueError("unknown")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"`image_encoder`: got None, and the adapter's file names {description!r:.100}, expected an image encoder: "
+            "that one is not known here."
+        ) from error
+    if name == "EfficientNetLite0":
+        return efficientnet(device)
+    if not hasattr(getattr(vae, "config", None), "latent_channels"):
+        raise ValueError(
+            f"`image_encoder`: got None, and the adapter sees with the model's autoencoder (PooledLatents), expected "
+            f"one of latents, got {type(vae).__name__}."
+        )
+    return PooledLatents(vae, places, size)
+
+
+@cache
+def efficientnet(device: torch.device) -> EfficientNetLite0:
+    """The ImageNet classifier on a device, read once; ValueError where its package is not installed."""
+    try:
+        return EfficientNetLite0.from_pretrained().to(device)
+    except ImportError as error:
+        raise ValueError(f"`image_encoder`: got None, and the adapter sees with EfficientNetLite0: {error}") from error
 
 
 def pixels_of(pictures: Pictures, encoder: nn.Module, extractor: Any = None) -> torch.Tensor:

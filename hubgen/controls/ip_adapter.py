@@ -26,6 +26,7 @@ with D features, L image tokens.
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -35,7 +36,15 @@ from torch import nn
 from hubgen.conditioning.guidance import POSITIVE
 from hubgen.controls.control import Control, Prepared, Span, Start, Target, opened
 from hubgen.controls.image_attention import Adapter, Scale, check_scale, check_takes_parts, layer_scales
-from hubgen.controls.image_encoders import black_like, encode, features_of, pixels_of
+from hubgen.controls.image_encoders import (
+    PooledLatents,
+    black_like,
+    described,
+    encode,
+    encoder_of,
+    features_of,
+    pixels_of,
+)
 from hubgen.controls.seen_pictures import InCall, InTraining
 from hubgen.data.images import mask_processor, read_hints, read_masks
 
@@ -63,7 +72,8 @@ class IPAdapter(Control):
         start: Share of the steps after which it begins ...
         end: ... and ends, see `Span`.
         mask: White where a picture is to be seen, one mask for each picture, which then does not share its place.
-        image_encoder: CLIP's or SigLIP's vision model, whatever the adapter was trained with; `None`: the pipeline's.
+        image_encoder: CLIP's or SigLIP's vision model, or another, whatever the adapter was trained with; `None`: the
+            one of hubgen's own that its file names, else the pipeline's.
         feature_extractor: Its image processor; `None`: the pipeline's for the pipeline's encoder, or the usual one.
 
     Raises:
@@ -118,8 +128,11 @@ class IPAdapter(Control):
         return self.adapter.network
 
     def save(self, path: str | Path) -> None:
-        """Writes the adapter as a safetensors file, in the layout in which it came."""
-        self.adapter.save(path)
+        """Writes the adapter as a safetensors file, in the layout in which it came.
+
+        If `image_encoder` is one of hubgen's own, the file names it.
+        """
+        replace(self.adapter, seen_by=described(self.image_encoder) or self.adapter.seen_by).save(path)
 
     def lora(self, backbone: Any) -> dict[str, torch.Tensor]:
         """FaceID's LoRA layers, which belong to its adapter: `pipe.load_lora_weights(adapter.lora(pipe.unet))`.
@@ -187,7 +200,9 @@ class IPAdapter(Control):
             raise ValueError(f"`image_encoder`: got one of {found} features, expected {self.features}.")
 
     def encoder(self, target: Target) -> Any:
-        """The image encoder of a call."""
+        """The image encoder of a call; ValueError where the adapter's file names one that cannot be had."""
+        if self.image_encoder is None and self.adapter.seen_by is not None:
+            return encoder_of(self.adapter.seen_by, target.vae, target.device)
         return target.image_encoder if self.image_encoder is None else self.image_encoder
 
     def prepare(self, target: Target, start: Start) -> Prepared:
@@ -207,16 +222,18 @@ class IPAdapter(Control):
             return self.embeds
         encoder, without = self.encoder(target), self.adapter.kind.without
         extractor = self.feature_extractor
-        if self.image_encoder is None and extractor is None:
+        if self.image_encoder is None and self.adapter.seen_by is None and extractor is None:
             extractor = target.feature_extractor
         assert self.images is not None
         pixels = pixels_of(self.images, encoder, extractor)
+        if isinstance(encoder, PooledLatents) and encoder.vae is target.vae:
+            pixels = pixels.to(target.device)  # where the pipeline's own autoencoder computes, offloaded or not
         shown = encode(encoder, pixels, self.patches)
         if target.branches == (POSITIVE,) or without == "zeros":
             return shown[None], torch.zeros_like(shown)[None]
         nothing = torch.zeros_like(pixels)
         if without == "black":
-            nothing = pixels_of(black_like(self.images), encoder, extractor)
+            nothing = pixels_of(black_like(self.images), encoder, extractor).to(pixels.device)
         return shown[None], encode(encoder, nothing, self.patches)[None]
 
     def masks(self, target: Target) -> torch.Tensor | None:

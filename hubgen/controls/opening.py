@@ -2,6 +2,7 @@
 
     open_control("owner/sd-controlnet-canny", edges, pipe, scale=0.8, end=0.6)
     open_control("ip-adapter.safetensors", cat, pipe)
+    open_control("owner/FLUX.1-Redux", cat, pipe)
     open_control("model", edges, pipe)          # the ControlNet that the pipeline itself has
 
     net = load_control("owner/sd-controlnet-canny", pipe)          # the same for many pictures
@@ -23,6 +24,7 @@ from hubgen.controls.control import Control
 from hubgen.controls.controlnet import ControlNet
 from hubgen.controls.image_attention import Adapter
 from hubgen.controls.ip_adapter import IPAdapter
+from hubgen.controls.redux import PRIOR, Redux, ReduxNetworks
 from hubgen.formats.headers import read_header
 from hubgen.hub.classes import require_class
 from hubgen.hub.finding import HUB_ID
@@ -38,6 +40,9 @@ NETWORKS = (
     "DiTControlNetModel",
     "T2IAdapter",
 )
+CONFIGS = ("config.json", "model_index.json")
+"""Of a network; of Redux' pipeline"""
+Loaded = nn.Module | Adapter | ReduxNetworks
 
 
 def open_control(name: str, image: Any, pipe: Any, revision: str | None = None, **settings: Any) -> Control:
@@ -45,11 +50,11 @@ def open_control(name: str, image: Any, pipe: Any, revision: str | None = None, 
     return control_of(load_control(name, pipe, revision), image, **settings)
 
 
-def control_of(loaded: nn.Module | Adapter, image: Any, **settings: Any) -> Control:
+def control_of(loaded: Loaded, image: Any, **settings: Any) -> Control:
     """A control by what was loaded for it, which serves any number of them.
 
     Args:
-        loaded: A network, or an IP-Adapter's weights.
+        loaded: A network, an IP-Adapter's weights, or what Redux needs.
         image: What it is shown.
         **settings: `scale`, `start`, `end`; of a ControlNet also `mode`.
 
@@ -58,15 +63,18 @@ def control_of(loaded: nn.Module | Adapter, image: Any, **settings: Any) -> Cont
     """
     if isinstance(loaded, Adapter):
         return IPAdapter(loaded, image, **settings)
+    if isinstance(loaded, ReduxNetworks):
+        extractor = loaded.feature_extractor
+        return Redux(loaded.embedder, loaded.image_encoder, image, feature_extractor=extractor, **settings)
     return ControlNet(loaded, image, **settings)
 
 
-def load_control(name: str, pipe: Any, revision: str | None = None) -> nn.Module | Adapter:
-    """What a name means: a network, or an IP-Adapter's weights.
+def load_control(name: str, pipe: Any, revision: str | None = None) -> Loaded:
+    """What a name means: a network, an IP-Adapter's weights, or what Redux needs.
 
     Args:
-        name: A folder with a network's config.json, owner/name of such a repository, a .safetensors file with a
-            network or an IP-Adapter (also .bin), or `OWN`.
+        name: A folder with a network's config.json, or the folder of FLUX.1 Redux (a `FluxPriorReduxPipeline`);
+            owner/name of such a repository; a .safetensors file with a network or an IP-Adapter (also .bin); or `OWN`.
         pipe: That it is for; the network goes to where its backbone is, and to its type.
         revision: Of a repository.
 
@@ -85,6 +93,8 @@ def load_control(name: str, pipe: Any, revision: str | None = None) -> nn.Module
             return Adapter.read(path)
         net = require_class("hubgen", single_file_class(pipe), where=name).from_single_file(path)  # type: ignore[attr-defined]
     else:
+        if class_of(name, revision) == PRIOR:
+            return ReduxNetworks.from_pretrained(path if path.is_dir() else name, pipe.backbone.dtype, revision)
         net = network(name, revision)
     backbone = pipe.backbone
     placed: nn.Module = net.to(backbone.device, backbone.dtype).eval()
@@ -101,32 +111,54 @@ def check_name(name: str, index: Mapping[str, Any]) -> None:
     if name == OWN and index.get("controlnet") in (None, [None, None]):
         raise ValueError(NO_NETWORK)
     if name != OWN and not Path(name).expanduser().is_file():
-        network_class(name)
+        class_of(name)
+
+
+def sees_pictures(name: str) -> bool:
+    """Whether a control, of a name that `check_name` accepts, is shown pictures as they are, and no hints of them."""
+    path = Path(name).expanduser()
+    return name != OWN and (is_adapter(path) if path.is_file() else class_of(name) == PRIOR)
 
 
 def network(name: str, revision: str | None = None) -> Any:
-    """The network of a folder or repository, of hubgen's class."""
+    """The network of a folder or repository, of hubgen's class.
+
+    Raises:
+        ValueError: It holds none.
+    """
+    class_name = class_of(name, revision)
+    if class_name == PRIOR:
+        raise ValueError(f"{name}: got a {PRIOR}, expected one of {', '.join(NETWORKS)}")
     options = {} if Path(name).expanduser().is_dir() else {"revision": revision}
-    return require_class("hubgen", network_class(name, revision), where=name).from_pretrained(name, **options)  # type: ignore[attr-defined]
+    return require_class("hubgen", class_name, where=name).from_pretrained(name, **options)  # type: ignore[attr-defined]
 
 
-def network_class(name: str, revision: str | None = None) -> str:
-    """The class of the network of a folder or repository, by its config."""
+def class_of(name: str, revision: str | None = None) -> str:
+    """The class of the network, or of Redux' pipeline, of a folder or repository, by its config."""
     path = Path(name).expanduser()
     if path.is_dir():
-        config = path / "config.json"
-        if not config.is_file():
+        config = next((path / file for file in CONFIGS if (path / file).is_file()), None)
+        if config is None:
             raise ValueError(f"{name}: holds no config.json, expected the folder of a network")
     elif not HUB_ID.fullmatch(name):
         raise ValueError(f"{name}: no such folder or file, expected one, or owner/name on the Hub")
     else:
-        from huggingface_hub import hf_hub_download
-
-        config = Path(hf_hub_download(name, "config.json", revision=revision))
+        config = config_on_hub(name, revision)
     class_name = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
-    if class_name not in NETWORKS:
-        raise ValueError(f"{name}: got a {class_name}, expected one of {', '.join(NETWORKS)}")
+    if class_name not in (*NETWORKS, PRIOR):
+        raise ValueError(f"{name}: got a {class_name}, expected one of {', '.join((*NETWORKS, PRIOR))}")
     return str(class_name)
+
+
+def config_on_hub(name: str, revision: str | None) -> Path:
+    """The first of `CONFIGS` that a repository has."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(name, CONFIGS[0], revision=revision))
+    except EntryNotFoundError:
+        return Path(hf_hub_download(name, CONFIGS[1], revision=revision))
 
 
 def is_adapter(path: Path) -> bool:

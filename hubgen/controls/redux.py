@@ -13,6 +13,7 @@ Shapes: B pictures to be made, n pictures to be shown, P patches of F features, 
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -49,6 +50,41 @@ class ReduxImageEncoder(StrictModelMixin, ConfigMixin):
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """(n, P, F) -> (n, P, D)."""
         return self.redux_down(nn.functional.silu(self.redux_up(patches)))
+
+
+@dataclass(frozen=True, eq=False)
+class ReduxNetworks:
+    """What several `Redux` share."""
+
+    embedder: ReduxImageEncoder
+    image_encoder: Any
+    """SigLIP's vision model"""
+    feature_extractor: Any
+    """Its image processor"""
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | os.PathLike[str], torch_dtype: torch.dtype | None = None, revision: str | None = None
+    ) -> Self:
+        """See `Redux.from_pretrained`."""
+        path = Path(name)
+        if not path.is_dir():
+            from huggingface_hub import snapshot_download
+
+            parts = ["model_index.json", "image_encoder/*", "image_embedder/*", "feature_extractor/*"]
+            path = Path(snapshot_download(str(name), revision=revision, allow_patterns=parts))
+        index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
+        if index.get("_class_name") != PRIOR:
+            raise ValueError(f"{name}: is a {index.get('_class_name')}, expected a {PRIOR}.")
+        parts_of: Any = {
+            part: require_class(*index[part], where=f"{name}: `{part}`")
+            for part in ("image_encoder", "feature_extractor")
+        }
+        loading = {} if torch_dtype is None else {"torch_dtype": torch_dtype}
+        encoder = parts_of["image_encoder"].from_pretrained(path / "image_encoder", **loading).eval()
+        extractor = parts_of["feature_extractor"].from_pretrained(path / "feature_extractor")
+        embedder = ReduxImageEncoder.from_pretrained(path / "image_embedder", **loading).eval()
+        return cls(embedder, encoder, extractor)
 
 
 class Redux(Control):
@@ -108,24 +144,10 @@ class Redux(Control):
             ValueError: It holds another pipeline, or a value is out of its range.
             OSError: There is no such folder or repository.
         """
-        path = Path(name)
-        if not path.is_dir():
-            from huggingface_hub import snapshot_download
-
-            parts = ["model_index.json", "image_encoder/*", "image_embedder/*", "feature_extractor/*"]
-            path = Path(snapshot_download(str(name), revision=revision, allow_patterns=parts))
-        index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
-        if index.get("_class_name") != PRIOR:
-            raise ValueError(f"{name}: is a {index.get('_class_name')}, expected a {PRIOR}.")
-        parts_of: Any = {
-            part: require_class(*index[part], where=f"{name}: `{part}`")
-            for part in ("image_encoder", "feature_extractor")
-        }
-        loading = {} if torch_dtype is None else {"torch_dtype": torch_dtype}
-        encoder = parts_of["image_encoder"].from_pretrained(path / "image_encoder", **loading).eval()
-        extractor = parts_of["feature_extractor"].from_pretrained(path / "feature_extractor")
-        embedder = ReduxImageEncoder.from_pretrained(path / "image_embedder", **loading).eval()
-        return cls(embedder, encoder, image, feature_extractor=extractor, **settings)
+        networks = ReduxNetworks.from_pretrained(name, torch_dtype, revision)
+        return cls(
+            networks.embedder, networks.image_encoder, image, feature_extractor=networks.feature_extractor, **settings
+        )
 
     def check(self, target: Target) -> None:
         """Raises ValueError where the backbone reads no such text, or the numbers of pictures do not divide."""

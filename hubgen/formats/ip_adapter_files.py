@@ -12,7 +12,9 @@
     xlabs       double_blocks.N, or biases       FLUX's double blocks
     instantx    as faceid, but from 0 on         all of FLUX's blocks
 
-Pickled files, of which published adapters are still many, are read as weights alone and cannot run code.
+A safetensors file may say in its header which of hubgen's own image encoders it sees with (`SEEN_BY`); files of others
+say nothing of theirs. Pickled files, of which published adapters are still many, are read as weights alone and cannot
+run code.
 """
 
 import re
@@ -23,11 +25,13 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from hubgen.formats.headers import PICKLED, listing, read_header
+from hubgen.formats.headers import PICKLED, listing, read_header, read_metadata
 
 Layout = Literal["base", "full", "plus", "faceid", "sd3", "xlabs", "instantx"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 PARTS = ("image_proj", "ip_adapter")
+SEEN_BY = "hubgen.image_encoder"
+"""Key of a safetensors file's metadata"""
 
 LORA = re.compile(r"ip_adapter\.(\d+)\.to_(q|k|v|out)_lora\.(down|up)\.weight")
 XLABS = [
@@ -50,6 +54,8 @@ class IPAdapterFile:
     """By the names that all layouts share"""
     lora: dict[str, torch.Tensor] = field(default_factory=dict)
     """FaceID's LoRA layers, `N.to_q_lora.down.weight` and so on, N every attention of the U-Net"""
+    seen_by: str | None = None
+    """What the file says of the image encoder, as `hubgen.controls.image_encoders.described` puts it"""
 
     @property
     def image_proj(self) -> dict[str, torch.Tensor]:
@@ -85,9 +91,12 @@ def read_ip_adapter(source: str | Path | Mapping[str, Any]) -> IPAdapterFile:
         return told_apart(flat(source))
     path = Path(source)
     try:
-        return told_apart(flat(weights_of(path)))
+        found = told_apart(flat(weights_of(path)))
     except ValueError as error:
         raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
+    if path.suffix not in PICKLED:
+        found.seen_by = read_metadata(path).get(SEEN_BY)
+    return found
 
 
 def weights_of(path: Path) -> Mapping[str, Any]:
@@ -184,10 +193,11 @@ def as_file(adapter: IPAdapterFile) -> dict[str, torch.Tensor]:
 
 
 def write_ip_adapter(adapter: IPAdapterFile, path: str | Path) -> None:
-    """Saves an adapter as safetensors in its layout."""
+    """Saves an adapter as safetensors in its layout, with what is known of its image encoder."""
     from safetensors.torch import save_file
 
-    save_file(as_file(adapter), path, metadata={"format": "pt"})
+    seen_by = {} if adapter.seen_by is None else {SEEN_BY: adapter.seen_by}
+    save_file(as_file(adapter), path, metadata={"format": "pt", **seen_by})
 
 
 def check_shapes(given: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:

@@ -1,6 +1,7 @@
 """Networks that visitors may steer by: those that whoever started the page named, the model's own, and no others.
 
-A ControlNet or a T2I-adapter is shown a hint of a picture, such as its edges; an IP-Adapter the picture itself.
+A ControlNet or a T2I-adapter is shown a hint of a picture, such as its edges; an IP-Adapter or FLUX.1 Redux the picture
+itself.
 """
 
 import importlib.util
@@ -13,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from hubgen.controls.net_kinds import kind_of
-from hubgen.controls.opening import OWN, check_name, control_of, is_adapter, load_control
+from hubgen.controls.opening import CONFIGS, OWN, check_name, control_of, load_control, sees_pictures
 from hubgen.data.errors import DataError
 from hubgen.data.hints import hint_of
 from hubgen.errors import one_line
@@ -41,7 +42,7 @@ class Offered:
     file: str
     """As it was named"""
     sees_pictures: bool
-    """Whether it is shown the picture itself, and no hint of it: an IP-Adapter"""
+    """Whether it is shown the picture itself, and no hint of it: an IP-Adapter, or Redux"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,11 +73,10 @@ def find_controls(named: Sequence[str], index: Mapping[str, Any], own: Any = Non
     for file in files:
         with told_of(file):
             check_name(file, index)
-            path = Path(file).expanduser()
-            sees_pictures = path.is_file() and is_adapter(path)
-        name, taken = OWN_NAME if file == OWN else name_of(file, path), {one.name for one in found}
+            looks = sees_pictures(file)
+        name, taken = OWN_NAME if file == OWN else name_of(file, Path(file).expanduser()), {one.name for one in found}
         number = next(n for n in range(1, len(files) + 1) if (name if n == 1 else f"{name} {n}") not in taken)
-        found.append(Offered(name if number == 1 else f"{name} {number}", file, sees_pictures))
+        found.append(Offered(name if number == 1 else f"{name} {number}", file, looks))
     return found
 
 
@@ -91,12 +91,15 @@ def needs_a_picture_alone(net: Any) -> bool:
 def files_of(name: str) -> list[str]:
     """A folder that is no network's is all of those in it."""
     folder = Path(name).expanduser()
-    if not folder.is_dir() or (folder / "config.json").is_file():
+    if not folder.is_dir() or has_config(folder):
         return [name]
-    found = [
-        one for one in folder.iterdir() if one.suffix in (".safetensors", ".bin") or (one / "config.json").is_file()
-    ]
+    found = [one for one in folder.iterdir() if one.suffix in (".safetensors", ".bin") or has_config(one)]
     return [str(one) for one in sorted(found)] or [name]
+
+
+def has_config(folder: Path) -> bool:
+    """Whether it is the folder of one control."""
+    return any((folder / file).is_file() for file in CONFIGS)
 
 
 def load_controls(offered: Sequence[Offered], pipe: Any, size: tuple[int, int]) -> dict[str, Any]:

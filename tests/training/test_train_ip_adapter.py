@@ -20,7 +20,7 @@ from hubgen.autoencoders.efficientnet import EfficientNetLite0
 from hubgen.conditioning.predict import BackboneCall, predict
 from hubgen.controls.control import Start, open_doors, opened
 from hubgen.controls.image_attention import Adapter, attention, places
-from hubgen.controls.image_encoders import PooledLatents, encode, pixels_of
+from hubgen.controls.image_encoders import PooledLatents, encode, encoder_of, pixels_of
 from hubgen.controls.ip_adapter import IPAdapter
 from hubgen.data.order import Draw
 from hubgen.training import train_ip_adapter
@@ -260,6 +260,9 @@ def test_an_adapter_learns_by_encoders_of_hubgens(run: Run, tmp_path: Path, name
     assert ("PooledLatents(pipe.vae, 4, 16)" if name == "latents" else "EfficientNetLite0.from_pretrained()") in card
     control = IPAdapter(folder / "ip_adapter" / "ip-adapter.safetensors")
     assert control.features == (4 * 16 if name == "latents" else 1280)
+    named = encoder_of(str(control.adapter.seen_by), models.vae(), torch.device("cpu"))  # by the file, for any call
+    assert type(named) is (PooledLatents if name == "latents" else EfficientNetLite0)
+    assert name != "latents" or (named.places, named.image_size) == (4, 16)
 
 
 @pytest.mark.parametrize(

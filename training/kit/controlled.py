@@ -36,7 +36,7 @@ from hubgen.conditioning.families.unet import UNetFamily
 from hubgen.conditioning.predict import predict
 from hubgen.controls.control import opened
 from hubgen.controls.image_attention import Adapter, attention, check_takes_parts, places
-from hubgen.controls.image_encoders import PooledLatents, features_of
+from hubgen.controls.image_encoders import PooledLatents, described, features_of
 from hubgen.controls.ip_adapter import IPAdapter
 from hubgen.controls.net_kinds import AdapterNet, NetKind, Rows, TransformerNet, check_modes, kind_of
 from hubgen.controls.opening import network
@@ -369,6 +369,7 @@ def adapter_for(pipe: Any, file: str | None, settings: PictureAdapter, encoder: 
         name = "settings of 'adapter'" if file is None else f"setting 'base.ip_adapter': {file}"
         raise SettingsError(f"{name}: {one_line(error)}") from error
     adapter.network.to(torch.float32)
+    adapter.seen_by = described(encoder)
     return adapter
 
 

@@ -1,4 +1,4 @@
-"""Control: pictures that steer what is drawn, by a ControlNet, a T2I-adapter or an IP-Adapter."""
+"""Control: pictures that steer what is drawn, by a ControlNet, a T2I-adapter, an IP-Adapter or Redux."""
 
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -23,7 +23,7 @@ some:
   `lllyasviel/control_v11p_sd15_canny` for Stable Diffusion 1.5.
 
 Then start the page with `hubgen demo --model MODEL --controls NETWORK`. An IP-Adapter sees with the image encoder of
-the model, which has to have one.
+the model, which has to have one, unless it was trained with an encoder of hubgen's own, which its file names.
 
 Without any, a picture can still be where the drawing starts: see **Transform**, which also draws a painted part
 anew."""
@@ -65,7 +65,7 @@ def build(desk: Desk) -> None:
             picture: That steers; its middle is cut to a shape that the model makes.
             network: By which; /about lists the names. None is the first.
             hint: What a ControlNet is shown of the picture, /about lists the kinds; none if the picture is a hint
-                already. None is the first kind. An IP-Adapter is always shown the picture itself.
+                already. None is the first kind. An IP-Adapter and Redux are always shown the picture itself.
             scale: How much it counts.
             start: Share of the steps after which it begins.
             end: Share of the steps after which it ends.
