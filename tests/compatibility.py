@@ -59,7 +59,7 @@ COLUMNS = (
     *("T2I-adapter", "T2I-adapter with an image", "T2I-adapter with a mask"),
     *("IP-Adapter", "IP-Adapter with an image", "IP-Adapter with a mask"),
     *("prompt-to-prompt", "prompt-to-prompt with an image", "prompt-to-prompt with a mask"),
-    *("edit input", "edit input with an image", "edit input with a mask"),
+    *(f"edit input of a widened model{task}" for task in ("", " with an image", " with a mask")),
 )
 """Rows of the README's table, in its order, by what tests call them."""
 

@@ -153,7 +153,7 @@ def prompt_to_prompt(name: str, pipe: Any) -> One:
 
 
 KINDS: Mapping[str, Callable[[str, Any], One | None]] = {
-    "edit input": edit_input,
+    "edit input of a widened model": edit_input,
     "ControlNet": partial(controlnet, seed=7),
     "another ControlNet": partial(controlnet, seed=8),
     "IP-Adapter": ip_adapter,
