@@ -1,7 +1,8 @@
-"""Data from the web in shards, as LAION's were made: candidates of a crawl, downloaded, scored and filtered.
+"""Data from the web in shards, as LAION's were made: candidates of a crawl, and their pictures.
 
-shards    what a shard is: a tar of pictures, a table of its rows, and what was counted, in img2dataset's layout
-stages    what is done to one shard, and how the result is committed
-engine    the loop over shards, in this process or in several
-download  candidates -> shards
+shards      what a shard is: a tar of pictures, a table of its rows, and what was counted, in img2dataset's layout
+stages      what is done to one shard, and how the result is committed
+engine      the loop over shards: in this process, in several, or on Ray
+crawl       files of a crawl -> candidates (`wat`, `rules`, `text`, `dedup`, and the recipes)
+download    candidates -> shards (`candidates`, `fetch`, `transfer`, `optout`, `turns`, `resize`)
 """

@@ -331,6 +331,7 @@ def test_a_run_cut_at_any_rename_is_finished_by_the_next(
     assert cuts == 4  # the folder of the shard, its tar, its table, its stats
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(workers: int, tmp_path: Path) -> None:
     seed = random.randrange(10**6)
