@@ -1,5 +1,6 @@
 """Controls by the names of their files: what is opened is what a program makes, and asks for nothing more."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,16 @@ from hubgen.pipelines.text_to_image import TextToImagePipeline
 from hubgen.spaces.kit.controls import find_controls, load_controls
 from hubgen.training.kit.controlled import adapter_for
 from hubgen.training.kit.groups import PictureAdapter
-from tests import models
+from tests import models, test_cli
+from tests.formats.test_hub import run
+from tests.hub.loopback import loopback_hub
 from tests.ip_adapter_weights import clip, tensors
 from tests.official_images import picture
 from tests.parity import randomize_, same
+from tests.test_cli import pixels
 
 Official = Callable[[str], Path]
+hubgen = test_cli.hubgen
 OWN: dict[str, Callable[[Any], Any]] = {
     "latents": lambda vae: PooledLatents(vae, places=2, size=16),
     "efficientnet": lambda vae: EfficientNetLite0.from_pretrained(),
@@ -133,3 +138,54 @@ def test_a_page_offers_redux_beside_what_else_lies_in_a_folder(official: Officia
     other = models.pipeline("unet")
     with pytest.raises(ValueError, match="HUBGEN_CONTROLS .*look: `controls`: got a Redux of .* features, expected"):
         load_controls(offered[:1], other, (32, 32))
+
+
+def test_redux_and_networks_are_told_apart_on_the_hub(official: Official, tmp_path: Path) -> None:
+    models.unet().save_pretrained(tmp_path / "unet")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "README.md").write_text("nothing")
+    with loopback_hub() as hub:
+        for name, folder in {
+            "redux": official("flux-redux"),
+            "unet": tmp_path / "unet",
+            "empty": tmp_path / "empty",
+        }.items():
+            hub.add(f"tester/{name}", folder)
+        code = """
+from hubgen.controls.opening import class_of, load_control, sees_pictures
+from tests import models
+
+assert class_of("tester/redux") == "FluxPriorReduxPipeline" and sees_pictures("tester/redux")
+loaded = load_control("tester/redux", models.pipeline("unet"))
+assert type(loaded.embedder).__name__ == "ReduxImageEncoder"
+with pytest.raises(ValueError, match="tester/unet: got a UNet2DConditionModel, expected one of ControlNetModel"):
+    class_of("tester/unet")
+with pytest.raises(OSError):
+    class_of("tester/empty")
+with pytest.raises(OSError):
+    class_of("tester/nowhere")
+"""
+        run(code, hub, tmp_path / "home")
+
+
+# ---- the command line ----
+
+
+def test_the_command_shows_pictures_to_both_by_their_names_alone(
+    hubgen: Callable[..., Any], official: Official, tmp_path: Path
+) -> None:
+    folder = official("flux-dev")
+    pipe = TextToImagePipeline.from_pretrained(folder)
+    encoder = PooledLatents(pipe.vae, places=2, size=32)
+    adapter = IPAdapter.fresh(pipe.backbone, encoder.pooled_features, image_encoder=encoder)
+    randomize_(adapter.network, 4)
+    adapter.save(tmp_path / "look.safetensors")
+    picture(3).save("cat.png")
+    draw = ("generate", "a red cat", "--model", folder, "--num-inference-steps", 2, "--seed", 1, "--size", "32x32")
+    assert hubgen(*draw, "--out", "plain.png").status == 0
+    found = [pixels("plain.png")]
+    for i, name in enumerate((tmp_path / "look.safetensors", official("flux-redux"))):
+        result = hubgen(*draw, "--control", f"{name}=cat.png", "--out", f"{i}.png")
+        assert result.status == 0, result.err
+        found.append(pixels(f"{i}.png"))
+    assert all((one != other).any() for one, other in itertools.combinations(found, 2))
