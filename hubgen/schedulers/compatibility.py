@@ -15,6 +15,14 @@ BETA_SCHEDULERS = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
 FLOW_SCHEDULERS = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"]
 
 
+def named(library: Any, name: str) -> Any:
+    """A library's class of a name; `None` where it has none, or where a model has brought hubgen's code without it."""
+    try:
+        return getattr(library, name, None)
+    except ModuleNotFoundError:
+        return None
+
+
 class CompatibleScheduler(SchedulerMixin, ConfigMixin):
     """diffusers' scheduler mixins, with hubgen's classes among the `compatibles`."""
 
@@ -24,7 +32,7 @@ class CompatibleScheduler(SchedulerMixin, ConfigMixin):
         names = list(dict.fromkeys([cls.__name__, *cls._compatibles]))
         # the roots by name: both load their classes when first asked for them
         libraries = [importlib.import_module(name) for name in ("hubgen", "diffusers")]
-        found = [getattr(library, name, None) for library in libraries for name in names]
+        found = [named(library, name) for library in libraries for name in names]
         # diffusers stands something in for a class whose package is missing, which fails when it is used
         missing = "diffusers.utils.dummy_"
         return [cls for cls in found if cls is not None and not cls.__module__.startswith(missing)]
