@@ -109,23 +109,27 @@ def efficientnet(device: torch.device) -> EfficientNetLite0:
         raise ValueError(f"`image_encoder`: got None, and the adapter sees with EfficientNetLite0: {error}") from error
 
 
-def pixels_of(pictures: Pictures, encoder: nn.Module, extractor: Any = None) -> torch.Tensor:
+def pixels_of(
+    pictures: Pictures, encoder: nn.Module, extractor: Any = None, device: torch.device | None = None
+) -> torch.Tensor:
     """Pictures as an encoder takes them, resized and normalised: (n, 3, h, w).
 
     Args:
         pictures: Of any size.
         encoder: Of transformers or of hubgen.
         extractor: Its image processor; `None` for the usual one of its kind.
+        device: Where it computes; `None`: where its weights are, which those of an offloaded model are not.
     """
+    parameter = next(encoder.parameters())
+    device = parameter.device if device is None else device
     if is_pooling(encoder) and extractor is None:
         side = encoder.image_size
         scaled = VaeImageProcessor(vae_scale_factor=1).preprocess(pictures, side, side)  # [-1, 1]
-        return scaled.to(next(encoder.parameters()))
+        return scaled.to(device, parameter.dtype)
     extractor = usual_extractor(encoder) if extractor is None else extractor
     scaled = {"do_rescale": False} if torch.is_tensor(pictures) else {}
     pixels = extractor(list(pictures), return_tensors="pt", **scaled).pixel_values
-    parameter = next(encoder.parameters())
-    return pixels.to(parameter.device, parameter.dtype)
+    return pixels.to(device, parameter.dtype)
 
 
 def usual_extractor(encoder: Any) -> Any:

@@ -225,15 +225,15 @@ class IPAdapter(Control):
         if self.image_encoder is None and self.adapter.seen_by is None and extractor is None:
             extractor = target.feature_extractor
         assert self.images is not None
-        pixels = pixels_of(self.images, encoder, extractor)
-        if isinstance(encoder, PooledLatents) and encoder.vae is target.vae:
-            pixels = pixels.to(target.device)  # where the pipeline's own autoencoder computes, offloaded or not
+        its_own = self.image_encoder is None or (isinstance(encoder, PooledLatents) and encoder.vae is target.vae)
+        device = target.device if its_own else None  # of the pipeline, which may be offloaded
+        pixels = pixels_of(self.images, encoder, extractor, device)
         shown = encode(encoder, pixels, self.patches)
         if target.branches == (POSITIVE,) or without == "zeros":
             return shown[None], torch.zeros_like(shown)[None]
         nothing = torch.zeros_like(pixels)
         if without == "black":
-            nothing = pixels_of(black_like(self.images), encoder, extractor).to(pixels.device)
+            nothing = pixels_of(black_like(self.images), encoder, extractor, device)
         return shown[None], encode(encoder, nothing, self.patches)[None]
 
     def masks(self, target: Target) -> torch.Tensor | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from safetensors.torch import load_file, save_file
 
 from hubgen.autoencoders.efficientnet import EfficientNetLite0
@@ -69,6 +70,26 @@ def test_an_adapter_that_was_trained_with_one_of_hubgens_encoders_needs_no_other
     for copy in ("again", "by hand"):
         again = Adapter.read(tmp_path / f"{copy}.safetensors")
         assert same(again.network, trained.network) and again.seen_by == trained.seen_by == described(encoder)
+
+
+def test_the_pipelines_encoders_see_while_their_weights_are_elsewhere(tmp_path: Path) -> None:
+    pipe, (encoder, extractor) = models.pipeline("unet"), clip()
+    pipe.register_modules(image_encoder=encoder, feature_extractor=extractor)
+    pooled = PooledLatents(pipe.vae, places=2, size=16)
+    own = IPAdapter.fresh(pipe.backbone, pooled.pooled_features, image_encoder=pooled)
+    randomize_(own.network, 4)
+    own.save(tmp_path / "own.safetensors")
+    adapters = [
+        IPAdapter(tmp_path / "own.safetensors", picture(3)),
+        IPAdapter(own.adapter, picture(3), image_encoder=pooled),
+        IPAdapter(tensors("base", pipe.backbone), picture(3)),
+    ]
+    expected = [drawn(pipe, adapter) for adapter in adapters]
+    for part in (pipe.vae, pipe.image_encoder):
+        cpu_offload(part, torch.device("cpu"))
+    assert all(part.is_meta for part in pipe.vae.parameters())
+    for adapter, latents in zip(adapters, expected, strict=True):
+        assert torch.equal(drawn(pipe, adapter), latents)
 
 
 def test_files_of_others_say_nothing_of_their_encoder(tmp_path: Path) -> None:
