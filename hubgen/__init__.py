@@ -30,6 +30,7 @@ from hubgen.hub.registration import register
 if TYPE_CHECKING:
     from hubgen.acceleration.optimize import optimize as optimize
     from hubgen.acceleration.optimize import restore as restore
+    from hubgen.adaptation.widening import widen as widen
     from hubgen.autoencoders.autoencoder_kl import AutoencoderKL as AutoencoderKL
     from hubgen.autoencoders.efficientnet import EfficientNetLite0 as EfficientNetLite0
     from hubgen.autoencoders.vq_model import VQModel as VQModel
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from hubgen.backbones.unet import UNet2DModel as UNet2DModel
     from hubgen.backbones.unet_condition import UNet2DConditionModel as UNet2DConditionModel
     from hubgen.conditioning.guidance import ClassifierFreeGuidance as ClassifierFreeGuidance
+    from hubgen.conditioning.guidance import PictureGuidance as PictureGuidance
     from hubgen.conditioning.text import TextCondition as TextCondition
     from hubgen.conditioning.text import TextEmbeddings as TextEmbeddings
     from hubgen.controls.attention_maps import AttentionMaps as AttentionMaps
@@ -53,6 +55,8 @@ if TYPE_CHECKING:
     from hubgen.controls.ip_adapter import IPAdapter as IPAdapter
     from hubgen.controls.null_text import NullText as NullText
     from hubgen.controls.prompt_to_prompt import PromptToPrompt as PromptToPrompt
+    from hubgen.controls.redux import Redux as Redux
+    from hubgen.controls.redux import ReduxImageEncoder as ReduxImageEncoder
     from hubgen.hub.bundled import bundled_model as bundled_model
     from hubgen.paths.continuous import CosinePath as CosinePath
     from hubgen.paths.continuous import EdmPath as EdmPath

@@ -85,7 +85,7 @@ ONE_ATTENTION = [
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "layout"), ONE_ATTENTION)
 def test_half_masks_act_on_their_half_alone_and_a_full_one_is_none(name: str, layout: str) -> None:
-    """Of pictures of 64 pixels on 8 x 8 tokens, so that the bicubic reduction is exact where halves are flat.
+    """Masks of 64 pixels on 8 x 8 tokens, so that the bicubic reduction is exact where halves are flat.
 
     With a mask each, pictures are 1 or 0 times what they are without, to the last bit. Of two in one call, tokens, keys
     and values are products of other sizes, which round otherwise.
@@ -105,7 +105,7 @@ def test_half_masks_act_on_their_half_alone_and_a_full_one_is_none(name: str, la
             1 if mask is None else len(mask), *[1] * (len(shape) - 1)
         )
         control = IPAdapter(adapter, image_embeds=embeds, scale=scale, mask=mask)
-        there = target(backbone, batch=1, size=(64, 64), branches=("positive",))
+        there = target(backbone, batch=1, size=(32, 32), branches=("positive",))  # FLUX: 8 x 8 tokens
         prepared = control.prepare(there, Start(x))
         prepared.before_call(BackboneCall(x, torch.tensor([500.0]), ("positive",), Condition()))
         with opened(backbone, [prepared]):
