@@ -15,6 +15,7 @@ tables are written without what stands in an earlier place; the folders in betwe
 import hashlib
 import json
 import shutil
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -229,9 +230,9 @@ class Keep(Stage):
     name = "crawl"
     parsed: Path
 
+    @abstractmethod
     def stays(self, work: Work, table: Any) -> Any:
         """Whether each row stays: (N,), of truth values."""
-        raise NotImplementedError
 
     def __call__(self, work: Work, folder: Path) -> dict[str, Any]:
         """Writes 00000.parquet."""

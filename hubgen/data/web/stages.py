@@ -21,6 +21,7 @@ import json
 import os
 import shutil
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ class Work:
         return shard_name(self.number)
 
 
-class Stage:
+class Stage(ABC):
     """What is done to each shard of a folder.
 
     It is sent to other processes by pickle; what cannot be sent is made in `setup`.
@@ -73,16 +74,17 @@ class Stage:
     gpus: float = 0.0
     """Of each worker, where the engine deals them out (Ray)"""
 
-    def setup(self) -> None:
+    def setup(self) -> None:  # noqa: B027
         """Called once in each process, before its first shard; what it raises ends a run in one process."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Called once in each process, after its last shard."""
 
     def is_done(self, work: Work, folder: Path) -> bool:
         """Whether a shard of the folder needs no more work; see `is_committed`."""
         return is_committed(folder, work, self)
 
+    @abstractmethod
     def __call__(self, work: Work, folder: Path) -> dict[str, Any]:
         """Makes a shard's files in a new folder.
 
@@ -93,7 +95,6 @@ class Stage:
         Returns:
             Fields for `_stats.json`; those that are there already and not named stay.
         """
-        raise NotImplementedError
 
 
 def works_on(shards: Sequence[StoredShard], stage: Stage) -> list[Work]:

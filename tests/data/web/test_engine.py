@@ -22,7 +22,7 @@ from hubgen.data.web.engine import ENGINES, Report, run
 from hubgen.data.web.fetch import Limits
 from hubgen.data.web.resize import Resizing
 from hubgen.data.web.shards import open_shards, read_stats
-from hubgen.data.web.stages import Stage, works_on
+from hubgen.data.web.stages import works_on
 from tests.data.web.example_stages import CaptionLengths
 from tests.data.web.site import Answer, Site, file_of, in_turn, picture, reply, serving
 
@@ -364,5 +364,5 @@ def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(workers: int,
 
 def test_all_engines_are_named() -> None:
     with pytest.raises(ValueError, match="`engine`: got 'spark', expected local or ray"):
-        run(Stage(), [], Path("x"), engine="spark")
+        run(CaptionLengths(), [], Path("x"), engine="spark")
     assert "local" in ENGINES
