@@ -7,26 +7,14 @@ Shapes: B pictures, n steps.
 """
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
 
 from hubgen.checks import whole
 from hubgen.data.images import Images
-from hubgen.pipelines.checks import check_generator
-from hubgen.pipelines.denoising import Generator
-from hubgen.pipelines.inversion import (
-    DOWNWARDS,
-    UPWARDS,
-    Inversion,
-    RFStrengths,
-    copies,
-    image_start,
-    refuse,
-    walk_down,
-    walk_up,
-)
-from hubgen.schedulers.inversion import solver
+from hubgen.pipelines.inversion import DOWNWARDS, Inversion, WayUp, refuse, walk_down, walk_up
 
 Labels = int | str | Sequence[int | str] | torch.Tensor
 
@@ -35,54 +23,27 @@ class ClassEditingMixin:
     """Adds inversion to a pipeline of classes; `EditingMixin` has the same for prompts, and says more."""
 
     @torch.no_grad()
-    def invert(
-        self: Any,
-        image: Images,
-        class_labels: Labels,
-        method: str = "euler",
-        num_inference_steps: int | None = None,
-        guidance_scale: float = 1.0,
-        generator: Generator = None,
-        height: int | None = None,
-        width: int | None = None,
-        gamma: float | None = None,
-        eta: float | None = None,
-        eta_span: tuple[float, float] | None = None,
-        **arguments: Any,
-    ) -> Inversion:
+    def invert(self: Any, image: Images, class_labels: Labels, method: str = "euler", **arguments: Any) -> Inversion:
         """The noise from which the model makes the given pictures.
 
         Args:
             image: One or several, as in the call.
             class_labels: Their classes: one for all, or one each.
             method: Along a variance-preserving path "euler", which is DDIM; along a flow also "midpoint", "fireflow"
-                and "rf", as in `EditingMixin.invert`.
-            num_inference_steps: n; `None` for the model's default. The way back has the same.
-            guidance_scale: As in the call. Without guidance, at 1, the way back is nearest.
-            generator: Source of the noise that "rf" is drawn to, and of what controls draw.
-            height: Pixels; `None` as in a call with an image.
-            width: Pixels.
-            gamma: As in `EditingMixin.invert`.
-            eta: As in `EditingMixin.invert`.
-            eta_span: As in `EditingMixin.invert`.
-            **arguments: Others of the call.
+                and "rf".
+            **arguments: As in `EditingMixin.invert`: `num_inference_steps`, `guidance_scale` (1.0), `generator`,
+                `height`, `width`, `gamma`, `eta`, `eta_span`, and others of the call.
 
         Raises:
             ValueError: As in `EditingMixin.invert`.
             TypeError: The call does not have an argument.
             RuntimeError: It was interrupted.
         """
-        down = solver(self.scheduler, method)
-        strengths = RFStrengths.of(method, gamma=gamma, eta=eta, eta_span=eta_span)
-        refuse(self, arguments, UPWARDS, "an inversion goes all the way from the picture to noise")
-        if num_inference_steps is not None:
-            whole("num_inference_steps", num_inference_steps)
-        labels = self.check_labels(class_labels)
-        start = image_start(self, image, height, width)
-        check_generator(generator, len(start.image))
-        call = {"class_labels": labels, "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-        call["num_images_per_label"] = copies("class_labels", len(labels), len(start.image))
-        return walk_up(self, start, down, strengths, generator, {**call, **arguments})
+        labels, names = self.check_labels(class_labels), [field.name for field in fields(WayUp)]
+        way = WayUp(image, method, **{name: value for name, value in arguments.items() if name in names})
+        others = {name: value for name, value in arguments.items() if name not in names}
+        call = {"class_labels": labels, "guidance_scale": 1.0, **others}
+        return walk_up(self, way, call, "class_labels", len(labels), "num_images_per_label")
 
     def reconstruct(self: Any, inversion: Inversion, class_labels: Labels | None = None, **arguments: Any) -> Any:
         """The pictures of an inversion again, or what another class makes of its noise.

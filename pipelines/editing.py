@@ -36,9 +36,8 @@ from hubgen.pipelines.denoising import Generator
 from hubgen.pipelines.flow_edit import GuidedVelocity, VelocityDifference, edit_defaults
 from hubgen.pipelines.inversion import (
     DOWNWARDS,
-    UPWARDS,
     Inversion,
-    RFStrengths,
+    WayUp,
     copies,
     image_latents,
     image_start,
@@ -110,19 +109,10 @@ class EditingMixin:
             TypeError: The call does not have an argument.
             RuntimeError: It was interrupted.
         """
-        down = solver(self.scheduler, method)
-        strengths = RFStrengths.of(method, gamma=gamma, eta=eta, eta_span=eta_span)
-        refuse(self, arguments, UPWARDS, "an inversion goes all the way from the picture to noise")
-        if num_inference_steps is not None:
-            whole("num_inference_steps", num_inference_steps)
-        check_controls(arguments.get("controls", ()))
-        start = image_start(self, image, height, width)
-        check_generator(generator, len(start.image))
         given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         call = {"prompt": prompt, **given, **arguments}
-        count = self.checked_prompts(call).count
-        call["num_images_per_prompt"] = copies("prompt", count, len(start.image))
-        return walk_up(self, start, down, strengths, generator, call)
+        way = WayUp(image, method, generator, height, width, gamma, eta, eta_span)
+        return walk_up(self, way, call, "prompt", self.checked_prompts(call).count, "num_images_per_prompt")
 
     def reconstruct(self: Any, inversion: Inversion, prompt: Prompt = None, **arguments: Any) -> Any:
         """The pictures of an inversion again, or what other prompts and controls make of its noise.
@@ -210,6 +200,7 @@ class EditingMixin:
         prompt: Prompt,
         num_inference_steps: int | None = None,
         n_max: int | None = None,
+        n_min: int = 0,
         n_avg: int = 1,
         source_guidance_scale: float | None = None,
         guidance_scale: float | None = None,
@@ -233,6 +224,8 @@ class EditingMixin:
             num_inference_steps: n; `None`: 50 for SD3, 28 for FLUX, the model's default for others.
             n_max: How many of the n steps are done, the last ones: the more, the further the edit may go. `None`: 33
                 of 50 steps, for FLUX 24 of 28, and in proportion.
+            n_min: How many of these, again the last ones, sample the edit's prompt alone, as image to image does: the
+                more, the less the edit keeps of the picture's details. From 0 to n_max.
             n_avg: Draws of noise at each step, over which is averaged.
             source_guidance_scale: Of the source's prompt. `None`: 3.5 for SD3, 1.5 for others.
             guidance_scale: Of the edit's prompt. `None`: 13.5 for SD3, 5.5 for FLUX, the model's default for others.
@@ -259,6 +252,7 @@ class EditingMixin:
         default = edit_defaults(self.family_defaults, own.steps, own.guidance_scale)
         steps = whole("num_inference_steps", default.steps if num_inference_steps is None else num_inference_steps)
         done = default.n_max(steps) if n_max is None else whole("n_max", n_max, most=steps)
+        sampled = whole("n_min", n_min, least=0, most=done)
         whole("n_avg", n_avg)
         attention = self.attention_options(family, None, joint_attention_kwargs)
         start = image_start(self, image, height, width)
@@ -309,7 +303,7 @@ class EditingMixin:
                 GuidedVelocity(Predictor(self.backbone, one, family, doors), side.guidance)
                 for one, side in zip(conditions, sides, strict=True)
             )
-            difference = VelocityDifference(target, data, source, edited, n_avg)
+            difference = VelocityDifference(target, data, source, edited, n_avg, sampled)
             networks = [network for control in steering for network in control.networks]
             with accelerated(self, *networks) as fast, opened(self.backbone, prepared):
                 found = self.denoise(
@@ -320,7 +314,7 @@ class EditingMixin:
                     target.generator,
                 )
                 with fast.network():
-                    pictures = self.decode_latents(data + found, output_type)
+                    pictures = self.decode_latents(difference.edit(found), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
 

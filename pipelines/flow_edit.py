@@ -5,7 +5,12 @@
     d       += (sigma_next - sigma) (u_target(z_target) - u_source(z_source))
 
 and the edit is x + d. What is walked is the difference d alone, so that equal prompts leave the picture as it is, to
-the last bit.
+the last bit. The last n_min steps, if any, sample the edit's prompt alone, from z_target as it is there:
+
+    d       += (sigma_next - sigma) u_target(z_source + d)       z_source stays what it was where these steps began
+
+and the edit is z_source + d. That frees details from the picture: where these are all the steps, this is SDEdit
+(2108.01073), an image to image call.
 
 Shapes: B pictures, (B, C, h, w) latents and velocities, n steps.
 """
@@ -80,20 +85,42 @@ class VelocityDifference:
         source: Of the prompt that describes the picture.
         edited: Of the prompt that describes the edit.
         averages: Draws of noise at each step, over which the difference is averaged.
+        sampled: n_min, the last of the call's steps, which sample the edit's prompt alone.
     """
 
     def __init__(
-        self, target: Target, data: torch.Tensor, source: GuidedVelocity, edited: GuidedVelocity, averages: int
+        self,
+        target: Target,
+        data: torch.Tensor,
+        source: GuidedVelocity,
+        edited: GuidedVelocity,
+        averages: int,
+        sampled: int,
     ):
-        self.target, self.data, self.source, self.edited, self.averages = target, data, source, edited, averages
+        self.target, self.source, self.edited, self.averages = target, source, edited, averages
+        self.data = self.origin = data
+        self.compared = len(target.timesteps) - sampled
 
     def __call__(
         self, difference: torch.Tensor, timestep: torch.Tensor, branches: tuple[str, ...], step: int
     ) -> torch.Tensor:
-        """(B, C, h, w), the difference of the velocities at d of the same shape and `timestep` (B,)."""
-        target, total = self.target, torch.zeros_like(difference)
+        """(B, C, h, w), the velocity of d at d of the same shape and `timestep` (B,)."""
+        if step >= self.compared:
+            if step == self.compared:
+                self.origin = self.noisy(timestep)
+            return self.edited(self.origin + difference, timestep, step)
+        total = torch.zeros_like(difference)
         for _ in range(self.averages):
-            noise = randn_tensor(difference.shape, target.generator, difference.device, difference.dtype)
-            noisy = noised(target.scheduler, self.data, noise, timestep[:1])
+            noisy = self.noisy(timestep)
             total += self.edited(noisy + difference, timestep, step) - self.source(noisy, timestep, step)
         return total / self.averages
+
+    def noisy(self, timestep: torch.Tensor) -> torch.Tensor:
+        """z_source (B, C, h, w): the picture with fresh noise at `timestep` (B,)."""
+        data, target = self.data, self.target
+        noise = randn_tensor(data.shape, target.generator, data.device, data.dtype)
+        return noised(target.scheduler, data, noise, timestep[:1])
+
+    def edit(self, difference: torch.Tensor) -> torch.Tensor:
+        """(B, C, h, w), the latents of the edit, of d after the last step."""
+        return self.origin + difference

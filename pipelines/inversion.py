@@ -16,13 +16,14 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from hubgen.autoencoders.latents import normalised, posterior
-from hubgen.checks import is_number
+from hubgen.checks import is_number, whole
 from hubgen.controls.control import Control, Prepared, Start, Target, check_controls
 from hubgen.data.images import Canvas, Images
+from hubgen.pipelines.checks import check_generator
 from hubgen.pipelines.denoising import Generator
 from hubgen.pipelines.starts import ImageArguments, ImageStart, start_of
 from hubgen.schedulers.flow_match_controlled import Controller, check_span
-from hubgen.schedulers.inversion import towards_noise
+from hubgen.schedulers.inversion import solver, towards_noise
 
 # Arguments of the call that make no sense on the whole way from a picture to noise, or back on the same grid.
 BEGINNINGS = ("latents", "mask_image", "strength", "masked_image_latents", "padding_mask_crop", "denoising_start")
@@ -104,37 +105,53 @@ class KeptStates(Prepared):
         return latents
 
 
-def walk_up(
-    pipe: Any,
-    start: ImageStart,
-    down: Any,
-    strengths: RFStrengths | None,
-    generator: Generator,
-    call: Mapping[str, Any],
-) -> Inversion:
+@dataclass(frozen=True)
+class WayUp:
+    """How pictures are taken to noise: arguments of `EditingMixin.invert` of the same names."""
+
+    image: Images | None
+    method: str = "euler"
+    generator: Generator = None
+    height: int | None = None
+    width: int | None = None
+    gamma: float | None = None
+    eta: float | None = None
+    eta_span: tuple[float, float] | None = None
+
+
+def walk_up(pipe: Any, way: WayUp, call: Mapping[str, Any], told: str, count: int, per: str) -> Inversion:
     """From pictures to noise.
 
     Args:
         pipe: Whose call walks.
-        start: The pictures.
-        down: A `solver`, which goes back.
-        strengths: Of RF-inversion, for its `down`.
-        generator: Source of the noise that RF-inversion is drawn to.
+        way: Of the pictures.
         call: The other arguments of the pipeline's call.
+        told: Which of them says what the pictures show ...
+        count: ... of how many: one for all, or one each.
+        per: Which says how many pictures there are of each.
 
     Raises:
-        ValueError: The call does not take an argument.
+        ValueError: No image, images and what they show of different numbers, an unknown method or one that does not
+            suit the scheduler, a scheduler whose steps cannot be walked back, or an argument that makes no sense here.
+        TypeError: The call does not take an argument.
         RuntimeError: It was interrupted.
     """
-    up, trail, controls = towards_noise(down), Trail(), check_controls(call.get("controls", ()))
-    data = image_latents(pipe, start)
+    down = solver(pipe.scheduler, way.method)
+    strengths = RFStrengths.of(way.method, gamma=way.gamma, eta=way.eta, eta_span=way.eta_span)
+    refuse(pipe, call, UPWARDS, "an inversion goes all the way from the picture to noise")
+    if call.get("num_inference_steps") is not None:
+        whole("num_inference_steps", call["num_inference_steps"])
+    controls = check_controls(call.get("controls", ()))
+    start = image_start(pipe, way.image, way.height, way.width)
+    check_generator(way.generator, len(start.image))
+    call = {**call, per: copies(told, count, len(start.image)), "height": start.size[0], "width": start.size[1]}
+    up, trail, data = towards_noise(down), Trail(), image_latents(pipe, start)
     if strengths is not None:
-        noise = randn_tensor(data.shape, generator, data.device, torch.float32)
+        noise = randn_tensor(data.shape, way.generator, data.device, torch.float32)
         up.controller = Controller(noise, strengths.gamma)
         down.controller = Controller(data, strengths.eta, strengths.eta_span)
-    call = {**call, "height": start.size[0], "width": start.size[1]}
     with scheduled(pipe, up):
-        given = {**call, "controls": [*controls, trail], "generator": generator, "latents": data}
+        given = {**call, "controls": [*controls, trail], "generator": way.generator, "latents": data}
         latents = pipe(**given, output_type="latent").images
     if len(trail.states) != pipe.num_timesteps + 1:
         raise RuntimeError(f"invert: interrupted after {len(trail.states) - 1} of {pipe.num_timesteps} steps.")

@@ -16,6 +16,7 @@ from hubgen.hub.bundled import bundled_model
 from hubgen.pipelines.text_to_image import TextToImagePipeline
 from tests.controls.test_controlnet import net_of
 from tests.parity import quiet_
+from tests.pipelines.test_inversion import Rows
 
 Official = Callable[[str], Path]
 
@@ -67,11 +68,12 @@ def test_equal_prompts_leave_the_latents_as_they_are(
     assert (edited(made(name), image=image, **SCALES, **options) - image).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("sampled", [0, 2])
 @torch.no_grad()
-def test_it_is_the_papers_walk(made: Callable[[str], Any]) -> None:
+def test_it_is_the_papers_walk(sampled: int, made: Callable[[str], Any]) -> None:
     """2412.08629, algorithm 1, with the state z = x + d, and the velocities of diffusers' transformer's signature."""
     pipe, x, noise = made("sd3"), latents(), seeded()
-    found = edited(pipe, n_max=4, n_avg=2, source_guidance_scale=2.0, guidance_scale=5.0)
+    found = edited(pipe, n_max=4, n_min=sampled, n_avg=2, source_guidance_scale=2.0, guidance_scale=5.0)
     pipe(SOURCE, **CALL, guidance_scale=1.0)
     sigmas = pipe.scheduler.sigmas
 
@@ -83,14 +85,39 @@ def test_it_is_the_papers_walk(made: Callable[[str], Any]) -> None:
         return rows[:1] + scale * (rows[1:] - rows[:1])
 
     z = x
-    for i in range(1, 5):
+    for i in range(1, 5 - sampled):
         total = torch.zeros_like(x)
         for _ in range(2):
             z_source = (1 - sigmas[i]) * x + sigmas[i] * torch.randn(x.shape, generator=noise)
             z_target = z + z_source - x
             total += velocity(z_target, sigmas[i], PROMPT, 5.0) - velocity(z_source, sigmas[i], SOURCE, 2.0)
         z = z + (sigmas[i + 1] - sigmas[i]) * total / 2
+    for i in range(5 - sampled, 5):
+        if i == 5 - sampled:
+            z = z + sigmas[i] * (torch.randn(x.shape, generator=noise) - x)
+        z = z + (sigmas[i + 1] - sigmas[i]) * velocity(z, sigmas[i], PROMPT, 5.0)
     assert (found - z).abs().max() < 1e-4 * z.std()
+
+
+@pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.parametrize("steps", [3, 5])
+def test_of_sampled_steps_alone_it_is_an_image_to_image_call(
+    steps: int, name: str, made: Callable[[str], Any]
+) -> None:
+    """From the same noise; of all steps, a plain call, in which nothing is left of the picture."""
+    pipe, options = made(name), {"guidance_scale": 3.0}
+    found = edited(pipe, n_max=steps, n_min=steps, **options)
+    expected = pipe(PROMPT, image=latents(), strength=steps / 5, generator=seeded(), **CALL, **options).images
+    assert (found - expected).abs().max() < 1e-5 * expected.std()
+    if steps == 5:
+        other = edited(pipe, n_max=5, n_min=5, image=latents(2)[1:], **options)
+        assert (other - found).abs().max() < 1e-5 * expected.std()
+
+
+def test_the_source_is_asked_at_compared_steps_alone(made: Callable[[str], Any]) -> None:
+    pipe, rows = made("sd3"), Rows()
+    edited(pipe, n_max=4, n_min=1, n_avg=2, **SCALES, controls=[rows])
+    assert rows.seen == [2] * (3 * 2 * 2 + 1)
 
 
 def test_pictures_of_a_batch_come_out_as_alone(made: Callable[[str], Any]) -> None:
@@ -148,6 +175,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("sd3", {"source": None}, "`source_prompt`: got None, expected a prompt"),
     ("sd3", {"prompt": ["a", "b"]}, "`image`: got 1, expected one for each of the 2 in `prompt`"),
     ("sd3", {"n_max": 6}, "`n_max`: got 6, expected a whole number, from 1 to 5"),
+    ("sd3", {"n_max": 4, "n_min": 5}, "`n_min`: got 5, expected a whole number, from 0 to 4"),
     ("sd3", {"n_avg": 0}, "`n_avg`: got 0, expected a whole number, at least 1"),
     ("sd3", {"guidance_scale": -1.0}, "`guidance_scale`: got -1.0, expected a finite number"),
     ("sd3", {"output_type": "jpg"}, "`output_type`: got 'jpg', expected one of"),
