@@ -1,5 +1,6 @@
 """Runs of training scripts in processes of their own, which are forked off one that has imported everything already."""
 
+import faulthandler
 import importlib
 import multiprocessing
 import os
@@ -29,6 +30,7 @@ def work(script: str, recipe: str, log: str, environment: dict[str, str]) -> Non
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    faulthandler.register(signal.SIGUSR1)
     torch.set_num_threads(1)
     module = importlib.import_module(f"hubgen.training.{script}")
     from hubgen.training.kit.script import run_script
@@ -75,7 +77,11 @@ class Running:
         """The exit codes."""
         for process in self.processes:
             process.join(timeout)
-            assert process.exitcode is not None, f"still running:\n{self.output()}"
+            if process.exitcode is None:
+                self.send(signal.SIGUSR1)  # each says where it is
+                time.sleep(1)
+                self.send(signal.SIGKILL)
+                raise AssertionError(f"still running:\n{self.output()}")
         return [process.exitcode for process in self.processes]
 
     def finish(self) -> None:
