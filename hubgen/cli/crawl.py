@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hubgen.cli.arguments import add_command, count, finite
-from hubgen.cli.web import EXIT_SHARDS_FAILED, add_engine
+from hubgen.cli.web import EXIT_SHARDS_FAILED, add_engine, engine_of
 
 CRAWL_DESCRIPTION = """\
 Find pictures with texts in files of a crawl, and write the pairs that a recipe's rules leave: DIR/00000.parquet, ...,
@@ -74,6 +74,7 @@ def data_crawl(arguments: argparse.Namespace) -> None:
     from hubgen.data.web.text import needed
 
     needed("pyarrow")
+    engine = engine_of(arguments)
     from hubgen.data.web.crawl import IncompleteCrawl, crawl
     from hubgen.data.web.rules import load_recipe
 
@@ -93,7 +94,7 @@ def data_crawl(arguments: argparse.Namespace) -> None:
             arguments.out,
             dedup=arguments.dedup,
             on_error=arguments.on_error,
-            engine=arguments.engine,
+            engine=engine,
             workers=arguments.workers,
             show_progress=True,
             **bloom,

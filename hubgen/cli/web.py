@@ -11,8 +11,15 @@ from hubgen.cli.arguments import add_command, count, finite, positive, positive_
 EXIT_SHARDS_FAILED = 3
 SHOWN_REASONS, SHOWN_SHARDS = 5, 3
 MODES = ("no", "border", "keep_ratio", "center_crop", "keep_ratio_largest")
-ENGINES = ("local", "ray")
+ENGINES = {"local": "", "ray": "Ray", "slurm": "datatrove"}
+"""Each with what it needs beside the extra `web`"""
 EXTRA = 'pip install "hubgen[web]"'
+
+ENGINE_HELP = """\
+Needs pyarrow: pip install "hubgen[web]". --workers are processes of this machine. --engine ray makes them actors of the
+cluster that RAY_ADDRESS names, or of this machine: pip install "hubgen[ray]". --engine slurm makes them jobs of one
+array, and waits for them: pip install "hubgen[slurm]"; all machines see the same files, and sbatch's other options are
+given by its variables (SBATCH_ACCOUNT, SBATCH_QOS). What is written does not depend on the engine."""
 
 DOWNLOAD_DESCRIPTION = """\
 Download the pictures of a table of URLs and captions, and write them in shards: 00000.tar with the pictures,
@@ -24,7 +31,7 @@ with public addresses; robots.txt is heeded, and so are headers against the use 
 kin, TDM-Reservation).
 """
 
-DOWNLOAD_EPILOG = """\
+DOWNLOAD_EPILOG = f"""\
 examples:
   hubgen data download cand --size 512 --resize keep_ratio --out shards
   hubgen data download urls.csv --url-col link --caption-col title --out shards --workers 8
@@ -37,8 +44,7 @@ examples:
   center_crop          that, cut to a square
   keep_ratio_largest   the longer side becomes SIZE
 
-Needs pyarrow: pip install "hubgen[web]". --engine ray works on the cluster that RAY_ADDRESS names, or on this machine:
-pip install "hubgen[ray]".
+{ENGINE_HELP}
 
 exit status:
   0 done, 2 bad arguments or files (one line says what), 3 some shards failed and the others are done, 130 interrupted,
@@ -96,17 +102,52 @@ def add_download(kinds: Any) -> None:
     parser.set_defaults(run=data_download)
 
 
-def add_engine(parser: argparse.ArgumentParser) -> None:
-    """Adds what runs a stage's shards."""
+def add_engine(parser: argparse.ArgumentParser, *, gpus: bool = False) -> None:
+    """Adds what runs a stage's shards.
+
+    Args:
+        parser: Of a command that ends in `run_stage`, or hands `engine_of` on.
+        gpus: Whether the stage has a model.
+    """
     work = parser.add_argument_group("work")
-    work.add_argument(
-        "--engine", choices=ENGINES, default="local", help="what runs them: this machine (default), or Ray"
-    )
-    work.add_argument("--workers", type=positive, default=1, metavar="N", help="shards at a time (default: 1)")
+    add = work.add_argument
+    add("--engine", choices=ENGINES, default="local", help="what runs them: this machine (default), Ray or Slurm")
+    add("--workers", type=positive, default=1, metavar="N", help="shards at a time (default: 1)")
+    if gpus:
+        add("--gpus-per-worker", type=finite, default=0.0, metavar="X",
+            help="of its own; below 1 some share one (default: all of them with --engine local, else 0)")  # fmt: skip
+    add("--slurm-partition", metavar="NAME", help="slurm: of the jobs (default: Slurm's own)")
+    add("--slurm-time", metavar="TIME", help="slurm: limit of a job, as sbatch has it (default: 24:00:00)")
+    add("--slurm-cpus", type=positive, metavar="N", help="slurm: of a job (default: 1)")
+    add("--slurm-memory", type=positive, metavar="GB", help="slurm: of a job for each of its CPUs (default: 4)")
+
+
+def engine_of(arguments: argparse.Namespace) -> Any:
+    """The engine that the arguments ask for.
+
+    Raises:
+        ValueError: They do not fit together, or a package is missing.
+    """
+    check_packages(arguments.engine)
+    gpus = getattr(arguments, "gpus_per_worker", 0.0)
+    if gpus < 0 or (gpus > 1 and gpus % 1):
+        raise ValueError(f"--gpus-per-worker: got {gpus:g}, expected a whole number, or a part of 1")
+    slurm = {name: getattr(arguments, f"slurm_{name}") for name in ("partition", "time", "cpus", "memory")}
+    options: dict[str, Any] = {name: value for name, value in slurm.items() if value is not None}
+    if options and arguments.engine != "slurm":
+        raise ValueError(f"--slurm-{next(iter(options))}: is for --engine slurm, and that is {arguments.engine}")
+    if gpus % 1 and arguments.engine == "slurm":
+        raise ValueError(f"--gpus-per-worker: got {gpus:g}, expected a whole number for --engine slurm")
+    if gpus:
+        options["gpus"] = int(gpus) if arguments.engine == "slurm" else gpus
+    from hubgen.data.web.engine import ENGINES as FOUND
+
+    return FOUND[arguments.engine](**options)
 
 
 def data_download(arguments: argparse.Namespace) -> None:
     """`hubgen data download`: candidates to shards."""
+    engine_of(arguments)
     stage = download_of(arguments)
     from hubgen.data.web.shards import shard_names
 
@@ -126,7 +167,6 @@ def download_of(arguments: argparse.Namespace) -> Any:
     Raises:
         ValueError: They do not fit together, or a package is missing.
     """
-    check_packages(arguments.engine)
     check_numbers(arguments)
     from hubgen.data.web.download import Columns, Download, Manners
     from hubgen.data.web.fetch import Limits
@@ -169,9 +209,9 @@ def download_of(arguments: argparse.Namespace) -> Any:
 def check_packages(engine: str) -> None:
     """Raises ValueError where a package is missing, with the line that installs it."""
     if find_spec("pyarrow") is None:
-        raise ValueError(f"hubgen data download: needs pyarrow: {EXTRA}")
-    if engine == "ray" and find_spec("ray") is None:
-        raise ValueError('--engine ray: needs Ray: pip install "hubgen[ray]"')
+        raise ValueError(f"shards need pyarrow: {EXTRA}")
+    if ENGINES[engine] and find_spec(ENGINES[engine].lower()) is None:
+        raise ValueError(f'--engine {engine}: needs {ENGINES[engine]}: pip install "hubgen[{engine}]"')
 
 
 def check_numbers(arguments: argparse.Namespace) -> None:
@@ -206,7 +246,7 @@ def run_stage(stage: Any, works: Any, out: Path, arguments: argparse.Namespace) 
     from hubgen.data.web.engine import run
     from hubgen.data.web.shards import STATS, read_stats
 
-    report = run(stage, works, out, engine=arguments.engine, workers=arguments.workers, show_progress=True)
+    report = run(stage, works, out, engine=engine_of(arguments), workers=arguments.workers, show_progress=True)
     if report.there:
         say(f"{report.there} of {len(works)} shards were there already")
     if report.failed:

@@ -26,6 +26,7 @@ from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 from hubgen.data.errors import DataError
+from hubgen.data.web.attempts import Engine
 from hubgen.data.web.dedup import (
     Bloom,
     buckets_for,
@@ -158,6 +159,7 @@ class Parse(Stage):
     recipe: Recipe
     on_error: str = "fail"
     name = "parse"
+    unit = "files"
 
     @property
     def settings(self) -> dict[str, Any]:  # type: ignore[override]
@@ -208,6 +210,7 @@ class Compare(Stage):
     shards: int
     buckets: int
     name = "compare"
+    unit = "buckets"
 
     @property
     def settings(self) -> dict[str, Any]:  # type: ignore[override]
@@ -228,6 +231,7 @@ class Keep(Stage):
     """A table of pairs to the same without rows that stand in an earlier place; subclasses know which these are."""
 
     name = "crawl"
+    unit = "files"
     parsed: Path
 
     @abstractmethod
@@ -340,7 +344,7 @@ def crawl(
     capacity: int = 100_000_000,
     error: float = 0.001,
     on_error: str = "fail",
-    engine: str = "local",
+    engine: str | Engine = "local",
     workers: int = 1,
     show_progress: bool = False,
 ) -> dict[str, Any]:

@@ -71,8 +71,8 @@ class Stage(ABC):
     """Of the record in `_stats.json`"""
     settings: Mapping[str, Any] = {}
     """All that results follow from beside the input, as JSON values"""
-    gpus: float = 0.0
-    """Of each worker, where the engine deals them out (Ray)"""
+    unit: str = "rows"
+    """What works are counted in on a progress bar, from `start` to `stop`"""
 
     def setup(self) -> None:  # noqa: B027
         """Called once in each process, before its first shard; what it raises ends a run in one process."""
@@ -206,10 +206,17 @@ def _move(ready: Path, folder: Path) -> None:
     shutil.rmtree(ready)
 
 
+def finish(folder: Path, name: str) -> None:
+    """Moves a shard to its place that was ready when its process was killed; without one, nothing."""
+    ready = folder / f"{READY}{name}"
+    if ready.is_dir():
+        _move(ready, folder)
+
+
 def recover(folder: Path) -> None:
     """Finishes what a killed run left: moves shards that were ready, and removes what was half made."""
     for ready in sorted(folder.glob(f"{READY}*")):
-        _move(ready, folder)
+        finish(folder, ready.name.removeprefix(READY))
     sweep(folder)
 
 

@@ -363,6 +363,6 @@ def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(workers: int,
 
 
 def test_all_engines_are_named() -> None:
-    with pytest.raises(ValueError, match="`engine`: got 'spark', expected local or ray"):
+    with pytest.raises(ValueError, match="`engine`: got 'spark', expected local, ray, slurm"):
         run(CaptionLengths(), [], Path("x"), engine="spark")
     assert "local" in ENGINES
