@@ -11,13 +11,14 @@ read such a folder; `open_shards` reads img2dataset's too, whose tables lack `of
 Layout, columns and words of img2dataset 1.47 (https://github.com/rom1504/img2dataset).
 """
 
+import hashlib
 import io
 import json
 import math
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -125,12 +126,7 @@ def write_shard(
             place = {}
             if outcome.picture is not None:
                 # The table's columns come first, as img2dataset has them.
-                text = json.dumps({**given, **values}, indent=4, default=str)
-                offset = _add(tar, f"{values['key']}.{ending}", outcome.picture)
-                place = {"offset": offset, "size": len(outcome.picture)}
-                _add(tar, f"{values['key']}.json", text.encode())
-                if "caption" in given:
-                    _add(tar, f"{values['key']}.txt", (given["caption"] or "").encode())
+                place = _add_row(tar, {**given, **values}, outcome.picture, ending)
             for name in names:
                 columns[name].append((values | place).get(name))
             statuses[outcome.status] += 1
@@ -139,14 +135,47 @@ def write_shard(
     for name in names:
         table = table.append_column(schema.field(name), added.column(name))
     write_table(folder / f"{shard_name(number)}{TABLE}", table)
-    return {
-        "count": len(table),
-        "successes": statuses[SUCCESS],
-        NOT_DOWNLOADED: statuses[NOT_DOWNLOADED],
-        NOT_RESIZED: statuses[NOT_RESIZED],
-        "status_dict": dict(sorted(messages.items())),
-        "tar_bytes": path.stat().st_size,
-    }
+    return _counts(statuses, messages, path)
+
+
+def _counts(statuses: Counter[str], messages: Counter[str], tar: Path) -> dict[str, Any]:
+    counts = {"count": statuses.total(), "successes": statuses[SUCCESS]}
+    counts |= {status: statuses[status] for status in (NOT_DOWNLOADED, NOT_RESIZED)}
+    return {**counts, "status_dict": dict(sorted(messages.items())), "tar_bytes": tar.stat().st_size}
+
+
+def copy_rows(shard: "StoredShard", rows: Sequence[int], folder: Path) -> dict[str, Any]:
+    """Writes some rows of a shard, in that order, as a shard of another folder.
+
+    Keys and pictures stay as they are. What stands beside a picture in the tar is written from the table, with the
+    columns that it has now.
+
+    Args:
+        shard: Where from.
+        rows: Places in its table; each has a picture.
+        folder: Where to; the name stays too.
+
+    Returns:
+        Counts as those of `write_shard`.
+
+    Raises:
+        DataError: The shard is damaged.
+    """
+    table = shard.read().take(pa.array(rows, pa.int64()))
+    places: dict[str, list[int]] = {name: [] for name in PLACE}
+    path = folder / shard.tar.name
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for row in _rows_of(table):
+            offset, size = (row.pop(name) for name in PLACE)
+            picture = shard.picture(offset, size)
+            place = _add_row(tar, row, picture, _ending(shard, offset))
+            for name in PLACE:
+                places[name].append(place[name])
+    for name, kind in PLACE.items():
+        table = table.set_column(table.column_names.index(name), name, pa.array(places[name], kind))
+    write_table(folder / shard.table.name, table)
+    counted = Counter(dict.fromkeys([SUCCESS], len(table)) if len(table) else {})
+    return _counts(counted, counted, path)
 
 
 def write_table(path: Path, table: Any) -> None:
@@ -157,6 +186,24 @@ def write_table(path: Path, table: Any) -> None:
 def _rows_of(table: Any) -> Iterator[dict[str, Any]]:
     for batch in table.to_batches(max_chunksize=256):
         yield from batch.to_pylist()
+
+
+def _add_row(tar: tarfile.TarFile, row: Mapping[str, Any], picture: bytes, ending: str) -> dict[str, int]:
+    """Adds a row's picture, its columns as JSON, and its caption; where the picture's bytes lie."""
+    offset = _add(tar, f"{row['key']}.{ending}", picture)
+    _add(tar, f"{row['key']}.json", json.dumps(row, indent=4, default=str).encode())
+    if "caption" in row:
+        _add(tar, f"{row['key']}.txt", (row["caption"] or "").encode())
+    return {"offset": offset, "size": len(picture)}
+
+
+def _ending(shard: "StoredShard", offset: int) -> str:
+    """Of the name of the picture whose bytes begin there, from the header before them."""
+    header = shard.picture(offset - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE)
+    try:
+        return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name.rpartition(".")[2]
+    except tarfile.TarError as problem:
+        raise DataError(f"{shard.tar}: got no header of a file before {offset} ({problem})") from problem
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> int:
@@ -281,6 +328,12 @@ def read_stats(path: Path) -> dict[str, Any]:
 def write_stats(path: Path, stats: Mapping[str, Any]) -> None:
     """Writes a `_stats.json`."""
     path.write_text(json.dumps(stats, indent=4) + "\n", encoding="utf-8")
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def table_columns(path: Path) -> list[str]:

@@ -16,7 +16,6 @@ A stage that adds columns to the shards of a folder writes their tables anew and
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -29,7 +28,17 @@ from pathlib import Path
 from typing import Any
 
 from hubgen.data.errors import DataError
-from hubgen.data.web.shards import READY, STATS, TABLE, StoredShard, read_stats, shard_name, shard_names, write_stats
+from hubgen.data.web.shards import (
+    READY,
+    STATS,
+    TABLE,
+    StoredShard,
+    file_digest,
+    read_stats,
+    shard_name,
+    shard_names,
+    write_stats,
+)
 from hubgen.formats.atomic import sweep, written
 
 STAGES = "stages"
@@ -110,7 +119,7 @@ def works_on(shards: Sequence[StoredShard], stage: Stage) -> list[Work]:
             if record["stage"] == stage.name:
                 break
             before.append(record)
-        digest = before[-1]["output"] if before else _digest(shard.table)
+        digest = before[-1]["output"] if before else file_digest(shard.table)
         works.append(Work(shard.number, shard.table, 0, shard.stats["count"], digest))
     return works
 
@@ -175,7 +184,7 @@ def run_shard(stage: Stage, work: Work, folder: Path) -> dict[str, Any]:
         if not records:  # the times are those of the download, as img2dataset has them
             fields = {**fields, "duration": ended - started, "start_time": started, "end_time": ended}
         made = {"stage": stage.name, "input": work.digest, "settings": dict(stage.settings)}
-        made["output"] = _digest(staged / f"{work.name}{TABLE}")
+        made["output"] = file_digest(staged / f"{work.name}{TABLE}")
         stats = _in_order({**(stats if records else {}), **fields}) | {STAGES: [*records, made]}
         write_stats(staged / path.name, stats)
     _move(ready, folder)
@@ -191,11 +200,6 @@ def _in_order(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: fields[name] for name in ORDER if name in fields} | {
         name: value for name, value in fields.items() if name not in (*ORDER, STAGES)
     }
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _move(ready: Path, folder: Path) -> None:
