@@ -21,7 +21,7 @@ FOLDERS = {
 BEDROCK = ("checks", "errors", "diffusers_contract")
 GROUND = ("layers", "paths", "formats")
 MACHINE = ("autoencoders", "backbones", "schedulers", "conditioning")
-ABOVE = ("controls", "adaptation", "data", "hub", "acceleration")
+ABOVE = ("controls", "adaptation", "captioning", "data", "hub", "acceleration")
 # part of the package -> the parts that it may import, itself aside
 ALLOWED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(BEDROCK, ()),
