@@ -2,7 +2,7 @@
 
 shards      what a shard is: a tar of pictures, a table of its rows, and what was counted, in img2dataset's layout
 stages      what is done to one shard, and how the result is committed
-engine      the loop over shards: in this process, in several, on Ray or Slurm (`attempts`, `engine_*`, `slurm_tasks`)
+engine      the loop over shards: in this process, in several, on Ray or Slurm (`attempts`, `engine_*`, `slurm_*`)
 crawl       files of a crawl -> candidates (`wat`, `rules`, `text`, `dedup`, and the recipes)
 download    candidates -> shards (`candidates`, `fetch`, `transfer`, `optout`, `turns`, `resize`)
 """

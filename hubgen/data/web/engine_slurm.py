@@ -12,14 +12,14 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from hubgen.data.errors import DataError
 from hubgen.data.web.attempts import Result
+from hubgen.data.web.slurm_tasks import JOB, LOG, NAME, RESULTS, Share, write_tasks
 from hubgen.data.web.stages import Stage, Work
 
-JOB, NAME, RESULTS, LOG = ".slurm", "name", "results", "log"
-"""See `slurm_tasks`"""
 MOST_TASKS = 1000
 """Of an array: Slurm takes 1001 where its administrators said nothing else. More shards share tasks."""
 
@@ -56,12 +56,6 @@ class OnSlurm:
             return
         folder = folder.resolve()
         self.check(folder)
-        try:
-            from hubgen.data.web.slurm_tasks import write_tasks
-        except ImportError:
-            raise ValueError(
-                "`engine`: got 'slurm', and datatrove is not installed: pip install \"hubgen[slurm]\""
-            ) from None
         job, tasks = folder / JOB, min(len(works), MOST_TASKS)
         shutil.rmtree(job, ignore_errors=True)
         write_tasks(stage, works, folder, tasks)
@@ -80,7 +74,9 @@ class OnSlurm:
             shutil.rmtree(job)
 
     def check(self, folder: Path) -> None:
-        """Raises ValueError if there is no Slurm here, or its scripts cannot name the folder."""
+        """Raises ValueError if datatrove or Slurm is not here, or Slurm's scripts cannot name the folder."""
+        if find_spec("datatrove") is None:
+            raise ValueError("`engine`: got 'slurm', and datatrove is not installed: pip install \"hubgen[slurm]\"")
         for program in ("sbatch", "squeue", "scancel"):
             if shutil.which(program) is None:
                 raise ValueError(
@@ -94,7 +90,7 @@ class OnSlurm:
         """Submits the array, and returns."""
         from loguru import logger
 
-        from hubgen.data.web.slurm_tasks import Executor, Share
+        from hubgen.data.web.slurm_executor import Executor
 
         executor = Executor(
             [Share(folder)],

@@ -1,4 +1,4 @@
-"""What Slurm's jobs run, by datatrove: each task does its share of the shards, and writes how each went.
+"""What Slurm's jobs do: each task does its share of the shards, and writes how each went.
 
 A job's folder, in that of the shards:
 
@@ -6,26 +6,22 @@ A job's folder, in that of the shards:
     .slurm/stage            the stage, pickled
     .slurm/tasks/00003      the works of a task, pickled
     .slurm/results/00012    what went wrong with a shard, nothing for a shard that was done
-    .slurm/log/             datatrove's: its script, its record of each task, and what Slurm's jobs printed
+    .slurm/log/             of `slurm_executor`: the script, a record of each task, and what the jobs printed
 """
 
 import pickle
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datatrove.executor.slurm import SlurmPipelineExecutor
-
 from hubgen.data.web.attempts import attempt, prepared
-from hubgen.data.web.engine_slurm import JOB, RESULTS
 from hubgen.data.web.shards import shard_name
 from hubgen.data.web.stages import Stage, Work
 from hubgen.formats.atomic import written
 
-TASKS, STAGE = "tasks", "stage"
+JOB = ".slurm"
+NAME, STAGE, TASKS, RESULTS, LOG = "name", "stage", "tasks", "results", "log"
 
 
 @dataclass(frozen=True)
@@ -60,20 +56,3 @@ def write_tasks(stage: Stage, works: Sequence[Work], folder: Path, tasks: int) -
     (job / STAGE).write_bytes(pickle.dumps(stage))
     for task in range(tasks):
         (job / TASKS / shard_name(task)).write_bytes(pickle.dumps(list(works[task::tasks])))
-
-
-class Executor(SlurmPipelineExecutor):
-    """datatrove's, whose jobs run the Python that submits them; without a last job that adds up times."""
-
-    def get_sbatch_args(self, max_array: int = 1) -> dict[str, Any]:
-        """Without a partition, Slurm takes its own."""
-        return {name: value for name, value in super().get_sbatch_args(max_array).items() if value is not None}
-
-    def get_launch_file_contents(self, sbatch_args: dict[str, Any], run_script: str) -> str:
-        """datatrove's script would look for a program on the path of the job."""
-        python, task = shlex.quote(sys.executable), self.logging_dir.resolve_paths("executor.pik")
-        run = f"{python} -m datatrove.tools.launch_pickled_pipeline {shlex.quote(task)}"
-        return super().get_launch_file_contents(sbatch_args, run)
-
-    def launch_merge_stats(self) -> None:
-        """Our results are files of each shard."""
