@@ -9,6 +9,8 @@ from typing import Any
 
 from hubgen.cli.arguments import add_command, finite, positive, seed
 from hubgen.cli.crawl import add_crawl
+from hubgen.cli.recaption import add_recaption
+from hubgen.cli.score import add_filter
 from hubgen.cli.web import add_download
 
 EMOJI_DESCRIPTION = """\
@@ -75,6 +77,8 @@ def add_data(commands: Any) -> None:
     add_edits(kinds)
     add_crawl(kinds)
     add_download(kinds)
+    add_recaption(kinds)
+    add_filter(kinds)
 
 
 HINTS_DESCRIPTION = """\

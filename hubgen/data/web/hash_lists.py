@@ -28,7 +28,7 @@ LENGTHS = {32: "md5", 64: "sha256", 128: "sha512"}
 KINDS = (*LENGTHS.values(), "url")
 EXPECTED = "an MD5, SHA-256 or SHA-512 in hexadecimal, or a URL"
 KEPT = 16
-"""Bytes of an entry: of a digest the first, of a URL its MD5"""
+"""Bytes of an entry, which is the MD5 of the text"""
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,8 @@ def _sortable(entries: bytes) -> Any:
 
 
 def _entry(kind: str, value: str) -> bytes:
-    if kind == "url":
-        return hashlib.md5(value.strip().encode(), usedforsecurity=False).digest()
-    try:
-        return bytes.fromhex(value.strip())[:KEPT].ljust(KEPT, b"\0")
-    except ValueError:
-        raise DataError(f"{kind}: found {value!r}, expected hexadecimal digits") from None
+    text = value.strip() if kind == "url" else value.strip().lower()
+    return hashlib.md5(text.encode(), usedforsecurity=False).digest()
 
 
 def _lines(path: Path) -> Iterator[tuple[str, bytes]]:

@@ -40,6 +40,10 @@ Least = Mapping[tuple[str, Fraction], float]
 """The least value of each `top`, see `least_of_top`"""
 
 
+class WhereError(DataError):
+    """A condition that is none, or that asks a column what it cannot answer; opens with the place in its text."""
+
+
 class Condition(ABC):
     """A part of the tree."""
 
@@ -68,7 +72,7 @@ class Leaf(Condition):
         yield self
 
     def check(self, kind: Any) -> None:
-        """Raises DataError unless a column of this type can be asked so."""
+        """Raises WhereError unless a column of this type can be asked so."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class Comparison(Leaf):
             fits, expected = _is_number(kind), "a number"
         if not fits:
             found = f"{self.column}, a column of {kind}, {self.sign} {self.value!r}"
-            raise DataError(f"character {self.position}: found {found}, expected {expected} for it")
+            raise WhereError(f"character {self.position}: found {found}, expected {expected} for it")
 
     def mask(self, table: Any, least: Least) -> Any:
         column, value = _values(table.column(self.column)), self.value
@@ -116,7 +120,7 @@ class Top(Leaf):
 
     def check(self, kind: Any) -> None:
         if not _is_number(kind):
-            raise DataError(f"character {self.position}: found {self.column}, a column of {kind}, expected numbers")
+            raise WhereError(f"character {self.position}: found {self.column}, a column of {kind}, expected numbers")
 
     def mask(self, table: Any, least: Least) -> Any:
         column = _values(table.column(self.column)).cast(pa.float64(), safe=False)
@@ -185,11 +189,11 @@ class Where:
             name: Of its file, for messages.
 
         Raises:
-            DataError: One is not there, or of another type than its value.
+            WhereError: One is not there, or of another type than its value.
         """
         for leaf in self.leaves():
             if leaf.column not in schema.names:
-                raise DataError(
+                raise WhereError(
                     f"character {leaf.position}: found {leaf.column!r}, expected a column of {name}: "
                     f"{', '.join(schema.names)}"
                 )
@@ -236,7 +240,7 @@ def parse_where(text: str) -> Where:
     """The tree of a condition.
 
     Raises:
-        DataError: It is none; the message opens with the place of the fault in the text, counted from 1.
+        WhereError: It is none; the message opens with the place of the fault in the text, counted from 1.
     """
     return _Parser(text).whole()
 
@@ -248,7 +252,7 @@ def _tokens(text: str) -> list[Token]:
         if match is None:
             start = len(text) - len(text[place:].lstrip())
             found = "a text or name without its end" if text[start] in "'\"`" else repr(text[start : start + 12])
-            raise DataError(f"character {start + 1}: found {found}, expected a condition, such as similarity >= 0.28")
+            raise WhereError(f"character {start + 1}: found {found}, expected a condition, such as similarity >= 0.28")
         kind = str(match.lastgroup)
         value: Any = match[kind]
         start = match.start(kind) - (kind in ("quoted", "single", "double"))
@@ -267,7 +271,7 @@ def _tokens(text: str) -> list[Token]:
 def _number(word: str, start: int) -> Any:
     value: int | float = int(word) if re.fullmatch(r"[+-]?\d+", word) else float(word)
     if not (-(2**63) <= value < 2**63 if isinstance(value, int) else math.isfinite(value)):
-        raise DataError(f"character {start + 1}: found {word}, expected a number that 64 bits can hold")
+        raise WhereError(f"character {start + 1}: found {word}, expected a number that 64 bits can hold")
     return value if isinstance(value, int) else (value, Fraction(word))
 
 
@@ -288,9 +292,9 @@ class _Parser:
         self.place += 1
         return token
 
-    def wrong(self, token: Token, expected: str) -> DataError:
+    def wrong(self, token: Token, expected: str) -> WhereError:
         found = "the end" if token.kind == "end" else repr(self.text[token.start - 1 : token.end])
-        return DataError(f"character {token.start}: found {found}, expected {expected}")
+        return WhereError(f"character {token.start}: found {found}, expected {expected}")
 
     def whole(self) -> Where:
         self.names: list[str] = []
