@@ -139,12 +139,15 @@ def side_of(processor: Any) -> int | None:
 # ---- opening ----
 
 
-def open_captioner(place: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> Captioner:
-    """A captioner from a folder, or from the Hub.
+def open_captioner(
+    place: str | os.PathLike[str], dtype: torch.dtype = torch.float32, revision: str | None = None
+) -> Captioner:
+    """A captioner from a folder, or from the Hub, in evaluation mode.
 
     Args:
         place: The folder, or owner/name.
         dtype: Of the weights.
+        revision: Commit or branch on the Hub.
 
     Raises:
         ValueError: There is none, it is no Llava, or its processor does not fit; see `check_fit`.
@@ -152,27 +155,32 @@ def open_captioner(place: str | os.PathLike[str], dtype: torch.dtype = torch.flo
     from transformers import LlavaForConditionalGeneration
 
     place = os.path.expanduser(os.fspath(place))
-    _, processor = open_parts(place)
+    _, processor = open_parts(place, revision)
     try:
-        model = LlavaForConditionalGeneration.from_pretrained(place, torch_dtype=dtype)
+        model = LlavaForConditionalGeneration.from_pretrained(place, torch_dtype=dtype, **_at(revision))
     except Exception as error:  # files of weights fail in every way there is
         raise ValueError(f"{place}: its weights cannot be read ({one_line(error)})") from error
     return Captioner(model.eval(), processor)
 
 
-def open_parts(place: str) -> tuple[Any, Any]:
+def _at(revision: str | None) -> dict[str, str]:
+    return {} if revision is None else {"revision": revision}
+
+
+def open_parts(place: str, revision: str | None = None) -> tuple[Any, Any]:
     """Config and processor of a captioner, which fit each other; no weights are read. See `open_captioner`."""
     from transformers import AutoConfig, AutoProcessor
 
+    place = os.path.expanduser(place)
     check_place(place)
     try:
-        config = AutoConfig.from_pretrained(place)
+        config = AutoConfig.from_pretrained(place, **_at(revision))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{place}: its config.json cannot be read ({one_line(error)})") from error
     if config.model_type != "llava":
         raise ValueError(f"{place}: got a model of the type {config.model_type!r}, expected 'llava'")
     try:
-        processor = AutoProcessor.from_pretrained(place)
+        processor = AutoProcessor.from_pretrained(place, **_at(revision))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{place}: its processor cannot be read ({one_line(error)})") from error
     check_fit(config, processor, place)
