@@ -215,6 +215,21 @@ def test_a_cell_is_trained_measured_and_not_computed_again(bench: Bench) -> None
         formulations.run_cell("v/cos", tiny("eps/linear"), 1, bench)
 
 
+def test_results_that_are_stored_are_laid_where_they_would_be_made(tmp_path: Path) -> None:
+    cell = {"cell": "v/cos", "seed": 1, "identity": {}}
+    spaces = [{"cell": "latents", "seed": 0, "after": after, "identity": {}} for after in (60.0, 240.0)]
+    content = {"cells": {"v/cos": [cell], "latents": spaces}, "ends": {"identity": {}}}
+    formulations.store(tmp_path / "results.json", content)
+    mine = {**cell, "mine": True}
+    formulations.store(formulations.place(tmp_path / "work", "cells", "v/cos", 1).with_suffix(".json"), mine)
+    formulations.lay_out(tmp_path / "results.json", tmp_path / "work")
+    found = formulations.collected(tmp_path / "work", ["v/cos", "latents"])
+    assert found == {"v/cos": [mine], "latents": spaces}
+    names = sorted(path.name for path in tmp_path.glob("work/cells/latents/*"))
+    assert names == ["seed-0-after-240.json", "seed-0-after-60.json"]
+    assert json.loads((tmp_path / "work" / "ends.json").read_text()) == {"identity": {}}
+
+
 def test_a_training_that_was_done_is_only_measured(bench: Bench) -> None:
     result = formulations.run_cell("rf", tiny("rf"), 0, bench)
     (path,) = bench.work.glob("cells/*/seed-0.json")

@@ -54,6 +54,7 @@ from tests.benchmarks.formulations import (
     arguments_of,
     bench_of,
     collected,
+    lay_out,
     measured,
     parameters,
     place,
@@ -268,7 +269,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=STEPS, help="of an autoencoder (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of a space (default: %(default)s)")
     arguments = parser.parse_args(argv)
-    bench = bench_of(arguments)
+    bench, results = bench_of(arguments), arguments.output / "autoencoders.json"
+    lay_out(results, bench.work)
     for seed in arguments.seeds:  # all cells of a seed first, so that an early end leaves comparisons
         for name in arguments.cells:
             print(f"{name}, seed {seed}", flush=True)
@@ -277,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             else:
                 run_space(name, SPACES[name], seed, arguments.seconds, bench)
             content = {"cells": collected(bench.work, CELLS), "environment": report.environment()}
-            store(arguments.output / "autoencoders.json", content)
+            store(results, content)
     print(f"stored in {arguments.output}; `python -m tests.benchmarks.claims` makes the page")
 
 

@@ -6,7 +6,8 @@
 MM-DiT, a DiT with cross-attention and a U-Net, of equal size within 5 %, all by rf/lognorm(0,1). Every cell has the
 same steps, and for one seed the same pictures, noise and, of one network, initial weights; its times are the quantiles
 of the same uniform numbers. Cells are run one by one and are kept in `--work`: the same command goes on where it was
-stopped, also in the middle of a training. Averaged weights are measured.
+stopped, also in the middle of a training, and results that are stored are not made again. Averaged weights are
+measured.
 
 *Samplers* are Euler's method along the ordinary differential equation of each path, one evaluation a step: for a flow
 and EDM their own scheduler, for schedules of betas DDIM. The ancestral one that those are published with is measured
@@ -532,8 +533,25 @@ def stored(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     result = json.loads(path.read_text(encoding="utf-8"))
     if result["identity"] != json.loads(json.dumps(identity)):
-        raise ValueError(f"{path} has other settings than those asked for; remove it, or give another --work")
+        raise ValueError(
+            f"{path} has other settings than those asked for; remove it, or give another --work and --output"
+        )
     return result
+
+
+def lay_out(results: Path, work: Path) -> None:
+    """Lays what a file of results holds into `work`, where that has nothing of it, so that it is not made again."""
+    if not results.is_file():
+        return
+    content = json.loads(results.read_text(encoding="utf-8"))
+    found = {work / "ends.json": content["ends"]} if "ends" in content else {}
+    for result in (result for cell in content["cells"].values() for result in cell):
+        after = f"-after-{result['after']:g}" if "after" in result else ""
+        path = place(work, "cells", result["cell"], result["seed"])
+        found[path.with_name(f"{path.name}{after}.json")] = result
+    for path, result in found.items():
+        if not path.exists():
+            store(path, result)
 
 
 def run_cell(name: str, cell: Cell, seed: int, bench: Bench) -> dict[str, Any]:
@@ -616,7 +634,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = arguments_of(__doc__, list(CELLS), "runs/formulations", RESULTS)
     parser.add_argument("--steps", type=int, default=1800, help="of each training (default: %(default)s)")
     arguments = parser.parse_args(argv)
-    bench = bench_of(arguments, steps=arguments.steps)
+    bench, results = bench_of(arguments, steps=arguments.steps), arguments.output / "formulations.json"
+    lay_out(results, bench.work)
     check_sizes(
         {
             name: parameters(untrained(CELLS[name].network, load_autoencoder(bench.autoencoder), bench))
@@ -630,7 +649,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             run_cell(name, CELLS[name], seed, bench)
             cells = collected(bench.work, list(CELLS))
             content = {"cells": cells, "ends": reference, "environment": report.environment()}
-            store(arguments.output / "formulations.json", content)
+            store(results, content)
     print(f"stored in {arguments.output}; `python -m tests.benchmarks.claims` makes the page")
 
 
