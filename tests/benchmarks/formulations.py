@@ -582,12 +582,16 @@ def run_cell(name: str, cell: Cell, seed: int, bench: Bench) -> dict[str, Any]:
 
 
 def collected(work: Path, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """All results below a folder, by cell, in the order of the seeds."""
+    """All results below a folder, by cell, in the order of seeds and times."""
     found: dict[str, list[dict[str, Any]]] = {}
     for path in work.glob("cells/*/seed-*.json"):
         result = json.loads(path.read_text(encoding="utf-8"))
         found.setdefault(result["cell"], []).append(result)
-    return {name: sorted(found[name], key=lambda result: result["seed"]) for name in names if name in found}
+    return {
+        name: sorted(found[name], key=lambda result: (result["seed"], result.get("after", 0)))
+        for name in names
+        if name in found
+    }
 
 
 def arguments_of(description: str | None, cells: Sequence[str], work: str, results: Path) -> argparse.ArgumentParser:
