@@ -3,7 +3,7 @@
     python -m tests.benchmarks.control_training [--data DIR] [--output DIR] [--work DIR] [--rows NAME ...] [--steps N]
 
 Each row is a run of the script of its kind on the training pictures: 200 steps of 32, learning rate 0.001, one seed,
-prompts empty but for the editor's instructions: the bundled model knows its captions by heart. (Resumable, in
+prompts empty but for the editor's instructions, so that what is learnt comes from the control alone. (Resumable, in
 `--work`.)
 Then on held-out pictures, at the same noise and times, the flow loss of three questions:
 
