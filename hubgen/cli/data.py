@@ -10,7 +10,7 @@ from typing import Any
 from hubgen.cli.arguments import add_command, finite, positive, seed
 from hubgen.cli.crawl import add_crawl
 from hubgen.cli.recaption import add_recaption
-from hubgen.cli.score import add_filter
+from hubgen.cli.score import add_filter, add_score
 from hubgen.cli.web import add_download
 
 EMOJI_DESCRIPTION = """\
@@ -78,6 +78,7 @@ def add_data(commands: Any) -> None:
     add_crawl(kinds)
     add_download(kinds)
     add_recaption(kinds)
+    add_score(kinds)
     add_filter(kinds)
 
 

@@ -216,7 +216,7 @@ class Killed(BaseException):
 def test_a_run_cut_at_any_rename_is_finished_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_pairs(tmp_path / "shards", {"score": [1, 2, 3]}, {"score": [4, 5]})
     asked = {"where": parse_where("score != 2 and top(score, 0.9)")}
-    filtered(source, tmp_path / "whole", workers=2, **asked)
+    filtered(source, tmp_path / "whole", **asked)
     expected, real, cut = content_of(tmp_path / "whole"), os.replace, 0
 
     def until(last: int) -> Callable[[Any, Any], None]:
