@@ -23,6 +23,8 @@ from hubgen.data.web.stages import Stage, Work
 MOST_TASKS = 1000
 """Of an array: Slurm takes 1001 where its administrators said nothing else. More shards share tasks."""
 
+FIRST_PAUSE = 0.2
+
 
 @dataclass(frozen=True)
 class OnSlurm:
@@ -42,7 +44,7 @@ class OnSlurm:
     gpus: int = 0
     """Of each task"""
     poll: float = 10.0
-    """Seconds between looks at the results"""
+    """The most seconds between two looks at the results; the first ones are sooner"""
     patience: float = 60.0
     """Seconds that a result may take to be seen here after its job has ended"""
 
@@ -70,7 +72,8 @@ class OnSlurm:
         except BaseException:
             self.cancel(name)
             raise
-        if not failed:
+        (job / NAME).unlink()
+        if not failed:  # else the log stays
             shutil.rmtree(job)
 
     def check(self, folder: Path) -> None:
@@ -128,6 +131,7 @@ class OnSlurm:
         """Of each shard, when it is there; to the end of the job."""
         waiting = {work.name: work for work in works}
         ended: float | None = None
+        pause = FIRST_PAUSE
         while True:
             for path in list((folder / JOB / RESULTS).iterdir()):
                 if path.name in waiting:
@@ -140,7 +144,8 @@ class OnSlurm:
                 break
             else:
                 ended = ended or time.monotonic()
-            time.sleep(self.poll)
+            time.sleep(min(pause, self.poll))
+            pause *= 1.5
         for work in waiting.values():
             done = stage.is_done(work, folder)
             yield Result(work, None if done else f"its job ended without it; see {folder / JOB / LOG / 'slurm_logs'}")

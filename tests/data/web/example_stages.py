@@ -1,6 +1,7 @@
 """Stages for tests of the engines; fresh processes import them from here."""
 
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,3 +54,19 @@ class CaptionLengths(Stage):
         length = pa.compute.multiply(pa.compute.utf8_length(table.column("caption")), self.factor)
         write_table(folder / f"{work.name}{TABLE}", table.append_column("length", length))
         return {"longest": pa.compute.max(length).as_py()}
+
+
+@dataclass(frozen=True)
+class Devices(CaptionLengths):
+    """Notes which GPUs its process may see; a process waits for one that sees others."""
+
+    notes: Path = Path()
+    """Folder that holds a file for each"""
+
+    def __call__(self, work: Work, folder: Path) -> dict[str, Any]:
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+        (self.notes / f"gpu-{seen}").touch()
+        until = time.monotonic() + 60
+        while len(list(self.notes.glob("gpu-*"))) < 2 and time.monotonic() < until:
+            time.sleep(0.05)
+        return super().__call__(work, folder) | {"gpu": seen}

@@ -1,9 +1,7 @@
 import json
+import multiprocessing
 import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,11 +17,13 @@ from hubgen.cli import main
 from hubgen.data.errors import DataError
 from hubgen.data.web.download import Download, Manners
 from hubgen.data.web.engine import ENGINES, Report, run
+from hubgen.data.web.engine_local import Local, dealt
+from hubgen.data.web.engine_ray import OnRay
 from hubgen.data.web.fetch import Limits
 from hubgen.data.web.resize import Resizing
 from hubgen.data.web.shards import open_shards, read_stats
 from hubgen.data.web.stages import works_on
-from tests.data.web.example_stages import CaptionLengths
+from tests.data.web.example_stages import CaptionLengths, Devices
 from tests.data.web.site import Answer, Site, file_of, in_turn, picture, reply, serving
 
 DOWNLOAD = Download(
@@ -101,16 +101,26 @@ def test_a_loop_and_a_pool_write_the_same_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_process_of_ray_that_dies_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("ray")
+def test_a_process_of_ray_that_dies_is_replaced_and_each_has_its_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = pytest.importorskip("ray")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     folder = downloaded(tmp_path)
-    stage = CaptionLengths(dies=("00001",), once=tmp_path)
-    report = run(stage, works_on(open_shards(folder), stage), folder, engine="ray", workers=2)
+    stage = Devices(dies=("00001",), once=tmp_path, notes=tmp_path)
+    ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False)  # numbers alone: Ray counts them
+    try:
+        with pytest.raises(ValueError, match="`gpus`: got 3 for each worker, and Ray finds 2 GPUs here"):
+            run(stage, works_on(open_shards(folder), stage), folder, engine=OnRay(gpus=3))
+        report = run(stage, works_on(open_shards(folder), stage), folder, engine=OnRay(gpus=1), workers=2)
+    finally:
+        ray.shutdown()
     assert (tmp_path / "00001").exists()
     assert report.failed == {} and report.done == ["00000", "00001", "00002", "00003"]
     assert all("length" in shard.read().column_names for shard in open_shards(folder))
+    assert {shard.stats["gpu"] for shard in open_shards(folder)} == {"0", "1"}
 
 
 @pytest.mark.slow
@@ -140,11 +150,23 @@ def test_a_shard_that_raises_is_told_and_the_others_are_done(workers: int, tmp_p
     assert report.done == ["00001"] and report.there == 3
 
 
-def test_a_worker_that_dies_is_replaced(tmp_path: Path) -> None:
+def test_a_worker_that_dies_is_replaced_and_each_has_its_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
     folder = downloaded(tmp_path)
-    report = lengths(folder, 2, dies=("00001",), once=tmp_path)
+    stage = Devices(dies=("00001",), once=tmp_path, notes=tmp_path)
+    report = run(stage, works_on(open_shards(folder), stage), folder, engine=Local(gpus=1), workers=2)
     assert report.failed == {} and report.done[-1:] == ["00003"]
     assert all("length" in shard.read().column_names for shard in open_shards(folder))
+    assert {path.name for path in tmp_path.glob("gpu-*")} == {"gpu-4", "gpu-5"}
+
+
+def test_gpus_are_dealt_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    assert dealt(1, 3) == ["0", "1", "2"]
+    assert dealt(2, 2) == ["0,1", "2,3"]
+    assert dealt(0.5, 4) == ["0", "0", "1", "1"]
+    with pytest.raises(ValueError, match="`gpus`: got 2 for each of 3 workers, expected 6 GPUs and found 4"):
+        dealt(2, 3)
 
 
 def test_a_shard_that_kills_each_worker_is_given_up(tmp_path: Path) -> None:
@@ -332,33 +354,43 @@ def test_a_run_cut_at_any_rename_is_finished_by_the_next(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(workers: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("workers", "times"), [(1, 15), (2, 5)])
+def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(workers: int, times: int, tmp_path: Path) -> None:
     seed = random.randrange(10**6)
     moments = random.Random(seed)
+    context = multiprocessing.get_context("forkserver")  # which has imported when the second run begins
+    context.set_forkserver_preload(["hubgen.data.web.download", "hubgen.cli"])
     with serving(answers(pause=0.25)) as site:
         source, out = candidates(site, tmp_path / "c.parquet"), tmp_path / "out"
-        command = [sys.executable, "-m", "hubgen.cli", "data", "download", str(source), "--rows", "3", "--size", "8"]
-        command += ["--allow-host", "127.0.0.1", "--retries", "0", "--threads", "1", "--workers", str(workers)]
-        subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True, capture_output=True)
-        site.asked.clear()
+        command = ["data", "download", str(source), "--rows", "3", "--size", "8", "--threads", "1"]
+        command += ["--allow-host", "127.0.0.1", "--retries", "0", "--workers", str(workers), "--out"]
+
+        def start(folder: Path) -> Any:
+            process = context.Process(target=main, args=([*command, str(folder)],))
+            process.start()
+            return process
+
+        start(tmp_path / "whole").join()
         done: dict[str, tuple[int, int]] = {}
-        for _ in range(5):
-            process = subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        killed = 0
+        for _ in range(times):
             begun = sum(site.asked.values())
-            while process.poll() is None and sum(site.asked.values()) == begun:  # up to its first request
+            process = start(out)
+            while process.is_alive() and sum(site.asked.values()) == begun:  # up to its first request
                 time.sleep(0.02)
-            time.sleep(moments.uniform(0, 1.2))
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
+            process.join(moments.uniform(0, 1))
+            killed += process.is_alive()
+            process.kill()
+            process.join()
             now = marks(out) if out.is_dir() else {}
             whole = {path.name[:5] for path in out.glob("*_stats.json")}
             assert done.items() <= now.items(), seed  # what was whole was not touched
             done = {name: mark for name, mark in now.items() if name[:5] in whole}
             time.sleep(0.2)  # workers see that their parent is gone
-        subprocess.run([*command, "--out", str(out)], check=True, capture_output=True)
+        start(out).join()
         assert done.items() <= marks(out).items(), seed
         assert content_of(out) == content_of(tmp_path / "whole"), seed
+    assert killed >= 3, seed
     assert not list(out.glob(".tmp*"))
 
 
