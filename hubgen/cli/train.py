@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hubgen.cli.added import stay_offline
-from hubgen.cli.arguments import add_command, count, positive, positive_number, repository, seed
+from hubgen.cli.arguments import add_command, positive
+from hubgen.cli.captioner import add_captioner
 from hubgen.cli.data import check_out
 from hubgen.cli.messages import few_lines, say
 from hubgen.cli.plan import column, plan
+from hubgen.cli.scripts import (
+    add_run_options,
+    check_packages,
+    check_push,
+    checked_settings,
+    further_of,
+    run,
+    run_options_of,
+)
 from hubgen.hub.finding import BUNDLED, HUB_ID, find_model, read_index
 from hubgen.training.kit.usual import Material, completed
 
@@ -124,8 +133,6 @@ NO_CAPTIONS = (
     "beside each picture (cat.txt for cat.png), or folders named 10_CAPTION; or give one caption for all: "
     '--trigger "WORDS"'
 )
-NEEDED = ("datasets", "tensorboard")
-"""Packages of the extra `train`"""
 
 
 def add_train(commands: Any) -> None:
@@ -167,6 +174,7 @@ def add_train(commands: Any) -> None:
     )
     dreambooth.set_defaults(run=train_dreambooth)
     add_controls(kinds)
+    add_captioner(kinds)
 
 
 def add_controls(kinds: Any) -> None:
@@ -198,17 +206,13 @@ def add_controls(kinds: Any) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser, adapter: bool = True) -> None:
-    """Adds what all take, or all that train an adapter of weights."""
+    """Adds what all of these take, or all that train an adapter of weights."""
     parser.add_argument("data", metavar="DIR", help="the folder of pictures")
     parser.add_argument(
         "--base", metavar="MODEL", help="a pipeline folder, or owner/name on the Hub (default: the bundled model)"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="the folder to write (default: runs/DIR-KIND)")
-    parser.add_argument("--steps", type=count, metavar="N", help="how long (default: by the number of pictures)")
     if adapter:
         parser.add_argument("--rank", type=positive, metavar="N", help="how much the adapter can hold (default: 16)")
-    parser.add_argument("--learning-rate", type=positive_number, metavar="X", help="(default: by the base)")
-    parser.add_argument("--batch-size", type=positive, metavar="N", help="pictures a step (default: by the base)")
     parser.add_argument(
         "--size", type=positive, metavar="N", help="pixels of a side (default: what the base was trained for)"
     )
@@ -219,17 +223,7 @@ def add_options(parser: argparse.ArgumentParser, adapter: bool = True) -> None:
             metavar="TEXT",
             help="what to draw before, meanwhile and after; may be given several times (default: the first captions)",
         )
-    parser.add_argument("--seed", type=seed, metavar="N", help="start of the random numbers (default: 0)")
-    parser.add_argument("--push", type=repository, metavar="NAME", help="owner/name on the Hub to send the result to")
-    parser.add_argument("--licence", metavar="NAME", help="of the result, as the Hub names it, such as apache-2.0")
-    parser.add_argument(
-        "--set",
-        dest="settings",
-        action="append",
-        default=[],
-        metavar="GROUP.NAME=VALUE",
-        help="any other setting of the script; may be given several times",
-    )
+    add_run_options(parser)
 
 
 # ---- the commands ----
@@ -293,10 +287,7 @@ def prepare(arguments: argparse.Namespace) -> bool:
     Raises:
         ValueError: Packages, base or pictures are missing, or nothing can be sent to the Hub.
     """
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        are = "is" if len(missing) == 1 else "are"
-        raise ValueError(f"training needs {' and '.join(missing)}, which {are} missing: pip install 'hubgen[train]'")
+    check_packages()
     base = find_model(arguments.base or BUNDLED, "--base", single_files=False)
     check_push(arguments.push)
     if base is not None and arguments.push is None:
@@ -370,97 +361,10 @@ def train(
 
 def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """The settings that the options stand for."""
-    names = {
-        "base": "base.model",
-        "steps": "run.max_train_steps",
-        "rank": "adapter.rank",
-        "learning_rate": "optim.learning_rate",
-        "batch_size": "run.batch_size",
-        "size": "data.size",
-        "seed": "run.seed",
-        "push": "publish.push_to_hub",
-        "licence": "publish.license",
-    }
-    values = {name: getattr(arguments, option, None) for option, name in names.items()}
+    names = {"rank": "adapter.rank", "size": "data.size"}
+    values = {name: getattr(arguments, option, None) for option, name in names.items()} | run_options_of(arguments)
     if arguments.base is not None:  # the scripts know the bundled model as none, and no ~
         values["base.model"] = None if arguments.base == BUNDLED else os.path.expanduser(arguments.base)
     if getattr(arguments, "prompt", None):
         values["validation.prompts"] = [check_words("--prompt", prompt) for prompt in arguments.prompt]
     return {name: value for name, value in values.items() if value is not None}
-
-
-def further_of(texts: Sequence[str]) -> dict[str, list[str]]:
-    """The settings of --set, each with the words of its value; several of a list, `[a, b]`."""
-    import yaml
-
-    found = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or not name.strip():
-            raise ValueError(f"--set {text}: expected GROUP.NAME=VALUE, such as optim.learning_rate=1e-4")
-        words: Any = [value]
-        if value.startswith("["):
-            try:
-                words = yaml.safe_load(value)
-            except yaml.YAMLError as error:
-                raise ValueError(
-                    f"--set {text}: expected a list such as [a, b] ({' '.join(str(error).split())})"
-                ) from error
-        found[name.strip().replace("-", "_")] = [str(word) for word in words]
-    return found
-
-
-def checked_settings(script: Any, values: Mapping[str, Any], further: Mapping[str, Sequence[str]]) -> Any:
-    """See `settings_of`; what wins stands in --set."""
-    from hubgen.training.kit.parse import SettingsError, settings_of
-
-    try:
-        return settings_of(script, values, further)
-    except SettingsError as error:
-        raise SettingsError(str(error).replace("on the command line", "of --set")) from None
-
-
-def check_push(repo: str | None) -> None:
-    """Raises ValueError where nothing can be sent to the Hub, before the training and not after it."""
-    if repo is None:
-        return
-    from huggingface_hub import constants, get_token
-
-    if constants.HF_HUB_OFFLINE:
-        raise ValueError(f"--push {repo}: the network is off (HF_HUB_OFFLINE=1), expected it on")
-    if get_token() is None:
-        raise ValueError(f"--push {repo}: needs a login: `hf auth login`, or a token in HF_TOKEN")
-
-
-# ---- the run ----
-
-
-def run(script: Any, settings: Any) -> None:
-    """Runs a script in this process, and leaves its settings as a recipe; exit statuses are the script's own."""
-    import yaml
-
-    from hubgen.errors import one_line
-    from hubgen.formats.atomic import written
-    from hubgen.training.kit.finite import NonFiniteError
-    from hubgen.training.kit.parse import settings_to_dict
-    from hubgen.training.kit.script import NON_FINITE_ERROR, UNFINISHED_ERROR, UnfinishedError
-    from hubgen.training.kit.signals import Interrupted
-
-    def leave_recipe() -> None:
-        with written(settings.run.output_dir / "recipe.yaml") as temporary:
-            text = yaml.safe_dump(settings_to_dict(settings), sort_keys=False, allow_unicode=True)
-            temporary.write_text(text, encoding="utf-8")
-
-    if not (settings.run.output_dir / "recipe.yaml").exists():
-        leave_recipe()  # while it runs, and if it is killed
-    try:
-        script.main(settings)
-    except Interrupted as stop:
-        leave_recipe()
-        say(f"\nhubgen: stopped: {stop}")
-        raise SystemExit(stop.exit_code) from stop
-    except (NonFiniteError, UnfinishedError) as error:
-        say(f"hubgen: error: {one_line(error)}")
-        code = NON_FINITE_ERROR if isinstance(error, NonFiniteError) else UNFINISHED_ERROR
-        raise SystemExit(code) from error
-    leave_recipe()
