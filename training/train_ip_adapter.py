@@ -18,14 +18,14 @@ from typing import Annotated, Any
 import torch
 from PIL import Image
 
-from hubgen.controls.image_attention import Adapter
+from hubgen.controls.image_attention import FILE, Adapter
 from hubgen.controls.ip_adapter import IPAdapter
 from hubgen.data.cache import module_digest
 from hubgen.training.kit import bases
 from hubgen.training.kit.bases import IPAdapterBase
 from hubgen.training.kit.beside import Seen
 from hubgen.training.kit.conditioned import ConditionedPictures, losses_of, told_pictures
-from hubgen.training.kit.controlled import WithPicture, adapter_for, encoder_lines, image_encoder_for, in_dtype
+from hubgen.training.kit.controlled import WithPicture, adapter_for, image_encoder_for, in_dtype, opening_lines
 from hubgen.training.kit.grids import draw_rows, draw_told, first_rows
 from hubgen.training.kit.groups import (
     Objective,
@@ -42,8 +42,6 @@ from hubgen.training.kit.parse import FREE, identity_of
 from hubgen.training.kit.publishing import check_push, control_usage, publish_control, record_of
 from hubgen.training.kit.run import Run
 from hubgen.training.kit.script import run_script
-
-FILE = "ip-adapter.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +122,8 @@ def main(settings: Settings) -> None:
         adapter.network.to(getattr(torch, s.publish.dtype))
         adapter.save(folder / FILE)
 
-    imports, opening = encoder_lines(s.adapter.image_encoder, encoder)
-    opening.append(f"control = IPAdapter({FILE!r}, image=image, image_encoder=encoder)".replace("'", '"'))
-    usage = control_usage("ip-adapter", adapter.network, pipe, s.base.model, ["IPAdapter", *imports], opening)
+    opening = opening_lines(s.adapter.image_encoder, encoder)
+    usage = control_usage("ip-adapter", adapter.network, pipe, s.base.model, ["IPAdapter"], opening)
     publish_control(run, "ip_adapter", "IP-Adapter", save, record, s.publish, usage)
     run.finish()
 

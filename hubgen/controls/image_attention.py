@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 import torch
 
 from hubgen.checks import is_number
-from hubgen.formats.headers import listing
+from hubgen.formats.headers import PICKLED, listing
 from hubgen.formats.ip_adapter_files import (
     LISTED,
     IPAdapterFile,
@@ -22,6 +22,7 @@ from hubgen.formats.ip_adapter_files import (
     refuse,
     write_ip_adapter,
 )
+from hubgen.hub.finding import HUB_ID
 from hubgen.layers.decoupled_attention import ImageAttention, ImageKeysValues, NormedKeysValues, TimedKeysValues
 from hubgen.layers.image_projection import (
     LinearProjection,
@@ -33,6 +34,9 @@ from hubgen.layers.image_projection import (
 )
 
 Scale = float | list[float] | dict[str, Any]
+
+FILE = "ip-adapter.safetensors"
+"""Of an adapter in a folder or repository of its own"""
 
 WAYS = ("down", "up", "mid")
 """Of a U-Net, in the order in which files count them"""
@@ -78,13 +82,19 @@ class Adapter:
     """One of hubgen's own image encoders, if it is known to see with one; see `IPAdapterFile`"""
 
     @classmethod
-    def read(cls, source: str | Path | Mapping[str, Any]) -> Self:
+    def read(cls, source: str | Path | Mapping[str, Any], revision: str | None = None) -> Self:
         """Of a file, or of tensors as a file has them; see `read_ip_adapter`.
 
+        Args:
+            source: A file; a folder or owner/name on the Hub that holds `FILE`; or tensors by name.
+            revision: Of a repository.
+
         Raises:
+            FileNotFoundError: There is no such file.
+            OSError: The Hub cannot be reached, or has no such repository or no such file in it.
             ValueError: Its tensors are not those of an adapter; names the first and counts them.
         """
-        found = read_ip_adapter(source)
+        found = read_ip_adapter(source if isinstance(source, Mapping) else file_of(source, revision))
         return cls(found.layout, network_of(found), found.lora, found.seen_by)
 
     @classmethod
@@ -161,6 +171,18 @@ class Adapter:
                 f"{type(backbone).__name__}; {len(wrong)} layers differ:{listing(sorted(wrong, key=in_order), LISTED)}"
             )
         return expected
+
+
+def file_of(name: str | Path, revision: str | None = None) -> Path:
+    """The file of an adapter: itself, or `FILE` in a folder or in a repository on the Hub, owner/name."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path / FILE
+    if path.exists() or path.suffix in (".safetensors", *PICKLED) or not HUB_ID.fullmatch(str(name)):
+        return path
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(str(name), FILE, revision=revision))
 
 
 def network_of(adapter: IPAdapterFile) -> ImageAttention:

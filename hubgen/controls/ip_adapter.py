@@ -61,8 +61,8 @@ class IPAdapter(Control):
     """Shows the backbone pictures.
 
     Args:
-        weights: An adapter's file (safetensors, or .bin of weights alone), its tensors by name, or an `Adapter`, which
-            several controls may share.
+        weights: An adapter's file (safetensors, or .bin of weights alone), a folder or owner/name on the Hub that holds
+            `ip-adapter.safetensors`, its tensors by name, or an `Adapter`, which several controls may share.
         image: What is shown, one or n pictures (PIL, arrays, or tensors (n, 3, H, W) in [0, 1]), to all results alike.
         image_embeds: What an image encoder says of them, instead: (n, F), or (n, P, F) for layouts that see patches;
             with a first dimension more for results that are shown different ones, which divides their number. A pair

@@ -1,7 +1,7 @@
 """Controls by the names of their files: which kind of control a folder, file or repository holds.
 
     open_control("owner/sd-controlnet-canny", edges, pipe, scale=0.8, end=0.6)
-    open_control("ip-adapter.safetensors", cat, pipe)
+    open_control("ip-adapter.safetensors", cat, pipe)          # or the folder or repository that holds it
     open_control("owner/FLUX.1-Redux", cat, pipe)
     open_control("model", edges, pipe)          # the ControlNet that the pipeline itself has
 
@@ -22,7 +22,7 @@ from hubgen.conditioning.families.flux import FluxFamily
 from hubgen.conditioning.families.mmdit import MMDiTFamily
 from hubgen.controls.control import Control
 from hubgen.controls.controlnet import ControlNet
-from hubgen.controls.image_attention import Adapter
+from hubgen.controls.image_attention import FILE, Adapter
 from hubgen.controls.ip_adapter import IPAdapter
 from hubgen.controls.redux import PRIOR, Redux, ReduxNetworks
 from hubgen.formats.headers import read_header
@@ -42,6 +42,8 @@ NETWORKS = (
 )
 CONFIGS = ("config.json", "model_index.json")
 """Of a network; of Redux' pipeline"""
+ADAPTER = "file of an IP-Adapter"
+"""Stands for the class of what has no config, but the file of an adapter"""
 Loaded = nn.Module | Adapter | ReduxNetworks
 
 
@@ -73,8 +75,9 @@ def load_control(name: str, pipe: Any, revision: str | None = None) -> Loaded:
     """What a name means: a network, an IP-Adapter's weights, or what Redux needs.
 
     Args:
-        name: A folder with a network's config.json, or the folder of FLUX.1 Redux (a `FluxPriorReduxPipeline`);
-            owner/name of such a repository; a .safetensors file with a network or an IP-Adapter (also .bin); or `OWN`.
+        name: A folder with a network's config.json, or with an IP-Adapter's `ip-adapter.safetensors`, or that of FLUX.1
+            Redux (a `FluxPriorReduxPipeline`); owner/name of such a repository; a .safetensors file with a network or
+            an IP-Adapter (also .bin); or `OWN`.
         pipe: That it is for; the network goes to where its backbone is, and to its type.
         revision: Of a repository.
 
@@ -93,7 +96,10 @@ def load_control(name: str, pipe: Any, revision: str | None = None) -> Loaded:
             return Adapter.read(path)
         net = require_class("hubgen", single_file_class(pipe), where=name).from_single_file(path)  # type: ignore[attr-defined]
     else:
-        if class_of(name, revision) == PRIOR:
+        kind = class_of(name, revision)
+        if kind == ADAPTER:
+            return Adapter.read(name, revision)
+        if kind == PRIOR:
             return ReduxNetworks.from_pretrained(path if path.is_dir() else name, pipe.backbone.dtype, revision)
         net = network(name, revision)
     backbone = pipe.backbone
@@ -117,7 +123,7 @@ def check_name(name: str, index: Mapping[str, Any]) -> None:
 def sees_pictures(name: str) -> bool:
     """Whether a control, of a name that `check_name` accepts, is shown pictures as they are, and no hints of them."""
     path = Path(name).expanduser()
-    return name != OWN and (is_adapter(path) if path.is_file() else class_of(name) == PRIOR)
+    return name != OWN and (is_adapter(path) if path.is_file() else class_of(name) in (PRIOR, ADAPTER))
 
 
 def network(name: str, revision: str | None = None) -> Any:
@@ -127,23 +133,25 @@ def network(name: str, revision: str | None = None) -> Any:
         ValueError: It holds none.
     """
     class_name = class_of(name, revision)
-    if class_name == PRIOR:
-        raise ValueError(f"{name}: got a {PRIOR}, expected one of {', '.join(NETWORKS)}")
+    if class_name not in NETWORKS:
+        raise ValueError(f"{name}: got a {class_name}, expected one of {', '.join(NETWORKS)}")
     options = {} if Path(name).expanduser().is_dir() else {"revision": revision}
     return require_class("hubgen", class_name, where=name).from_pretrained(name, **options)  # type: ignore[attr-defined]
 
 
 def class_of(name: str, revision: str | None = None) -> str:
-    """The class of the network, or of Redux' pipeline, of a folder or repository, by its config."""
+    """The class of the network, or of Redux' pipeline, of a folder or repository, by its config; or `ADAPTER`."""
     path = Path(name).expanduser()
     if path.is_dir():
-        config = next((path / file for file in CONFIGS if (path / file).is_file()), None)
+        config = next((path / file for file in (*CONFIGS, FILE) if (path / file).is_file()), None)
         if config is None:
-            raise ValueError(f"{name}: holds no config.json, expected the folder of a network")
+            raise ValueError(f"{name}: holds no config.json, expected the folder of a network or of an IP-Adapter")
     elif not HUB_ID.fullmatch(name):
         raise ValueError(f"{name}: no such folder or file, expected one, or owner/name on the Hub")
     else:
         config = config_on_hub(name, revision)
+    if config.name == FILE:
+        return ADAPTER
     class_name = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
     if class_name not in (*NETWORKS, PRIOR):
         raise ValueError(f"{name}: got a {class_name}, expected one of {', '.join((*NETWORKS, PRIOR))}")
@@ -151,14 +159,16 @@ def class_of(name: str, revision: str | None = None) -> str:
 
 
 def config_on_hub(name: str, revision: str | None) -> Path:
-    """The first of `CONFIGS` that a repository has."""
+    """The first of `CONFIGS` that a repository has, or else an adapter's file."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
-    try:
-        return Path(hf_hub_download(name, CONFIGS[0], revision=revision))
-    except EntryNotFoundError:
-        return Path(hf_hub_download(name, CONFIGS[1], revision=revision))
+    for file in CONFIGS:
+        try:
+            return Path(hf_hub_download(name, file, revision=revision))
+        except EntryNotFoundError:
+            continue
+    return Path(hf_hub_download(name, FILE, revision=revision))
 
 
 def is_adapter(path: Path) -> bool:

@@ -65,6 +65,10 @@ def test_an_adapter_that_was_trained_with_one_of_hubgens_encoders_needs_no_other
     assert torch.equal(drawn(pipe, open_control(str(file), picture(3), pipe)), expected)
     pipe.register_modules(image_encoder=clip()[0], feature_extractor=clip()[1])  # which is for other adapters
     assert torch.equal(drawn(pipe, IPAdapter(file, picture(3))), expected)
+    assert torch.equal(drawn(pipe, IPAdapter(tmp_path, picture(3))), expected)  # by its folder
+    check_name(str(tmp_path), {})
+    assert sees_pictures(str(tmp_path))
+    assert torch.equal(drawn(pipe, open_control(str(tmp_path), picture(3), pipe)), expected)
     IPAdapter(file).save(tmp_path / "again.safetensors")
     IPAdapter(load_file(file), image_encoder=encoder).save(tmp_path / "by hand.safetensors")
     for copy in ("again", "by hand"):
@@ -161,19 +165,24 @@ def test_a_page_offers_redux_beside_what_else_lies_in_a_folder(official: Officia
         load_controls(offered[:1], other, (32, 32))
 
 
-def test_redux_and_networks_are_told_apart_on_the_hub(official: Official, tmp_path: Path) -> None:
+def test_redux_networks_and_adapters_are_told_apart_on_the_hub(official: Official, tmp_path: Path) -> None:
     models.unet().save_pretrained(tmp_path / "unet")
+    (tmp_path / "adapter").mkdir()
+    IPAdapter.fresh(models.unet(), 12).save(tmp_path / "adapter" / "ip-adapter.safetensors")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "README.md").write_text("nothing")
     with loopback_hub() as hub:
         for name, folder in {
             "redux": official("flux-redux"),
             "unet": tmp_path / "unet",
+            "adapter": tmp_path / "adapter",
             "empty": tmp_path / "empty",
         }.items():
             hub.add(f"tester/{name}", folder)
         code = """
-from hubgen.controls.opening import class_of, load_control, sees_pictures
+from hubgen.controls.image_attention import Adapter
+from hubgen.controls.ip_adapter import IPAdapter
+from hubgen.controls.opening import class_of, load_control, network, sees_pictures
 from tests import models
 
 assert class_of("tester/redux") == "FluxPriorReduxPipeline" and sees_pictures("tester/redux")
@@ -181,6 +190,15 @@ loaded = load_control("tester/redux", models.pipeline("unet"))
 assert type(loaded.embedder).__name__ == "ReduxImageEncoder"
 with pytest.raises(ValueError, match="tester/unet: got a UNet2DConditionModel, expected one of ControlNetModel"):
     class_of("tester/unet")
+assert sees_pictures("tester/adapter")
+assert load_control("tester/adapter", models.pipeline("unet")).layout == IPAdapter("tester/adapter").adapter.layout
+with pytest.raises(ValueError, match="tester/adapter: got a file of an IP-Adapter, expected one of ControlNetModel"):
+    network("tester/adapter")
+for name in ("empty", "nowhere"):
+    with pytest.raises(OSError):
+        Adapter.read(f"tester/{name}")
+with pytest.raises(FileNotFoundError):
+    Adapter.read("tester/adapter.safetensors")
 with pytest.raises(OSError):
     class_of("tester/empty")
 with pytest.raises(OSError):

@@ -1,11 +1,14 @@
 """A whole training problem that takes seconds: drawn pictures, a tiny autoencoder and a tiny text encoder."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image, ImageDraw
 
@@ -76,8 +79,6 @@ def recipe(problem: dict[str, str], tmp_path: Path) -> dict[str, Any]:
 @pytest.fixture
 def train(tmp_path: Path) -> Iterator[Callable[[dict[str, Any]], Path]]:
     """Runs train_text_to_image in this process and returns its output folder."""
-    import yaml
-
     from hubgen.training.kit.parse import parse_settings
     from hubgen.training.train_text_to_image import Settings, main
 
@@ -91,3 +92,65 @@ def train(tmp_path: Path) -> Iterator[Callable[[dict[str, Any]], Path]]:
 
     yield run
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+QUICK: dict[str, Any] = {
+    "data.size": 16,
+    "run.batch_size": 2,
+    "run.max_train_steps": 2,
+    "run.log_steps": 1,
+    "run.report_to": "none",
+    "optim.learning_rate": 0.01,
+    "validation.split": "held_out",
+    "validation.samples": 2,
+    "validation.inference_steps": 2,
+    "publish.dtype": "float32",
+}
+
+
+@contextmanager
+def quick_runs(script: Any, folder: Path, settings: dict[str, Any]) -> Iterator[Callable[[dict[str, Any]], Path]]:
+    """Runs a script that trains a control for a few steps in this process, and returns its output folder."""
+    from hubgen.training.kit.parse import parse_settings
+
+    def train(changes: dict[str, Any]) -> Path:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        all_settings = {**QUICK, "run.output_dir": str(folder / "run"), **settings, **changes}
+        path = folder / "recipe.yaml"
+        path.write_text(yaml.safe_dump(json.loads(json.dumps(all_settings))))
+        script.main(parse_settings(script.Settings, ["--config", str(path)]))
+        return Path(all_settings["run.output_dir"])
+
+    yield train
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, str, Any]]:
+    """What is to be left out of each picture that a run learns from, its caption, and what is shown beside it."""
+    from hubgen.training.kit.conditioned import ConditionedPictures
+
+    seen: list[tuple[Any, str, Any]] = []
+    plain = ConditionedPictures.shown
+
+    def watched(self: Any, draws: Any, batch: Any, embedded: bool = True) -> Any:
+        batch = plain(self, draws, batch, embedded)
+        if self.train:
+            rows = zip(draws, batch.captions, batch.beside, strict=True)
+            seen.extend((self.left_out(draw), caption, beside) for draw, caption, beside in rows)
+        return batch
+
+    monkeypatch.setattr(ConditionedPictures, "shown", watched)
+    return seen
+
+
+def example_of(card: Path, monkeypatch: pytest.MonkeyPatch, shown: Image.Image) -> Image.Image:
+    """What a card's first example draws that is shown a picture, where the folders that it names are."""
+    example = re.findall(r"```python\n(.*?)```", card.read_text(), re.DOTALL)[0]
+    base = card.parents[2]  # of the run's folder
+    monkeypatch.chdir(base)
+    for name in ("shown.png", "before.png"):
+        shown.save(base / name)
+    exec(compile(example.replace("path/to/this/folder", str(card.parent)), str(card), "exec"), {})
+    with Image.open(base / "picture.png") as picture:
+        return picture.copy()

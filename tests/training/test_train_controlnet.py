@@ -10,8 +10,6 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-import yaml
-from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -29,11 +27,12 @@ from hubgen.training.kit.beside import left_out, target_of
 from hubgen.training.kit.controlled import WithControlNet, net_for
 from hubgen.training.kit.finite import NonFiniteError
 from hubgen.training.kit.groups import HintedData, Network
-from hubgen.training.kit.parse import SettingsError, parse_settings
+from hubgen.training.kit.parse import SettingsError
 from hubgen.training.kit.pictures import open_pictures
 from tests import models
+from tests.official_images import picture
 from tests.parity import first_output, quiet_, randomize_
-from tests.training.conftest import draw_pictures
+from tests.training.conftest import draw_pictures, example_of, quick_runs
 from tests.training.processes import Running
 
 Official = Callable[[str], Path]
@@ -64,33 +63,8 @@ def hinted(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(hinted: Path, tmp_path: Path) -> Iterator[Run]:
-    """A few steps in this process; returns the output folder."""
-
-    def train(changes: dict[str, Any]) -> Path:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        settings = {
-            "data.source": str(hinted),
-            "data.size": 16,
-            "run.output_dir": str(tmp_path / "run"),
-            "run.batch_size": 2,
-            "run.max_train_steps": 2,
-            "run.log_steps": 1,
-            "run.report_to": "none",
-            "optim.learning_rate": 0.01,
-            "optim.lr_warmup_steps": 0,
-            "validation.split": "held_out",
-            "validation.samples": 2,
-            "validation.inference_steps": 2,
-            "publish.dtype": "float32",
-            **changes,
-        }
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump(json.loads(json.dumps(settings))))
-        train_controlnet.main(parse_settings(train_controlnet.Settings, ["--config", str(path)]))
-        return Path(settings["run.output_dir"])
-
-    yield train
-    AcceleratorState._reset_state(reset_partial_state=True)
+    with quick_runs(train_controlnet, tmp_path, {"data.source": str(hinted), "optim.lr_warmup_steps": 0}) as train:
+        yield train
 
 
 def newest(folder: Path) -> Path:
@@ -266,9 +240,12 @@ def test_hints_may_be_cached_read_or_made_and_the_losses_are_the_same(run: Run, 
     assert other[0] == pytest.approx(found[0][0], rel=1e-5) and other[1:] != pytest.approx(found[0][1:], rel=1e-5)
 
 
-def test_a_network_is_trained_further_and_the_run_knows_which_one(run: Run, tmp_path: Path) -> None:
+def test_a_network_is_trained_further_and_the_run_knows_which_one(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = str(models.saved_pipeline(tmp_path / "base", "unet"))
     first = run({"base.model": base, "run.output_dir": str(tmp_path / "first")}) / "controlnet"
+    assert example_of(first / "README.md", monkeypatch, picture()).size == (16, 16)  # as its card says
     start = load_file(first / "diffusion_pytorch_model.safetensors")
     still = run({"base.model": base, "base.controlnet": str(first), "optim.learning_rate": 0.0})
     found = load_file(still / "controlnet" / "diffusion_pytorch_model.safetensors")

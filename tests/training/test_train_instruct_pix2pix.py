@@ -9,8 +9,6 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-import yaml
-from accelerate.state import AcceleratorState
 from PIL import Image
 
 import hubgen
@@ -20,14 +18,13 @@ from hubgen.data.edits import write_edits
 from hubgen.data.errors import DataError
 from hubgen.data.order import Draw
 from hubgen.training import train_instruct_pix2pix
-from hubgen.training.kit import conditioned
 from hubgen.training.kit.beside import Originals, target_of
 from hubgen.training.kit.controlled import Editing, made_editor
 from hubgen.training.kit.groups import EditData
-from hubgen.training.kit.parse import SettingsError, parse_settings
+from hubgen.training.kit.parse import SettingsError
 from hubgen.training.kit.pictures import open_pictures
 from tests import models
-from tests.training.conftest import draw_pictures
+from tests.training.conftest import draw_pictures, example_of, quick_runs
 from tests.training.test_train_controlnet import FAMILIES, checkpoint, losses, told
 from tests.training.test_train_controlnet import opened as base_of
 
@@ -46,33 +43,8 @@ def edits(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(edits: Path, tmp_path: Path) -> Iterator[Run]:
-    """A few steps in this process; returns the output folder."""
-
-    def train(changes: dict[str, Any]) -> Path:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        settings = {
-            "data.source": str(edits),
-            "data.size": 16,
-            "run.output_dir": str(tmp_path / "run"),
-            "run.batch_size": 2,
-            "run.max_train_steps": 2,
-            "run.log_steps": 1,
-            "run.report_to": "none",
-            "optim.learning_rate": 0.01,
-            "optim.ema_decay": None,
-            "validation.split": "held_out",
-            "validation.samples": 2,
-            "validation.inference_steps": 2,
-            "publish.dtype": "float32",
-            **changes,
-        }
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump(json.loads(json.dumps(settings))))
-        train_instruct_pix2pix.main(parse_settings(train_instruct_pix2pix.Settings, ["--config", str(path)]))
-        return Path(settings["run.output_dir"])
-
-    yield train
-    AcceleratorState._reset_state(reset_partial_state=True)
+    with quick_runs(train_instruct_pix2pix, tmp_path, {"data.source": str(edits), "optim.ema_decay": None}) as train:
+        yield train
 
 
 def picture() -> Image.Image:
@@ -182,28 +154,20 @@ def test_a_run_made_longer_equals_one_that_was_that_long_and_caches_change_nothi
 
 
 def test_what_is_left_out_is_the_empty_instruction_and_zeros(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: Path, shown: list[tuple[Any, str, Any]]
 ) -> None:
-    seen: list[Any] = []
-    plain = conditioned.ConditionedPictures.shown
-
-    def watched(self: Any, draws: list[Draw], batch: Any, embedded: bool = True) -> Any:
-        shown = plain(self, draws, batch, embedded)
-        if self.train:
-            seen.extend((self.left_out(draw), *rest) for draw, *rest in zip(draws, shown.captions, shown.beside,
-                                                                           strict=True))  # fmt: skip
-        return shown
-
-    monkeypatch.setattr(conditioned.ConditionedPictures, "shown", watched)
     base = str(models.saved_pipeline(tmp_path / "base"))
     run({"base.model": base, "data.condition_dropout": 0.25, "run.max_train_steps": 12, "validation.samples": 0})
-    assert len(seen) == 24 and len({out for out, *_ in seen}) == 4
-    for out, words, beside in seen:
+    assert len(shown) == 24 and len({out for out, *_ in shown}) == 4
+    for out, words, beside in shown:
         assert (words == "") == out.text and bool((beside == 0).all()) == out.picture
 
 
-def test_an_editor_is_trained_further_as_it_is(run: Run, tmp_path: Path) -> None:
+def test_an_editor_is_used_as_its_card_says_and_trained_further_as_it_is(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = run({"base.model": str(models.saved_pipeline(tmp_path / "base"))}) / "pipeline"
+    example_of(first / "README.md", monkeypatch, picture())
     second = run({"base.model": str(first), "run.output_dir": str(tmp_path / "second"), "optim.learning_rate": 0.0})
     before, after = (hubgen.TextToImagePipeline.from_pretrained(one).backbone.state_dict()
                      for one in (first, second / "pipeline"))  # fmt: skip

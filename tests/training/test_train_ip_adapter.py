@@ -10,8 +10,6 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-import yaml
-from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -24,55 +22,32 @@ from hubgen.controls.image_encoders import PooledLatents, encode, encoder_of, pi
 from hubgen.controls.ip_adapter import IPAdapter
 from hubgen.data.order import Draw
 from hubgen.training import train_ip_adapter
-from hubgen.training.kit import conditioned
 from hubgen.training.kit.beside import Seen, target_of
 from hubgen.training.kit.controlled import WithPicture, adapter_for
 from hubgen.training.kit.groups import Data, PictureAdapter
-from hubgen.training.kit.parse import SettingsError, parse_settings
+from hubgen.training.kit.parse import SettingsError
 from hubgen.training.kit.pictures import open_pictures
 from tests import models
 from tests.ip_adapter_weights import PROJECTED, clip, tensors
+from tests.official_images import picture
 from tests.parity import randomize_
+from tests.training.conftest import example_of, quick_runs
 from tests.training.test_train_controlnet import FAMILIES, checkpoint, losses, newest, told
 from tests.training.test_train_controlnet import opened as base_of
 
 Official = Callable[[str], Path]
 Run = Callable[..., Path]
+SEEN_WITH = {"latents": PooledLatents, "efficientnet": EfficientNetLite0}
 
 
 @pytest.fixture
 def run(problem: dict[str, str], tmp_path: Path) -> Iterator[Run]:
-    """A few steps in this process; returns the output folder."""
     encoder, extractor = clip()
     encoder.save_pretrained(tmp_path / "clip")
     extractor.save_pretrained(tmp_path / "clip")
-
-    def train(changes: dict[str, Any]) -> Path:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        settings = {
-            "data.source": problem["data.source"],
-            "data.size": 16,
-            "adapter.image_encoder": str(tmp_path / "clip"),
-            "adapter.tokens": 2,
-            "run.output_dir": str(tmp_path / "run"),
-            "run.batch_size": 2,
-            "run.max_train_steps": 2,
-            "run.log_steps": 1,
-            "run.report_to": "none",
-            "optim.learning_rate": 0.01,
-            "validation.split": "held_out",
-            "validation.samples": 2,
-            "validation.inference_steps": 2,
-            "publish.dtype": "float32",
-            **changes,
-        }
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump(json.loads(json.dumps(settings))))
-        train_ip_adapter.main(parse_settings(train_ip_adapter.Settings, ["--config", str(path)]))
-        return Path(settings["run.output_dir"])
-
-    yield train
-    AcceleratorState._reset_state(reset_partial_state=True)
+    settings = {"adapter.image_encoder": str(tmp_path / "clip"), "adapter.tokens": 2}
+    with quick_runs(train_ip_adapter, tmp_path, {"data.source": problem["data.source"], **settings}) as train:
+        yield train
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -197,27 +172,13 @@ def test_a_run_made_longer_equals_one_that_was_that_long_and_caches_change_nothi
 
 
 def test_what_is_left_out_is_the_empty_prompt_and_what_stands_for_no_picture(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: Path, shown: list[tuple[Any, str, Any]]
 ) -> None:
-    seen: list[Any] = []
-    plain = conditioned.ConditionedPictures.shown
-
-    def watched(self: Any, draws: list[Draw], batch: Any, embedded: bool = True) -> Any:
-        shown = plain(self, draws, batch, embedded)
-        if self.train:
-            seen.extend(zip(draws, shown.captions, shown.beside, [self] * len(draws), strict=True))
-        return shown
-
-    monkeypatch.setattr(conditioned.ConditionedPictures, "shown", watched)
     base = str(models.saved_pipeline(tmp_path / "base"))
     run({"base.model": base, "data.condition_dropout": 0.25, "run.max_train_steps": 12, "validation.samples": 0})
-    assert len(seen) == 24
-    kinds = set()
-    for draw, caption, beside, pictures in seen:
-        out = pictures.left_out(draw)
+    assert len(shown) == 24 and len({out for out, *_ in shown}) == 4
+    for out, caption, beside in shown:
         assert (caption == "") == out.text and bool((beside == 0).all()) == out.picture
-        kinds.add(out)
-    assert len(kinds) == 4
 
 
 def test_an_adapter_that_sees_patches_is_trained_further(run: Run, official: Official, tmp_path: Path) -> None:
@@ -253,15 +214,27 @@ def len_of(encoder: Any) -> int:
     return encode(encoder, pixels_of([Image.new("RGB", (20, 20))], encoder), False).shape[1]
 
 
-@pytest.mark.parametrize("name", ["latents", "efficientnet"])
-def test_an_adapter_learns_by_encoders_of_hubgens(run: Run, tmp_path: Path, name: str) -> None:
-    folder = run({"base.model": str(models.saved_pipeline(tmp_path / "base")), "adapter.image_encoder": name})
-    card = (folder / "ip_adapter" / "README.md").read_text()
-    assert ("PooledLatents(pipe.vae, 4, 16)" if name == "latents" else "EfficientNetLite0.from_pretrained()") in card
-    control = IPAdapter(folder / "ip_adapter" / "ip-adapter.safetensors")
-    assert control.features == (4 * 16 if name == "latents" else 1280)
+@pytest.mark.parametrize("name", ["latents", "efficientnet", "clip"])
+def test_the_example_of_a_card_runs_and_names_an_encoder_only_where_the_file_does_not(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    encoder = {} if name == "clip" else {"adapter.image_encoder": name}
+    base = models.saved_pipeline(tmp_path / "base")
+    folder = run({"base.model": str(base), "run.max_train_steps": 6, **encoder}) / "ip_adapter"
+    torch.manual_seed(1)
+    found = example_of(folder / "README.md", monkeypatch, picture())
+    assert ("image_encoder=" in (folder / "README.md").read_text()) == (name == "clip")
+    seen_with = {"image_encoder": clip()[0]} if name == "clip" else {}
+    control = IPAdapter(folder, image=picture(), **seen_with)
+    torch.manual_seed(1)
+    pipe = hubgen.TextToImagePipeline.from_pretrained(base)
+    expected = pipe("", controls=[control]).images[0]
+    assert found.tobytes() == expected.tobytes()
+    if name == "clip":
+        assert control.features == PROJECTED and control.adapter.seen_by is None
+        return
     named = encoder_of(str(control.adapter.seen_by), models.vae(), torch.device("cpu"))  # by the file, for any call
-    assert type(named) is (PooledLatents if name == "latents" else EfficientNetLite0)
+    assert control.features == named.pooled_features and type(named) is SEEN_WITH[name]
     assert name != "latents" or (named.places, named.image_size) == (4, 16)
 
 

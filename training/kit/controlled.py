@@ -309,17 +309,22 @@ def image_encoder_for(pipe: Any, settings: PictureAdapter, side: int) -> tuple[A
         raise SettingsError(f"setting 'adapter.image_encoder': {name}: {one_line(error)}") from error
 
 
-def encoder_lines(name: str | None, encoder: Any) -> tuple[list[str], list[str]]:
-    """How a program makes the image encoder: names of hubgen's that it needs, and lines of Python."""
-    if name == "efficientnet":
-        return ["EfficientNetLite0"], ["encoder = EfficientNetLite0.from_pretrained()"]
-    if name == "latents":
-        return ["PooledLatents"], [f"encoder = PooledLatents(pipe.vae, {encoder.places}, {encoder.image_size})"]
-    if name is None:
-        return [], ["encoder = pipe.image_encoder"]
+def opening_lines(name: str | None, encoder: Any) -> list[str]:
+    """Lines of Python that open an adapter as `control`, see `ControlUsage`.
+
+    Args:
+        name: The setting; of the base's own encoder, and of hubgen's, which the adapter's file names, nothing is said.
+        encoder: What sees the pictures.
+    """
+    if name is None or described(encoder) is not None:
+        return ["control = IPAdapter(PLACE, image=image)"]
     cls = type(encoder).__name__
-    place = json.dumps(place_of(name))
-    return [], [f"from transformers import {cls}", "", f"encoder = {cls}.from_pretrained({place})"]
+    return [
+        f"from transformers import {cls}",
+        "",
+        f"encoder = {cls}.from_pretrained({json.dumps(place_of(name))})",
+        "control = IPAdapter(PLACE, image=image, image_encoder=encoder)",
+    ]
 
 
 def vision_model(name: str) -> tuple[Any, Any]:
