@@ -14,10 +14,12 @@ import fcntl
 import hashlib
 import json
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -39,7 +41,9 @@ SHARD = 256
 WAIT_SECONDS = 0.2
 OPEN_FILES = 256
 
-Encode = Callable[[Sequence[str]], Iterable[tuple[str, Mapping[str, torch.Tensor]]]]
+Encoded = Iterable[tuple[str, Mapping[str, torch.Tensor]]]
+Encode = Callable[[Sequence[str]], Encoded]
+V = TypeVar("V")
 
 
 class TensorCache:
@@ -49,15 +53,19 @@ class TensorCache:
         folder: Of the files; made when the first is written.
         content: What it holds ("latents", "text"), with what all values follow from, as JSON values.
         keys: Of all values; any order, repetitions allowed.
+        whole: Whether all stand in one file, however many they are.
     """
 
-    def __init__(self, folder: str | Path, content: Mapping[str, Any], keys: Iterable[str]) -> None:
+    def __init__(
+        self, folder: str | Path, content: Mapping[str, Any], keys: Iterable[str], whole: bool = False
+    ) -> None:
         self.folder = Path(folder)
         self.content = {**content, "layout": LAYOUT}
         self.name = str(content["content"])
         digests = {key: hashlib.sha256(key.encode()).hexdigest() for key in keys}
         # Shards are the keys of one beginning, so that other keys do not move a key to another shard.
         bits = max((len(digests) - 1).bit_length() - (SHARD - 1).bit_length(), 0)
+        bits = 0 if whole else bits
         shards: dict[int, list[str]] = {}
         for key in sorted(digests, key=digests.__getitem__):
             shards.setdefault(int(digests[key][:16], 16) >> (64 - bits) if bits else 0, []).append(key)
@@ -101,7 +109,9 @@ class TensorCache:
         """For data workers that are started anew: they open the files themselves."""
         return {**self.__dict__, "_open": {}}
 
-    def fill(self, encode: Encode, rank: int = 0, world_size: int = 1, show_progress: bool = True) -> None:
+    def fill(
+        self, encode: Encode, rank: int = 0, world_size: int = 1, show_progress: bool = True, number: int = 0
+    ) -> None:
         """Makes the shards that are not there, in turns with other processes that do the same; returns when all are.
 
         Processes that cannot see each other's files make all of them; no process waits for another in a collective.
@@ -111,6 +121,7 @@ class TensorCache:
             rank: Of this process.
             world_size: Processes.
             show_progress: Whether a progress bar shows how much is made here.
+            number: Of this cache, where each process fills several: each reads all of some to check them.
 
         Raises:
             DataError: An encoder gave NaN or infinite values, or the disk is full; what is made already stays.
@@ -118,19 +129,19 @@ class TensorCache:
         count = len(self._shards)
         first = rank * count // world_size
         pending = [(first + index) % count for index in range(count)] if count else []
-        missing = [number for number in pending if not self._whole(number, deep=number % world_size == rank)]
-        total = sum(len(self._shards[number]) for number in missing)
+        missing = [one for one in pending if not self._whole(one, deep=(number + one) % world_size == rank)]
+        total = sum(len(self._shards[one]) for one in missing)
         with tqdm(total=total, desc=f"encoding {self.name}", disable=not show_progress or not total) as progress:
             while missing:
-                for number in list(missing):
-                    with self._mine(number) as mine:
+                for one in list(missing):
+                    with self._mine(one) as mine:
                         if mine:
-                            if not self._whole(number, deep=True):
-                                self._make(number, encode, progress)
-                            missing.remove(number)
+                            if not self._whole(one, deep=True):
+                                self._make(one, encode, progress)
+                            missing.remove(one)
                 if missing:  # another process is at them
                     time.sleep(WAIT_SECONDS)
-                    missing = [number for number in missing if not self._whole(number, deep=False)]
+                    missing = [one for one in missing if not self._whole(one, deep=False)]
 
     # ---- files ----
 
@@ -196,6 +207,72 @@ class TensorCache:
                 yield True
             finally:
                 path.unlink(missing_ok=True)
+
+
+class PartCaches(Generic[V]):
+    """The caches of the parts of a source (`Examples.parts`): the keys of a part are known when it is opened.
+
+    A source in one part has the files of one `TensorCache`; of several parts, such as shards, each has one file.
+
+    Args:
+        folder: Of the files.
+        content: See `TensorCache`.
+        parts: How many there are.
+        keys: Of a part, by its number; each with what `fill` hands on.
+        most: Parts that stay open.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        content: Mapping[str, Any],
+        parts: int,
+        keys: Callable[[int], Mapping[str, V]],
+        most: int = 32,
+    ) -> None:
+        self.folder, self.content, self.parts, self.keys, self.most = folder, content, parts, keys, most
+        self._open: OrderedDict[int, tuple[TensorCache, Mapping[str, V]]] = OrderedDict()
+
+    def of(self, part: int) -> TensorCache:
+        """The cache of a part."""
+        return self._opened(part)[0]
+
+    def __getitem__(self, key: str) -> dict[str, torch.Tensor]:
+        """The tensors of a key of the first part, which is all of most sources; see `TensorCache`."""
+        return self.of(0)[key]
+
+    def _opened(self, part: int) -> tuple[TensorCache, Mapping[str, V]]:
+        if part in self._open:
+            self._open.move_to_end(part)
+        else:
+            keys = self.keys(part)
+            self._open[part] = TensorCache(self.folder, self.content, keys, whole=self.parts > 1), keys
+            if len(self._open) > self.most:
+                self._open.popitem(last=False)
+        return self._open[part]
+
+    def fill(
+        self,
+        encode: Callable[[Mapping[str, V], Sequence[str]], Encoded],
+        rank: int = 0,
+        world_size: int = 1,
+        show_progress: bool = True,
+    ) -> None:
+        """Makes what is not there, in turns with other processes that do the same; see `TensorCache.fill`.
+
+        Args:
+            encode: Is also given the keys of the part, with what `keys` gave for each.
+            rank: Of this process.
+            world_size: Processes.
+            show_progress: Whether a progress bar shows how much is made here.
+        """
+        several = self.parts > 1
+        first = rank * self.parts // world_size
+        order = [(first + index) % self.parts for index in range(self.parts)] if several else [0]
+        name = f"encoding {self.content['content']}, shards"
+        for part in tqdm(order, desc=name, disable=not (show_progress and several)):
+            cache, keys = self._opened(part)
+            cache.fill(partial(encode, keys), rank, world_size, show_progress and not several, part)
 
 
 def module_digest(module: nn.Module) -> str:

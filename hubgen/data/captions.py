@@ -5,7 +5,7 @@ kept. Which of them a training step takes is drawn at each use.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,9 @@ import torch
 from hubgen.data.order import generator_of
 
 TAG = ", "
+
+SYNTHETIC = "synthetic_caption"
+"""Column of the captions that a model wrote (`hubgen data recaption`)"""
 
 
 @dataclass(frozen=True)
@@ -33,16 +36,32 @@ class Captions:
     """Tags at the beginning that stay there"""
     seed: int = 0
     """Of the orders"""
+    written: Sequence[str | None] = ()
+    """Of each picture, the caption that a model wrote, if there is one; of none where `synthetic` is 0"""
+    synthetic: float = 0.0
+    """How often that one is taken, in the place of the wordings"""
 
-    def all(self) -> list[str]:
-        """Every text that can be drawn, once, the empty one among them."""
+    def all(self, rows: Iterable[int] | None = None) -> list[str]:
+        """Every text that can be drawn, once, the empty one among them.
+
+        Args:
+            rows: For which pictures; all if not given.
+        """
         texts = {
             self._text(wording, order)
-            for wordings in self.wordings
-            for wording in (wordings if self.variants > 0 else wordings[:1])
+            for row in (range(len(self.wordings)) if rows is None else rows)
+            for wording in self._wordings(row)
             for order in range(max(self.shuffles, 1))
         }
         return sorted({"", *texts})
+
+    def _wordings(self, row: int) -> list[str]:
+        """What may be drawn for a picture."""
+        wordings, written = self.wordings[row], self.written[row] if self.synthetic > 0 else None
+        found = (
+            [] if written is not None and self.synthetic >= 1 else list(wordings[: None if self.variants > 0 else 1])
+        )
+        return found if written is None else [*found, written]
 
     def drawn(self, seed: int, place: int, row: int) -> str:
         """The text that the picture in a row is shown with at a place."""
@@ -50,6 +69,10 @@ class Captions:
         other, which, dropped, order = torch.rand(4, generator=generator).tolist()
         if dropped < self.dropout:
             return ""
+        if self.synthetic > 0:
+            chosen, written = torch.rand((), generator=generator_of(seed, place, "synthetic")), self.written[row]
+            if written is not None and chosen < self.synthetic:
+                return self._text(written, int(order * max(self.shuffles, 1)))
         wordings = self.wordings[row]
         wording = wordings[0]
         if len(wordings) > 1 and other < self.variants:

@@ -4,7 +4,7 @@ Shapes: B pictures of H x W pixels, latents (B, C, h, w).
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from hubgen.acceleration.optimize import accelerated
 from hubgen.autoencoders.latents import normalised, posterior
 from hubgen.conditioning.prompts import PromptCondition
 from hubgen.conditioning.text import TextEmbeddings
-from hubgen.data.cache import TensorCache, module_digest, tokenizer_digest
+from hubgen.data.cache import PartCaches, module_digest, tokenizer_digest
 from hubgen.data.examples import Examples
 from hubgen.data.order import Draw, generator_of
 from hubgen.data.views import Views, pixels_of
@@ -49,25 +49,30 @@ class LatentSource:
     ) -> None:
         self.vae, self.examples, self.views, self.seed, self.batch_size = vae, examples, views, seed, batch_size
         self.column = column
-        self.cache: TensorCache | None = None
+        self.cache: PartCaches[tuple[int, int]] | None = None
         if cache_dir is not None:
-            self._rows = {self._key(row, n): (row, n) for row in range(len(views.sizes)) for n in range(views.count)}
-            self.cache = TensorCache(cache_dir, {"content": "latents", "autoencoder": module_digest(vae)}, self._rows)
+            content = {"content": "latents", "autoencoder": module_digest(vae)}
+            self.cache = PartCaches(cache_dir, content, len(examples.parts), self._keys)
 
     def fill(self, rank: int = 0, world_size: int = 1, show_progress: bool = True) -> None:
-        """Makes what the cache lacks; see `TensorCache.fill`."""
+        """Makes what the cache lacks; see `PartCaches.fill`."""
         if self.cache is not None:
             self.cache.fill(self._encode, rank, world_size, show_progress)
 
+    def _keys(self, part: int) -> dict[str, tuple[int, int]]:
+        """Row and view of each key of a part."""
+        rows, count = self.examples.parts[part], self.views.count
+        return {self._key(row, number): (row, number) for row in rows for number in range(count)}
+
     @torch.no_grad()
-    def _encode(self, keys: Sequence[str]) -> Iterator[tuple[str, Tensors]]:
+    def _encode(self, places: Mapping[str, tuple[int, int]], keys: Sequence[str]) -> Iterator[tuple[str, Tensors]]:
         by_size: dict[Any, list[str]] = {}
         for key in keys:
-            by_size.setdefault(self.views.buckets[self._rows[key][0]], []).append(key)
+            by_size.setdefault(self.views.buckets[places[key][0]], []).append(key)
         for same in by_size.values():
             for first in range(0, len(same), self.batch_size):
                 chosen = same[first : first + self.batch_size]
-                pixels = torch.stack([self._pixels(*self._rows[key]) for key in chosen])
+                pixels = torch.stack([self._pixels(*places[key]) for key in chosen])
                 mean, std = self._posterior(pixels.to(self.vae.device))
                 for key, one_mean, one_std in zip(chosen, mean, std, strict=True):
                     yield key, {"mean": one_mean, "std": one_std}
@@ -94,7 +99,7 @@ class LatentSource:
         chosen = [(draw.row, self.views.drawn(self.seed, draw.place)) for draw in draws]
         if self.cache is None:
             return {"pixels": torch.stack([self._pixels(row, number) for row, number in chosen])}
-        found = [self.cache[self._key(row, number)] for row, number in chosen]
+        found = [self.cache.of(self.examples.part_of(row))[self._key(row, number)] for row, number in chosen]
         return {name: torch.stack([one[name] for one in found]) for name in ("mean", "std")}
 
     @torch.no_grad()
@@ -123,9 +128,11 @@ class TextSource:
 
     Args:
         condition: The text encoders, frozen.
-        captions: All that will be asked for.
+        captions: All that will be asked for; of a source in several parts, those of the first.
         cache_dir: Where the embeddings are kept; `None` encodes captions at each use.
         batch_size: Captions that are encoded at once for the cache.
+        parts: How many parts the source has.
+        of_part: The captions of a part, by its number.
     """
 
     def __init__(
@@ -134,9 +141,12 @@ class TextSource:
         captions: Sequence[str],
         cache_dir: Path | None = None,
         batch_size: int = 64,
+        parts: int = 1,
+        of_part: Callable[[int], Sequence[str]] | None = None,
     ) -> None:
         self.condition, self.captions, self.batch_size = condition, captions, batch_size
-        self.cache: TensorCache | None = None
+        self.parts, self._of_part = parts, of_part
+        self.cache: PartCaches[None] | None = None
         if cache_dir is not None:
             content: dict[str, Any] = {
                 "content": "text",
@@ -147,21 +157,25 @@ class TextSource:
             content["encoders"] = [module_digest(condition.encoders[number]) for number in present]  # type: ignore[arg-type]
             content["tokenizers"] = [tokenizer_digest(condition.tokenizers[number]) for number in present]
             content["lengths"] = [condition.tokenizers[number].model_max_length for number in present]
-            self.cache = TensorCache(cache_dir, content, captions)
+            self.cache = PartCaches(cache_dir, content, parts, self._keys)
+
+    def _keys(self, part: int) -> dict[str, None]:
+        of_part = self._of_part
+        return dict.fromkeys(self.captions if part == 0 or of_part is None else of_part(part))
 
     def fill(self, rank: int = 0, world_size: int = 1, show_progress: bool = True) -> None:
-        """Makes what the cache lacks; see `TensorCache.fill`."""
+        """Makes what the cache lacks; see `PartCaches.fill`."""
         if self.cache is not None:
             with quiet("hubgen.conditioning.text"):  # `too_long` counts them
                 self.cache.fill(self._encode, rank, world_size, show_progress)
 
     def too_long(self) -> list[str]:
-        """A line for each caption that is longer than what the text encoders read."""
+        """A line for each of `captions` that is longer than what the text encoders read."""
         longest = self.condition.longest()
         return [line for caption in self.captions if (line := longest.not_read(caption)) is not None]
 
     @torch.no_grad()
-    def _encode(self, keys: Sequence[str]) -> Iterator[tuple[str, Tensors]]:
+    def _encode(self, _: Mapping[str, None], keys: Sequence[str]) -> Iterator[tuple[str, Tensors]]:
         for first in range(0, len(keys), self.batch_size):
             chosen = keys[first : first + self.batch_size]
             embeddings = self.condition.encode(chosen)
@@ -174,8 +188,15 @@ class TextSource:
                 yield caption, {"tokens": tokens[:end], "pooled": pooled, "length": length}
 
     @torch.no_grad()
-    def __call__(self, captions: Sequence[str], device: torch.device) -> TextEmbeddings:
+    def __call__(
+        self, captions: Sequence[str], device: torch.device, parts: Sequence[int] | None = None
+    ) -> TextEmbeddings:
         """Tokens (B, L, D) and pooled (B, P) of captions, each of them one of those announced.
+
+        Args:
+            captions: B.
+            device: Where the embeddings go.
+            parts: Which part each is announced of; the first if not given.
 
         Raises:
             DataError: One was not.
@@ -185,7 +206,7 @@ class TextSource:
             with quiet("hubgen.conditioning.text"):
                 embeddings = self.condition.encode(list(number), device)
             return embeddings[torch.tensor([number[caption] for caption in captions], device=device)]
-        found = [self.cache[caption] for caption in captions]
+        found = [self.cache.of(part)[text] for part, text in zip(parts or [0] * len(captions), captions, strict=True)]
         tokens = [pad(one["tokens"], (0, 0, 0, int(one["length"]) - len(one["tokens"]))) for one in found]
         pooled = [one["pooled"] for one in found]
         return TextEmbeddings(torch.stack(tokens), torch.stack(pooled)).to(device)

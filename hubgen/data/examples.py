@@ -3,12 +3,15 @@
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from PIL import Image
 
 from hubgen.data.errors import DataError
+from hubgen.data.lazy import each
+from hubgen.data.order import EndlessRow
 from hubgen.data.pictures import on_white
 from hubgen.data.views import Size
 
@@ -27,29 +30,30 @@ class Beside(NamedTuple):
 
 
 class Examples(ABC):
-    """Rows of pictures, counted from 0; a source fills them when it is opened, and has checked each of them then.
+    """Rows of pictures, counted from 0.
 
     Args:
         place: Of the source, for messages.
-        columns: Further ones that are kept of each row.
         reading: Whatever else its pictures and captions depend on, for the fingerprint.
-        beside: Columns of further pictures, of which each row has one, of its picture's size.
     """
 
-    def __init__(self, place: str, columns: Sequence[str] = (), reading: str = "", beside: Sequence[str] = ()) -> None:
+    file_names: Sequence[str]
+    """Of each row, for messages and records"""
+    captions: Sequence[Sequence[str]]
+    """Wordings of each picture's caption, the caption first; none where none were asked for"""
+    sizes: Sequence[Size]
+    """(height, width) of each picture in pixels, upright"""
+    digests: Sequence[str]
+    """Hexadecimal, of what each picture is made of"""
+    repeats: Sequence[int]
+    """How often each picture stands in an epoch"""
+    columns: Mapping[str, Sequence[Any]]
+    """Values of each further column"""
+    beside: dict[str, Sequence[Beside]]
+    """The further pictures, by column"""
+
+    def __init__(self, place: str, reading: str = "") -> None:
         self.place, self.reading = place, reading
-        self.file_names: list[str] = []
-        """Of each row, for messages and records"""
-        self.captions: list[list[str]] = []
-        """Wordings of each picture's caption, the caption first; none where none were asked for"""
-        self.sizes: list[Size] = []
-        """(height, width) of each picture in pixels, upright"""
-        self.digests: list[str] = []
-        """Hexadecimal, of what each picture is made of"""
-        self.repeats: list[int] = []
-        """How often each picture stands in an epoch"""
-        self.columns: dict[str, list[Any]] = {name: [] for name in columns}
-        self.beside: dict[str, list[Beside]] = {name: [] for name in beside}
         self._makers: dict[str, Callable[[Image.Image], Image.Image]] = {}
         self.skipped: list[str] = []
         """One line for each row that is left out: place, what was found, what was expected."""
@@ -85,7 +89,44 @@ class Examples(ABC):
             description: Of what it does, for fingerprints.
         """
         self._makers[column] = maker
-        self.beside[column] = [Beside(description, f"{description} of {digest}") for digest in self.digests]
+        self.beside[column] = each(self.digests, partial(_described, description))
+
+    # ---- as training takes them ----
+
+    @property
+    def parts(self) -> Sequence[range]:
+        """The rows in parts, of which each has caches of its own: all in one, or those of each shard."""
+        return [range(len(self))]
+
+    def part_of(self, row: int) -> int:
+        """The number of the part that a row is in."""
+        return 0
+
+    def endless_row(
+        self,
+        buckets: Sequence[Hashable],
+        known: Sequence[Hashable],
+        batch_size: int,
+        seed: int,
+        repeats: int = 1,
+    ) -> EndlessRow:
+        """The endless row of the pictures.
+
+        Args:
+            buckets: Of each picture, what it has to have in common with the others of a step.
+            known: All that `buckets` may hold.
+            batch_size: Pictures of a step.
+            seed: Of the run.
+            repeats: How often each picture stands in an epoch, beside `self.repeats`.
+
+        Raises:
+            DataError: There are several buckets, and one of them has fewer pictures than a step takes.
+        """
+        return EndlessRow(buckets, batch_size, seed, [repeats * own for own in self.repeats])
+
+    def distinct(self, column: str) -> list[Any]:
+        """The values of a further column, each once."""
+        return list(dict.fromkeys(self.columns[column]))
 
     def __len__(self) -> int:
         return len(self.file_names)
@@ -94,6 +135,51 @@ class Examples(ABC):
     def texts(self) -> list[str]:
         """The caption of each picture, its first wording."""
         return [wordings[0] for wordings in self.captions]
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """sha256 of all that pictures, captions and columns follow from, in the order of rows."""
+
+    def left_out(self) -> list[str]:
+        """What a user has to be told about what is not used."""
+        return []
+
+    @abstractmethod
+    def drop(self, rows: Mapping[int, str]) -> None:
+        """Leaves rows out, each for a reason.
+
+        Raises:
+            DataError: Most of the rows are left out now, or this source cannot leave out rows.
+        """
+
+
+def _described(description: str, row: int, digest: str) -> Beside:
+    return Beside(description, f"{description} of {digest}")
+
+
+class CheckedExamples(Examples):
+    """Rows that a source fills when it is opened, and has checked each of them then.
+
+    Arguments are those of `Examples`, and:
+
+    Args:
+        columns: Further ones that are kept of each row.
+        beside: Columns of further pictures, of which each row has one, of its picture's size.
+    """
+
+    file_names: list[str]
+    captions: list[list[str]]
+    sizes: list[Size]
+    digests: list[str]
+    repeats: list[int]
+    columns: dict[str, list[Any]]
+
+    def __init__(self, place: str, columns: Sequence[str] = (), reading: str = "", beside: Sequence[str] = ()) -> None:
+        super().__init__(place, reading)
+        self.file_names, self.captions, self.sizes, self.digests, self.repeats = [], [], [], [], []
+        self.columns = {name: [] for name in columns}
+        self.beside = {name: [] for name in beside}
 
     @property
     def fingerprint(self) -> str:
@@ -108,7 +194,6 @@ class Examples(ABC):
         return digest.hexdigest()
 
     def left_out(self) -> list[str]:
-        """What a user has to be told about what is not used."""
         lines = [f"left out, {counted(len(self.skipped), 'row')} of {self.place}:"] if self.skipped else []
         return lines + [f"  {line}" for line in self.skipped]
 
@@ -119,6 +204,7 @@ class Examples(ABC):
             DataError: Most of the rows are left out now.
         """
         lists: list[list[Any]] = [self.file_names, self.captions, self.sizes, self.digests, self.repeats]
+        self.beside = {name: list(values) for name, values in self.beside.items()}
         for values in [*lists, *self.columns.values(), *self.beside.values()]:
             values[:] = [value for row, value in enumerate(values) if row not in rows]
         self.skipped += [rows[row] for row in sorted(rows)]
@@ -150,6 +236,7 @@ class Examples(ABC):
         for column, values in self.columns.items():
             values.append((columns or {}).get(column))
         for column, further in self.beside.items():
+            assert isinstance(further, list)
             further.append((beside or {})[column])
 
 

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from hubgen.checks import is_whole
 from hubgen.data.errors import DataError
-from hubgen.data.examples import BESIDE, MASK, Beside, Examples, check_size, counted
+from hubgen.data.examples import BESIDE, MASK, Beside, CheckedExamples, check_size, counted
 from hubgen.data.metadata import IMAGE, LeavesFolderError, Row, has_captions, has_metadata, read_rows
 from hubgen.data.pictures import MAX_PIXELS, as_mask, decode_picture, on_white, read_picture
 from hubgen.data.views import Size, pixels_of, square_view
@@ -31,7 +31,7 @@ SHORTEST_SIDE = 8
 _READING = "sRGB on white"  # part of the fingerprint: how a file becomes a picture
 
 
-class ImageTextFolder(Examples, Dataset):
+class ImageTextFolder(CheckedExamples, Dataset):
     """The examples of an image-text folder, all of it checked when it is opened; a map-style data set too.
 
     Each row has to name a picture inside the folder that no other row names, with a caption that is a non-empty string;

@@ -8,8 +8,9 @@ and however often validation drew random numbers in between. There is no state t
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -45,6 +46,54 @@ class Draw:
     """Of the data"""
 
 
+class Order(Protocol):
+    """The pictures of one bucket, in another order in each epoch; a function, which remembers only to save time."""
+
+    def __len__(self) -> int:
+        """Pictures of an epoch."""
+
+    def row(self, epoch: int, offset: int) -> int:
+        """The row of the data whose picture comes in an epoch behind `offset` others."""
+
+
+class Shuffled:
+    """One permutation of some rows after the other.
+
+    Args:
+        rows: Of the data.
+        seed: Of the run.
+        stream: Name of the permutations, see `generator_of`.
+    """
+
+    def __init__(self, rows: Sequence[int], seed: int, stream: str) -> None:
+        self._rows, self.seed, self.stream = torch.tensor(rows), seed, stream
+        self._permutations: dict[int, torch.Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def row(self, epoch: int, offset: int) -> int:
+        if epoch not in self._permutations:
+            # A batch reads neighbouring epochs in ascending order, so older permutations are not asked for again.
+            kept = {key: order for key, order in self._permutations.items() if key >= epoch - 1}
+            order = torch.randperm(len(self._rows), generator=generator_of(self.seed, epoch, self.stream))
+            self._permutations = {**kept, epoch: self._rows[order]}
+        return int(self._permutations[epoch][offset])
+
+
+def stream_of(bucket: Hashable, buckets: int) -> str:
+    """Name of the permutations of a bucket, one of several."""
+    return "order" if buckets == 1 else f"order {bucket}"
+
+
+def orders_of(buckets: Sequence[Hashable], seed: int, repeats: Sequence[int] | None = None) -> dict[Hashable, Order]:
+    """The order of each bucket's pictures; arguments are those of `EndlessRow`."""
+    members: dict[Hashable, list[int]] = {}
+    for row, bucket in enumerate(buckets):
+        members.setdefault(bucket, []).extend([row] * (1 if repeats is None else whole("repeats", repeats[row])))
+    return {bucket: Shuffled(rows, seed, stream_of(bucket, len(members))) for bucket, rows in members.items()}
+
+
 class EndlessRow:
     """The pictures of each step: of one bucket, so that they have one size.
 
@@ -54,7 +103,8 @@ class EndlessRow:
     epochs.
 
     Args:
-        buckets: Of each picture, what it has to have in common with the others of a step.
+        buckets: Of each picture, what it has to have in common with the others of a step; or the order of the pictures
+            by what they have in common.
         batch_size: G, the pictures of a step, of all processes and accumulated batches together.
         seed: Of the run.
         repeats: How often each picture stands in an epoch; once if not given.
@@ -65,16 +115,18 @@ class EndlessRow:
     """
 
     def __init__(
-        self, buckets: Sequence[Hashable], batch_size: int, seed: int, repeats: Sequence[int] | None = None
+        self,
+        buckets: Sequence[Hashable] | Mapping[Hashable, Order],
+        batch_size: int,
+        seed: int,
+        repeats: Sequence[int] | None = None,
     ) -> None:
         whole("buckets", len(buckets))
         self.batch_size, self.seed = whole("batch_size", batch_size), seed
-        members: dict[Hashable, list[int]] = {}
-        for row, bucket in enumerate(buckets):
-            members.setdefault(bucket, []).extend([row] * (1 if repeats is None else whole("repeats", repeats[row])))
-        self.buckets = sorted(members, key=str)
-        self._members = [torch.tensor(members[bucket]) for bucket in self.buckets]
-        self._counts = [len(rows) for rows in self._members]
+        orders = buckets if isinstance(buckets, Mapping) else orders_of(buckets, seed, repeats)
+        self.buckets = sorted(orders, key=str)
+        self._orders = [orders[bucket] for bucket in self.buckets]
+        self._counts = [len(order) for order in self._orders]
         small = [f"{bucket} has {count}" for bucket, count in zip(self.buckets, self._counts, strict=True)]
         small = [text for text, count in zip(small, self._counts, strict=True) if count < batch_size]
         if small and len(self.buckets) > 1:
@@ -83,7 +135,6 @@ class EndlessRow:
                 f"{batch_size} in each: make the batch smaller, repeat the pictures, or use fewer buckets"
             )
         self._epoch: tuple[int, list[int]] | None = None
-        self._permutations: dict[tuple[int, int], torch.Tensor] = {}
 
     def __len__(self) -> int:
         """Pictures of an epoch, repeated ones counted as often."""
@@ -121,10 +172,4 @@ class EndlessRow:
 
     def _row(self, bucket: int, position: int) -> int:
         epoch, offset = divmod(position, self._counts[bucket])
-        if (bucket, epoch) not in self._permutations:
-            # A batch reads neighbouring epochs in ascending order, so older permutations are not asked for again.
-            kept = {key: order for key, order in self._permutations.items() if key[0] != bucket or key[1] >= epoch - 1}
-            stream = "order" if len(self.buckets) == 1 else f"order {self.buckets[bucket]}"
-            order = torch.randperm(self._counts[bucket], generator=generator_of(self.seed, epoch, stream))
-            self._permutations = {**kept, (bucket, epoch): self._members[bucket][order]}
-        return int(self._permutations[bucket, epoch][offset])
+        return self._orders[bucket].row(epoch, offset)

@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 from hubgen.checks import whole
 from hubgen.conditioning.micro import MicroConditioning
 from hubgen.data.errors import DataError
+from hubgen.data.lazy import each
 from hubgen.data.order import generator_of
 
 Size = tuple[int, int]
@@ -129,7 +130,7 @@ class Views:
         names: Of the pictures, for the message.
 
     Raises:
-        DataError: A picture is smaller than its size, and `upscale` is False.
+        DataError: A picture is smaller than its size, and `upscale` is False; of lazy sizes, once it is asked for.
     """
 
     def __init__(
@@ -147,15 +148,21 @@ class Views:
     ) -> None:
         self.sizes, self.digests, self.seed = sizes, digests, seed
         self.crops, self.mirror, self.moves = whole("crops", crops, 0), mirror, whole("moves", moves, 0)
-        self.buckets = [bucket_of(size, buckets) for size in sizes]
+        self.upscale, self._names = upscale, names
+        self.known = buckets
+        """Sizes that pictures are brought to"""
+        self.buckets = each(sizes, self._bucket)
         """Of each picture, the size that it is brought to"""
-        for row, (size, bucket) in enumerate(zip(sizes, self.buckets, strict=True)):
-            if not upscale and (size[0] < bucket[0] or size[1] < bucket[1]):
-                name = f"row {row}" if names is None else names[row]
-                raise DataError(
-                    f"{name}: got {size[1]}x{size[0]} pixels, expected at least {bucket[1]}x{bucket[0]}, the size that "
-                    "it is brought to (upscale enlarges smaller ones)"
-                )
+
+    def _bucket(self, row: int, size: Size) -> Size:
+        bucket = bucket_of(size, self.known)
+        if not self.upscale and (size[0] < bucket[0] or size[1] < bucket[1]):
+            name = f"row {row}" if self._names is None else self._names[row]
+            raise DataError(
+                f"{name}: got {size[1]}x{size[0]} pixels, expected at least {bucket[1]}x{bucket[0]}, the size that "
+                "it is brought to (upscale enlarges smaller ones)"
+            )
+        return bucket
 
     @property
     def count(self) -> int:

@@ -20,11 +20,12 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from hubgen.data.errors import DataError
-from hubgen.data.examples import BESIDE, MASK, Beside, Examples, check_size
+from hubgen.data.examples import BESIDE, MASK, Beside, CheckedExamples, check_size
 from hubgen.data.metadata import IMAGE
 from hubgen.data.pictures import MAX_PIXELS, as_mask, decode_picture, on_white
 
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+COUNTS = "_stats.json"
 CAPTIONS = ("txt", "caption")
 PICTURES = {suffix.removeprefix(".") for suffix in Image.registered_extensions()}
 
@@ -35,6 +36,14 @@ def is_shards(source: str) -> bool:
         return True
     path = Path(source).expanduser()
     return "*" not in source and path.is_dir() and any(path.glob("*.tar"))
+
+
+def has_counts(folder: Path) -> bool:
+    """Whether a folder is one of shards with counts beside them, which `hubgen.data.shard_feed` reads."""
+    if not folder.is_dir():
+        return False
+    with os.scandir(folder) as entries:  # of a million files, a few are looked at
+        return any(one.name.endswith(COUNTS) and one.name.removesuffix(COUNTS).isdecimal() for one in entries)
 
 
 def shards_of(source: str) -> list[Path]:
@@ -64,7 +73,7 @@ def shards_of(source: str) -> list[Path]:
     return found
 
 
-class WebDataset(Examples):
+class WebDataset(CheckedExamples):
     """The examples of tar files, all of them checked when they are opened.
 
     Args:
@@ -158,7 +167,7 @@ class WebDataset(Examples):
         return [value]
 
     def drop(self, rows: Any) -> None:
-        """See `Examples.drop`."""
+        """See `CheckedExamples.drop`."""
         self._places = [place for row, place in enumerate(self._places) if row not in rows]
         super().drop(rows)
 

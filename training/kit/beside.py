@@ -22,7 +22,7 @@ from hubgen.controls.image_attention import Adapter
 from hubgen.controls.image_encoders import encode, is_pooling, pixels_of
 from hubgen.controls.net_kinds import Hint, NetKind
 from hubgen.controls.shown_picture import EditInput
-from hubgen.data.cache import TensorCache, module_digest
+from hubgen.data.cache import PartCaches, module_digest
 from hubgen.data.encoded import LatentSource
 from hubgen.data.order import Draw, generator_of
 from hubgen.training.kit.pictures import Pictures
@@ -165,7 +165,9 @@ class Seen(Beside):
     def read(self, draws: Sequence[Draw]) -> Any:
         if self.embeds.cache is None:
             return [self.examples.picture(draw.row) for draw in draws]
-        return torch.stack([self.embeds.cache[self.examples.digests[draw.row]]["embeds"] for draw in draws])
+        caches = [self.embeds.cache.of(self.examples.part_of(draw.row)) for draw in draws]
+        found = [cache[self.examples.digests[draw.row]] for cache, draw in zip(caches, draws, strict=True)]
+        return torch.stack([one["embeds"] for one in found])
 
     @torch.no_grad()
     def shown(self, read: Any, draws: Sequence[Draw], kept: Sequence[bool], device: torch.device) -> torch.Tensor:
@@ -201,7 +203,7 @@ class Embeddings:
 
     def __init__(self, seen: Seen, cache_dir: Path | None, batch_size: int = 32) -> None:
         self.seen, self.batch_size = seen, batch_size
-        self.cache: TensorCache | None = None
+        self.cache: PartCaches[int] | None = None
         if cache_dir is not None:
             encoder, extractor = seen.encoder, seen.extractor
             sizes = {name: getattr(encoder, name, None) for name in ("image_size", "places")}
@@ -212,19 +214,22 @@ class Embeddings:
                 "extractor": None if extractor is None else extractor.to_json_string(),
                 "patches": seen.patches,
             }
-            self._rows = {digest: row for row, digest in enumerate(seen.examples.digests)}
-            self.cache = TensorCache(cache_dir, content, self._rows)
+            self.cache = PartCaches(cache_dir, content, len(seen.examples.parts), self._rows)
+
+    def _rows(self, part: int) -> dict[str, int]:
+        """The row of each key of a part."""
+        return {self.seen.examples.digests[row]: row for row in self.seen.examples.parts[part]}
 
     def fill(self, rank: int = 0, world_size: int = 1, show_progress: bool = True) -> None:
-        """Makes what the cache lacks; see `TensorCache.fill`."""
+        """Makes what the cache lacks; see `PartCaches.fill`."""
         if self.cache is not None:
             self.cache.fill(self._encode, rank, world_size, show_progress)
 
     @torch.no_grad()
-    def _encode(self, keys: Sequence[str]) -> Iterator[tuple[str, Mapping[str, torch.Tensor]]]:
+    def _encode(self, rows: Mapping[str, int], keys: Sequence[str]) -> Iterator[tuple[str, Mapping[str, torch.Tensor]]]:
         for first in range(0, len(keys), self.batch_size):
             chosen = keys[first : first + self.batch_size]
-            embeds = self.seen.of([self.seen.examples.picture(self._rows[key]) for key in chosen])
+            embeds = self.seen.of([self.seen.examples.picture(rows[key]) for key in chosen])
             for key, one in zip(chosen, embeds, strict=True):
                 yield key, {"embeds": one}
 

@@ -13,6 +13,7 @@ A run may show several of them. `pictures.beside` is what a control is shown of 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from hubgen.conditioning.condition import Condition
 from hubgen.conditioning.predict import predict
 from hubgen.data.captions import Captions
 from hubgen.data.encoded import LatentSource, TextSource
+from hubgen.data.lazy import Lazy
 from hubgen.data.order import Draw, EndlessRow, generator_of
 from hubgen.pipelines.class_to_image import ClassToImagePipeline
 from hubgen.schedulers.objective import Objective
@@ -225,24 +227,35 @@ class PromptedPictures(ConditionedPictures):
         if captioned is not None:
             self.captions = captions_of(pictures, captioned)
         else:
-            self.captions = Captions([[prompt or ""]] * len(pictures))
+            self.captions = Captions(Lazy(len(pictures), partial(_alike, [prompt or ""])))
 
-    def wordings(self) -> list[str]:
-        """Every caption that may be shown."""
+    @property
+    def fingerprint(self) -> Any:
+        """Of the pictures, and how often they are shown with captions that a model wrote."""
+        found, synthetic = super().fingerprint, self.captions.synthetic
+        return {"pictures": found, "synthetic_captions": synthetic} if synthetic else found
+
+    def wordings(self, part: int = 0) -> list[str]:
+        """Every caption that may be shown of a part of the data, which is all of most data."""
+        rows = self.pictures.examples.parts[part]
         if self.train:
-            return self.captions.all()
-        return sorted({self.captions.first(row) for row in range(len(self.pictures))})
+            return self.captions.all(rows)
+        return sorted({self.captions.first(row) for row in rows})
 
     def encode(self, cache_dir: Path | None) -> None:
         """Makes what caches lack, of latents and, with `data.cache_texts`, of captions; see the base."""
-        self.texts = TextSource(self.pipe.condition, self.wordings(), cache_dir if self.data.cache_texts else None)
+        parts = {"parts": len(self.pictures.examples.parts), "of_part": self.wordings}
+        folder = cache_dir if self.data.cache_texts else None
+        self.texts = TextSource(self.pipe.condition, self.wordings(), folder, **parts)
         self._fill(self.texts)
         super().encode(cache_dir)
 
     def notes(self) -> list[str]:
         """What to say about rows that are left out, and about captions of which a part is not read."""
         found = self.texts.too_long()
-        what = f"{len(found)} of {len(self.texts.captions)} captions are longer than the text encoder reads; the first:"
+        where = " of the first shard" if self.texts.parts > 1 else ""
+        what = f"{len(found)} of {len(self.texts.captions)} captions{where} are longer than the text encoder reads; "
+        what += "the first:"
         return [*super().notes(), *([f"{what} {found[0]}"] if found else [])]
 
     def words(self, rows: Sequence[int]) -> dict[str, Any]:
@@ -256,13 +269,21 @@ class PromptedPictures(ConditionedPictures):
             ]
         else:
             captions = [self.captions.first(draw.row) for draw in draws]
-        return {"captions": captions, "micro": self.pictures.micro(draws) if self.takes_micro else None}
+        parts = [self.pictures.examples.part_of(draw.row) for draw in draws]
+        micro = self.pictures.micro(draws) if self.takes_micro else None
+        return {"captions": captions, "parts": parts, "micro": micro}
 
     def _condition(self, batch: dict[str, Any], embedded: bool) -> Condition:
         device = self.run.device
-        condition = Condition.of_text(self.texts(batch["captions"], device)) if embedded else Condition()
+        condition = Condition()
+        if embedded:
+            condition = Condition.of_text(self.texts(batch["captions"], device, batch["parts"]))
         micro = None if batch["micro"] is None else batch["micro"].to(device)
         return replace(condition, micro=micro, guidance_scale=self.guidance_scale)
+
+
+def _alike(value: list[str], row: int) -> list[str]:
+    return value
 
 
 class LabelledPictures(ConditionedPictures):

@@ -17,7 +17,8 @@ class Data:
     """Pictures."""
 
     source: Annotated[str, FREE]
-    """Folder of pictures, shards of a WebDataset, or data set on the Hub; see the README."""
+    """Folder of pictures; of shards that `hubgen data` or img2dataset wrote (or its URL, as s3://bucket/kept), or of a
+    WebDataset; or data set on the Hub. See the README."""
 
     split: str = "train"
     """Split to train on."""
@@ -65,7 +66,13 @@ class Data:
     """Keep what text encoders make of captions, where cache is on."""
 
     cache_dir: Annotated[Path | None, FREE] = None
-    """Folder of that; output_dir/cache if not given."""
+    """Folder of that, output_dir/cache if not given; copies from the Hub or a URL go there or to ~/.cache/hubgen."""
+
+    cache_shards: Annotated[int, Range(1), FREE] | None = None
+    """Shards of a URL that stay in cache_dir; the one that was used longest ago makes room. All if not given."""
+
+    window: Annotated[int, Range(1), FREE] = 16
+    """Shards whose pictures are shuffled together, each epoch others; more need more memory, about 5 MB each."""
 
     num_workers: Annotated[int, Range(0), FREE] = 0
     """Processes that read ahead, each."""
@@ -86,7 +93,10 @@ class CaptionedData(Data):
     """Pictures with captions."""
 
     caption_column: Annotated[str, FREE] = "text"
-    """Column of the captions."""
+    """Column of the captions; of shards, caption where there is no text."""
+
+    synthetic_captions: Annotated[float, Range(0, 1), FREE] = 0.0
+    """How often a picture is shown with the caption that a model wrote (column synthetic_caption), where it has one."""
 
     caption_variants: Annotated[float, Range(0, 1)] = 0.5
     """How often a picture is shown with another of its wordings than the first."""

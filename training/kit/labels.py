@@ -2,30 +2,41 @@
 
 import hashlib
 import json
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
 import torch
 
 from hubgen.data.errors import DataError
+from hubgen.data.examples import Examples
+from hubgen.data.lazy import Lazy, each
 from hubgen.data.order import Draw, generator_of
 from hubgen.training.kit.groups import LabelledData
 from hubgen.training.kit.pictures import Pictures
 
 
-def _values(pictures: Pictures, column: str | None) -> list[str]:
-    examples = pictures.examples
+def _values(examples: Examples, column: str | None) -> Sequence[str]:
+    """The class of each picture in words; raises DataError, of shards when it is asked for, where one has none."""
     if column is None:
-        values: list[Any] = [PurePosixPath(name).parent.name or None for name in examples.file_names]
-    else:
-        values = examples.columns[column]
-    for row, value in enumerate(values):
-        if value is None or isinstance(value, list | dict) or str(value) == "":
-            what = (
-                "the name of a folder that the picture lies in" if column is None else f"a class in column {column!r}"
-            )
-            raise DataError(f"{examples.place}: {examples.file_names[row]}: got {value!r}, expected {what}")
-    return [str(value) for value in values]
+        return each(examples.file_names, partial(_folder, examples))
+    return each(examples.columns[column], partial(_value, examples, column))
+
+
+def _folder(examples: Examples, row: int, name: str) -> str:
+    return _checked(examples, name, PurePosixPath(name).parent.name or None, None)
+
+
+def _value(examples: Examples, column: str, row: int, value: Any) -> str:
+    return _checked(examples, examples.file_names[row], value, column)
+
+
+def _checked(examples: Examples, name: str, value: Any, column: str | None) -> str:
+    if value is None or isinstance(value, list | dict) or str(value) == "":
+        what = "the name of a folder that the picture lies in" if column is None else f"a class in column {column!r}"
+        raise DataError(f"{examples.place}: {name}: got {value!r}, expected {what}")
+    return str(value)
 
 
 def label_names(pictures: Pictures, column: str | None) -> list[str]:
@@ -34,8 +45,11 @@ def label_names(pictures: Pictures, column: str | None) -> list[str]:
     Raises:
         DataError: A picture has no class.
     """
-    names = set(_values(pictures, column))
-    return sorted(names, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
+    examples = pictures.examples
+    found: Iterable[str] = _values(examples, column)
+    if column is not None:
+        found = [_checked(examples, "a picture", value, column) for value in examples.distinct(column)]
+    return sorted(set(found), key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
 
 
 class Labels:
@@ -52,9 +66,11 @@ class Labels:
 
     def __init__(self, pictures: Pictures, data: LabelledData, pipe: Any) -> None:
         self.dropout, self.null = data.label_dropout, pipe.null_label
-        self.numbers = [self._number(name, pipe, pictures) for name in _values(pictures, data.label_column)]
+        values = _values(pictures.examples, data.label_column)
+        self.numbers = each(values, partial(self._number, pipe, pictures))
+        self._told = {"column": data.label_column, "classes": dict(pipe.labels)}
 
-    def _number(self, name: str, pipe: Any, pictures: Pictures) -> int:
+    def _number(self, pipe: Any, pictures: Pictures, row: int, name: str) -> int:
         if name in pipe.labels:
             return pipe.labels[name]
         if name.isdecimal() and int(name) < pipe.embedded_labels and int(name) != pipe.null_label:
@@ -63,8 +79,9 @@ class Labels:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the classes."""
-        return hashlib.sha256(json.dumps(self.numbers).encode()).hexdigest()
+        """Changes with the classes; those of shards follow from the pictures, the column and the model's names."""
+        told = json.dumps(self._told if isinstance(self.numbers, Lazy) else self.numbers)
+        return hashlib.sha256(told.encode()).hexdigest()
 
     @property
     def none(self) -> int:

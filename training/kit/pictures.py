@@ -9,13 +9,18 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from hubgen.data.captions import Captions
+from hubgen.data.captions import SYNTHETIC, Captions
+from hubgen.data.errors import DataError
 from hubgen.data.examples import Examples
+from hubgen.data.lazy import Lazy, each
 from hubgen.data.order import Draw, EndlessRow
 from hubgen.data.sources import open_examples
 from hubgen.data.views import Size, Views, bucket_of, bucket_sizes, pixels_of
 from hubgen.training.kit.groups import CaptionedData, Data
 from hubgen.training.kit.parse import SettingsError
+
+MEASURED = 20_000
+"""Pictures of shards at most of which something is measured"""
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,8 @@ class Pictures:
 
     def row(self, data: Data, batch_size: int) -> EndlessRow:
         """The endless row that a run takes them from."""
-        repeats = [repeats * data.repeats for repeats in self.examples.repeats]
-        return EndlessRow(self.views.buckets, batch_size, self.seed, repeats)
+        views = self.views
+        return self.examples.endless_row(views.buckets, views.known, batch_size, self.seed, data.repeats)
 
     def shown(self, draw: Draw) -> int:
         """The number of the view of a picture at a place."""
@@ -47,9 +52,12 @@ class Pictures:
         return torch.stack([pixels_of(picture) for picture in pictures])
 
     def batches(self, size: int) -> Iterator[torch.Tensor]:
-        """All pictures in order, (B, 3, H, W) in [-1, 1], B of one size at a time; each in its first view."""
+        """All pictures in order, (B, 3, H, W) in [-1, 1], B of one size at a time; each in its first view.
+
+        Of shards, which may be endlessly many, the first `MEASURED`.
+        """
         by_size: dict[Size, list[int]] = {}
-        for row in range(len(self)):
+        for row in range(min(len(self), MEASURED) if isinstance(self.examples.sizes, Lazy) else len(self)):
             by_size.setdefault(self.views.buckets[row], []).append(row)
         for rows in by_size.values():
             for first in range(0, len(rows), size):
@@ -130,6 +138,8 @@ def open_pictures(
         except ValueError as error:
             raise SettingsError(f"setting 'data.bucket_sides': {error}") from error
     columns = [*columns, *([] if data.mask_column is None else [data.mask_column])]
+    if train and caption_column is not None and getattr(data, "synthetic_captions", 0.0) > 0:
+        columns.append(SYNTHETIC)
     examples = open_examples(
         data.source,
         split,
@@ -140,6 +150,7 @@ def open_pictures(
         cache_dir=data.cache_dir,
         beside=data.beside,
         picture=data.picture,
+        shards={"window": data.window, "most": data.cache_shards},
     )
     if data.on_bad_picture == "skip" and not data.upscale:
         small = {
@@ -164,13 +175,34 @@ def open_pictures(
 
 
 def captions_of(pictures: Pictures, data: CaptionedData) -> Captions:
-    """The texts that the pictures may be shown with."""
+    """The texts that the pictures may be shown with.
+
+    Raises:
+        DataError: No picture has the caption of a model that the settings ask for.
+    """
+    examples, written = pictures.examples, list[str | None]()
+    if SYNTHETIC in examples.columns:
+        written = each(examples.columns[SYNTHETIC], partial(_written, examples.place))
+        if not isinstance(written, Lazy) and not any(written):
+            raise DataError(
+                f"{examples.place}: got no {SYNTHETIC} of any picture, expected some for data.synthetic_captions "
+                f"{data.synthetic_captions:g}; `hubgen data recaption` writes them"
+            )
     return Captions(
-        pictures.examples.captions,
+        examples.captions,
         variants=data.caption_variants,
         dropout=data.caption_dropout,
         prefix=data.caption_prefix,
         shuffles=data.tag_orders,
         kept_tags=data.kept_tags,
         seed=pictures.seed,
+        written=written,
+        synthetic=data.synthetic_captions if SYNTHETIC in examples.columns else 0.0,
     )
+
+
+def _written(place: str, row: int, value: object) -> str | None:
+    """The caption that a model wrote, if it wrote one."""
+    if value is not None and not isinstance(value, str):
+        raise DataError(f"{place}: got {type(value).__name__} {value!r:.40} as {SYNTHETIC}, expected a string")
+    return value if value is not None and value.strip() else None
