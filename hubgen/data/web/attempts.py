@@ -8,10 +8,10 @@
 
 import os
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from hubgen.data.web.stages import Stage, Work, finish, run_shard
 from hubgen.errors import one_line
@@ -25,10 +25,13 @@ class Result:
     problem: str | None
 
 
+Results: TypeAlias = Generator[Result, None, None]
+
+
 class Engine(Protocol):
     """Gets all the work done somewhere."""
 
-    def __call__(self, stage: Stage, works: Sequence[Work], folder: Path, workers: int) -> Iterator[Result]:
+    def __call__(self, stage: Stage, works: Sequence[Work], folder: Path, workers: int) -> Results:
         """A result for each piece of work, in the order in which they come.
 
         Args:

@@ -14,7 +14,7 @@ from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
-from hubgen.data.web.attempts import Result, attempt, prepared
+from hubgen.data.web.attempts import Result, Results, attempt, prepared
 from hubgen.data.web.stages import Stage, Work
 from hubgen.errors import one_line
 
@@ -26,7 +26,7 @@ class Local:
     gpus: float = 0.0
     """That each worker sees, others than the next one's; below 1 they share one. 0: each sees all there are."""
 
-    def __call__(self, stage: Stage, works: Sequence[Work], folder: Path, workers: int) -> Iterator[Result]:
+    def __call__(self, stage: Stage, works: Sequence[Work], folder: Path, workers: int) -> Results:
         """See `Engine`."""
         if not works:
             return

@@ -2,12 +2,12 @@
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hubgen.data.web.attempts import Result, attempt, prepared
+from hubgen.data.web.attempts import Result, Results, attempt, prepared
 from hubgen.data.web.stages import Stage, Work
 
 
@@ -36,7 +36,7 @@ class OnRay:
     gpus: float = 0.0
     """Of each worker; below 1 they share one. With 0 a worker sees none."""
 
-    def __call__(self, stage: Stage, works: Sequence[Work], folder: Path, workers: int) -> Iterator[Result]:
+    def __call__(self, stage: Stage, works: Sequence[Work], folder: Path, workers: int) -> Results:
         """See `Engine`.
 
         Raises:

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from hubgen.data.errors import DataError
-from hubgen.data.web.attempts import Result
+from hubgen.data.web.attempts import Result, Results
 from hubgen.data.web.slurm_tasks import JOB, LOG, NAME, RESULTS, Share, write_tasks
 from hubgen.data.web.stages import Stage, Work
 
@@ -48,7 +48,7 @@ class OnSlurm:
     patience: float = 60.0
     """Seconds that a result may take to be seen here after its job has ended"""
 
-    def __call__(self, stage: Stage, works: Sequence[Work], folder: Path, workers: int) -> Iterator[Result]:
+    def __call__(self, stage: Stage, works: Sequence[Work], folder: Path, workers: int) -> Results:
         """See `Engine`.
 
         Raises:
