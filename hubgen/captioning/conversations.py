@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from hubgen.captioning.captioner import IMAGE
 from hubgen.captioning.templates import Conversation, Turn
 from hubgen.data.errors import DataError
-from hubgen.data.examples import Examples
+from hubgen.data.examples import CheckedExamples
 from hubgen.data.metadata import LeavesFolderError
 from hubgen.data.pictures import MAX_PIXELS, decode_picture, on_white, read_picture
 
@@ -28,7 +28,7 @@ TURNS = "conversations"
 ROLES = ("human", "gpt")
 
 
-class Conversations(Examples):
+class Conversations(CheckedExamples):
     """The conversations of a JSON file, all of them checked when it is opened: turns, pictures, all.
 
     Args:
