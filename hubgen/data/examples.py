@@ -204,8 +204,9 @@ class CheckedExamples(Examples):
             DataError: Most of the rows are left out now.
         """
         lists: list[list[Any]] = [self.file_names, self.captions, self.sizes, self.digests, self.repeats]
-        self.beside = {name: list(values) for name, values in self.beside.items()}
-        for values in [*lists, *self.columns.values(), *self.beside.values()]:
+        beside: dict[str, list[Beside]] = {name: list(values) for name, values in self.beside.items()}
+        self.beside = {**beside}
+        for values in [*lists, *self.columns.values(), *beside.values()]:
             values[:] = [value for row, value in enumerate(values) if row not in rows]
         self.skipped += [rows[row] for row in sorted(rows)]
         self.check_enough()

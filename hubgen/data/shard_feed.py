@@ -305,9 +305,11 @@ class ShardExamples(Examples):
     def _opened(self, number: int) -> OpenShard:
         def make() -> OpenShard:
             manifest = self.manifest
-            counts = (int(values[number]) for values in (manifest.rows, manifest.pictures, manifest.tar_bytes))
+            rows, pictures, length = (
+                int(values[number]) for values in (manifest.rows, manifest.pictures, manifest.tar_bytes)
+            )
             with self.store.stored(number) as shard:
-                return OpenShard(shard, Expected(*counts, self.caption_column, self._names))
+                return OpenShard(shard, Expected(rows, pictures, length, self.caption_column, self._names))
 
         opened: OpenShard = _remembered(self._open, number, make, self._most_open)
         return opened

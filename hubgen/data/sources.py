@@ -77,8 +77,8 @@ def open_examples(
             raise DataError(f"{source}: got shards, whose rows have one picture, expected also {', '.join(beside)}")
         from hubgen.data.shard_feed import ShardExamples
 
-        own = {"caption_column": caption_column, "columns": columns, "max_pixels": max_pixels}
-        return ShardExamples(source, split, copies=copies, **own, **(shards or {}))
+        options = {"caption_column": caption_column, "columns": columns, "max_pixels": max_pixels, **(shards or {})}
+        return ShardExamples(source, split, copies=copies, **options)
     if is_shards(source) or (inner.is_dir() and is_shards(str(inner))):
         return WebDataset(source, split, caption_column=caption_column, **options)
     if path.is_dir():

@@ -244,9 +244,8 @@ class PromptedPictures(ConditionedPictures):
 
     def encode(self, cache_dir: Path | None) -> None:
         """Makes what caches lack, of latents and, with `data.cache_texts`, of captions; see the base."""
-        parts = {"parts": len(self.pictures.examples.parts), "of_part": self.wordings}
-        folder = cache_dir if self.data.cache_texts else None
-        self.texts = TextSource(self.pipe.condition, self.wordings(), folder, **parts)
+        folder, parts = cache_dir if self.data.cache_texts else None, len(self.pictures.examples.parts)
+        self.texts = TextSource(self.pipe.condition, self.wordings(), folder, parts=parts, of_part=self.wordings)
         self._fill(self.texts)
         super().encode(cache_dir)
 

@@ -180,7 +180,8 @@ def captions_of(pictures: Pictures, data: CaptionedData) -> Captions:
     Raises:
         DataError: No picture has the caption of a model that the settings ask for.
     """
-    examples, written = pictures.examples, list[str | None]()
+    examples = pictures.examples
+    written: Sequence[str | None] = []
     if SYNTHETIC in examples.columns:
         written = each(examples.columns[SYNTHETIC], partial(_written, examples.place))
         if not isinstance(written, Lazy) and not any(written):
