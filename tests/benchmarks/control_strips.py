@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from hubgen.backbones.sd3_controlnet import SD3ControlNetModel
+from hubgen.backbones.controlnet_sd3 import SD3ControlNetModel
 from hubgen.controls.controlnet import ControlNet
 from hubgen.controls.image_attention import FILE, Adapter
 from hubgen.controls.ip_adapter import IPAdapter
