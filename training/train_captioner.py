@@ -12,9 +12,9 @@ bit for bit. At the end `output_dir/captioner` holds model and processor, which 
 `hubgen data recaption --model` takes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 
@@ -28,19 +28,19 @@ from hubgen.captioning.captioner import (
     small_captioner,
 )
 from hubgen.captioning.card import captioner_card
-from hubgen.captioning.conversations import Conversations, is_conversations
 from hubgen.captioning.stages import TEMPLATES, Stage, set_learning
-from hubgen.captioning.templates import PROMPT, SYSTEM
+from hubgen.captioning.templates import SYSTEM
 from hubgen.data.cache import module_digest
-from hubgen.data.examples import Examples
-from hubgen.data.pictures import MAX_PIXELS
-from hubgen.data.sources import open_examples
-from hubgen.training.kit.answers import Answers, Told, measure
+from hubgen.training.kit.answers import Answers, AskedData, Told, measure, open_told
 from hubgen.training.kit.groups import Optim, Publish, RunOptions, need
 from hubgen.training.kit.parse import FREE, Range, SettingsError, identity_of
+from hubgen.training.kit.pictures import Pictures
 from hubgen.training.kit.publishing import about_run, check_push, publish_folder, record_of
 from hubgen.training.kit.run import Run
 from hubgen.training.kit.script import run_script
+
+READ = 20_000
+"""Pictures whose captions the tokenizer of a captioner from scratch is fitted to, at most"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,47 +76,6 @@ class Base:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptionerData:
-    """Pictures with captions or conversations."""
-
-    source: Annotated[str, FREE]
-    """Folder of pictures, shards, or data set on the Hub, all with captions; or a file of conversations (.json)."""
-
-    split: str = "train"
-    """Split to train on."""
-
-    image_root: Annotated[Path | None, FREE] = None
-    """Folder that the pictures of a file of conversations are in; that of the file if not given."""
-
-    caption_column: Annotated[str, FREE] = "text"
-    """Column of the captions."""
-
-    caption_variants: Annotated[float, Range(0, 1)] = 0.0
-    """How often a picture is told with another of its wordings than the first."""
-
-    prompt: str = PROMPT
-    """In the stage `instruct`: the question that captions answer."""
-
-    max_tokens: Annotated[int, Range(1)] = 2048
-    """Tokens of a text at most, those of its picture among them; the model may take fewer."""
-
-    repeats: Annotated[int, Range(1)] = 1
-    """How often each picture stands in an epoch."""
-
-    on_bad_picture: Annotated[Literal["fail", "skip"], FREE] = "fail"
-    """Whether a row that cannot be used ends the run or is left out and reported."""
-
-    max_pixels: Annotated[int, Range(1), FREE] = MAX_PIXELS
-    """Pixels of a picture at most, before it is scaled."""
-
-    cache_dir: Annotated[Path | None, FREE] = None
-    """Where data sets of the Hub are copied to."""
-
-    num_workers: Annotated[int, Range(0), FREE] = 0
-    """Processes that read ahead, each."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class CaptionValidation:
     """What is measured beside the training."""
 
@@ -124,7 +83,7 @@ class CaptionValidation:
     """Split that is measured; none if not given."""
 
     source: str | None = None
-    """Where it is; the data's own source if not given."""
+    """Where it is, such as a second file of conversations; the data's own source if not given."""
 
     steps: Annotated[int, Range(1)] = 1000
     """Steps between validations."""
@@ -144,21 +103,18 @@ class Settings:
     """What learns, and how conversations are written: align, pretrain, instruct."""
 
     base: Base = Base()
-    data: CaptionerData
+    data: AskedData
     optim: Optim = Optim(learning_rate=2e-5, weight_decay=0.0, betas=(0.9, 0.999), ema_decay=None)
     run: RunOptions
     validation: Annotated[CaptionValidation, FREE] = CaptionValidation()
     publish: Annotated[Publish, FREE] = Publish(dtype="float32", summary="A captioner trained with hubgen.")
 
     def __post_init__(self) -> None:
-        base, data = self.base, self.data
+        base = self.base
         parts = (base.vision_tower is None, base.language_model is None)
         need(parts[0] == parts[1], "base.vision_tower", base.vision_tower, "it and base.language_model, or neither")
-        need(
-            all(parts) or base.model is None, "base.model", base.model, "it, or base.vision_tower with a language model"
-        )
-        need(data.image_root is None or is_conversations(data.source), "data.image_root", str(data.image_root),
-             "none: it is for files of conversations (.json, .jsonl)")  # fmt: skip
+        alone = base.model is None or all(parts)
+        need(alone, "base.model", base.model, "it alone, or base.vision_tower with base.language_model")
 
 
 def main(settings: Settings) -> None:
@@ -166,23 +122,25 @@ def main(settings: Settings) -> None:
     s, run = settings, Run(settings.run)
     check_push(s.publish)
 
-    examples = opened(s.data, s.data.source, s.data.split)
-    others = None
+    # The pictures, and the captioner that reads them
+    pictures, others = open_told(s.data, s.data.split, s.run.seed), None
     if s.validation.split is not None or s.validation.source is not None:
-        others = opened(s.data, s.validation.source or s.data.source, s.validation.split or s.data.split)
-    captioner, template = begun(s, examples), TEMPLATES[s.stage]
-    told = Told(examples, captioner, template, s.data.prompt, s.data.caption_variants, s.run.seed)
-    told.check(min(s.data.max_tokens, captioner.longest), s.data.on_bad_picture == "skip")
-    held_out = None if others is None else Told(others, captioner, template, s.data.prompt, s.data.caption_variants)
-    fresh = s.base.model is None and s.base.vision_tower is None
-    base = {} if fresh else {"base": module_digest(captioner.model)}
-    run.open({"settings": identity_of(s), **base, "data": examples.fingerprint}, s.optim)
+        shown = replace(s.data, source=s.validation.source or s.data.source)
+        others = open_told(shown, s.validation.split or s.data.split, 0, train=False)
+    captioner = begun(s, pictures)
+    template, longest = TEMPLATES[s.stage], min(s.data.max_tokens, captioner.longest)
+    told = Told(pictures, captioner, template, s.data, longest)
+    held_out = None if others is None else Told(others, captioner, template, s.data, longest)
+    told.check()
+    from_scratch = s.base.model is None and s.base.vision_tower is None
+    base = {} if from_scratch else {"base": module_digest(captioner.model)}
+    run.open({"settings": identity_of(s), **base, "data": pictures.examples.fingerprint}, s.optim)
 
     set_learning(captioner.model, s.stage)
     answers = Answers(captioner.model)
     trained = run.trains("captioner", captioner.model, s.optim, answers)
-    row = told.row(run.batch_size, s.data.repeats)
-    run.describe(len(row), *examples.left_out())
+    row = told.row(run.batch_size)
+    run.describe(len(row), *pictures.examples.left_out())
     run.restore()
 
     def validate(step: int) -> None:
@@ -197,12 +155,12 @@ def main(settings: Settings) -> None:
     for step in run.steps(validate, s.validation.steps, "held_out_loss" if held_out else ""):
         for draws, batch in run.micro_batches(batches):
             total = trained.module(*batch.to(run.device))
-            trained.backward(total * shares / batch.of_step, told.names(draws))
+            trained.backward(total * shares / batch.of_step, pictures.names(draws))
             run.window.note("loss", total, batch.tokens)
         run.update(step)
 
     trained.settle()
-    record = record_of(run, "hubgen.training.train_captioner", s, told, s.data.source, "held_out_loss")
+    record = record_of(run, "hubgen.training.train_captioner", s, pictures, s.data.source, "held_out_loss")
 
     def write(folder: Path) -> None:
         folder.mkdir()
@@ -216,22 +174,7 @@ def main(settings: Settings) -> None:
     run.finish()
 
 
-def opened(data: CaptionerData, source: str, split: str) -> Examples:
-    """The pictures of a split, or of a file of conversations."""
-    if is_conversations(source):
-        path = Path(source).expanduser()
-        return Conversations(path, data.image_root or path.parent, data.on_bad_picture, data.max_pixels)
-    return open_examples(
-        source,
-        split,
-        caption_column=data.caption_column,
-        on_error=data.on_bad_picture,
-        max_pixels=data.max_pixels,
-        cache_dir=data.cache_dir,
-    )
-
-
-def begun(settings: Settings, examples: Examples) -> Captioner:
+def begun(settings: Settings, pictures: Pictures) -> Captioner:
     """The captioner that the run begins with, whose processor treats pictures as the stage does."""
     base = settings.base
     template = TEMPLATES[settings.stage]
@@ -241,7 +184,8 @@ def begun(settings: Settings, examples: Examples) -> Captioner:
         elif base.vision_tower is not None and base.language_model is not None:
             captioner = put_together(base.vision_tower, base.language_model)
         else:
-            texts = [wording for wordings in examples.captions for wording in wordings]
+            captions = pictures.examples.captions
+            texts = [wording for row in range(min(len(captions), READ)) for wording in captions[row]]
             sizes = Sizes(base.patch_size, base.width, base.layers, base.heads, base.vocabulary)
             captioner = small_captioner([*texts, settings.data.prompt, SYSTEM], base.image_size, sizes)
         ends = template.end_tokens(captioner.tokenizer)

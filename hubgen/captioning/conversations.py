@@ -9,7 +9,6 @@ Both are `Examples`; `conversation_of` gives one of their rows as turns.
 import hashlib
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,7 +18,7 @@ from tqdm.auto import tqdm
 from hubgen.captioning.captioner import IMAGE
 from hubgen.captioning.templates import Conversation, Turn
 from hubgen.data.errors import DataError
-from hubgen.data.examples import CheckedExamples
+from hubgen.data.examples import CheckedExamples, Examples
 from hubgen.data.metadata import LeavesFolderError
 from hubgen.data.pictures import MAX_PIXELS, decode_picture, on_white, read_picture
 
@@ -168,9 +167,13 @@ def conversation_of(examples: Examples, row: int, caption: str, prompt: str) -> 
     return [Turn(prompt, caption)]
 
 
-def check_texts(conversations: Sequence[Conversation], names: Sequence[str]) -> None:
-    """Raises DataError where a text holds `<image>`, in whose place the picture would come once more."""
-    for conversation, name in zip(conversations, names, strict=True):
-        for turn in conversation:
-            if IMAGE in turn.question or IMAGE in turn.answer:
-                raise DataError(f"{name}: got {IMAGE} in {turn.answer[:60]!r}, expected words: a picture stands there")
+def check_words(conversation: Conversation, name: str) -> None:
+    """Raises DataError where a text holds `<image>`, in whose place the picture would come once more.
+
+    Args:
+        conversation: About a picture.
+        name: Of the picture.
+    """
+    for turn in conversation:
+        if IMAGE in turn.question or IMAGE in turn.answer:
+            raise DataError(f"{name}: got {IMAGE} in {turn.answer[:60]!r}, expected words: a picture stands there")

@@ -1,7 +1,7 @@
 """Captions of pictures, each with a mark that says whether it can be used.
 
     asked = Asked(prompt=None, max_new_tokens=32, beams=1)
-    captions_of(captioner, pictures, asked)         # [Caption("a red apple", "ok"), ...]
+    write_captions(captioner, pictures, asked)         # [Caption("a red apple", "ok"), ...]
 
 Greedy or by beams, never drawn: the same pictures in the same batch get the same captions.
 """
@@ -22,6 +22,8 @@ Status: TypeAlias = Literal["ok", "empty", "repeating", "cut_off"]
 STATUSES: tuple[Status, ...] = ("ok", "empty", "repeating", "cut_off")
 ONE_WORD, SEVERAL_WORDS = 5, 3
 """How often in a row a word, or several words, are said by a model that goes round in circles"""
+LETTERS = re.compile(r"([^\W\d]{1,8}?)\1{9}")
+"""Letters that such a model says ten times inside of a word"""
 # Scripts without spaces between words: kana, Han, Thai, Lao, Khmer, Burmese.
 WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]|\w+")
 
@@ -99,13 +101,16 @@ def text_of(processor: Any, prompt: str | None) -> str:
 
 
 @torch.no_grad()
-def captions_of(captioner: Captioner, pictures: Sequence[Image.Image], asked: Asked) -> list[Caption]:
+def write_captions(
+    captioner: Captioner, pictures: Sequence[Image.Image], asked: Asked, together: bool = False
+) -> list[Caption]:
     """Captions of a batch of pictures.
 
     Args:
         captioner: In evaluation mode.
         pictures: RGB.
         asked: How.
+        together: Whether all processes of a run call this at once, and go on until the last is done.
     """
     model, tokenizer = captioner.model, captioner.tokenizer
     text = text_of(captioner.processor, asked.prompt)
@@ -120,6 +125,7 @@ def captions_of(captioner: Captioner, pictures: Sequence[Image.Image], asked: As
         attention_mask=torch.ones_like(ids),
         pixel_values=captioner.pixels(pictures).to(model.device, model.dtype),
         generation_config=_generation(asked, ends, padding, tokenizer.bos_token_id),
+        synced_gpus=together,
     )  # (B, T + new)
     return [_caption(tokenizer, row, ends) for row in made[:, ids.shape[1] :].tolist()]
 
@@ -166,7 +172,9 @@ def status_of(text: str, ended: bool) -> Status:
 
 
 def repeats(text: str) -> bool:
-    """Whether a text goes round in circles: one word five times in a row, or several words three times."""
+    """Whether a text goes round in circles: one word five times in a row, several words three times, letters ten."""
+    if LETTERS.search(text):
+        return True
     words = WORDS.findall(text.lower())
     for length in range(1, len(words) // SEVERAL_WORDS + 1):
         times = ONE_WORD if length == 1 else SEVERAL_WORDS

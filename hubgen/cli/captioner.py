@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,8 @@ EPOCHS = 50
 """Of a small captioner from scratch: after as many, 64 emoji are named word for word"""
 LEAST, MOST = 200, 5000
 """Its steps"""
+LOOKED_AT = 1000
+"""Pictures whose size tells which one suits"""
 
 
 def add_captioner(kinds: Any) -> None:
@@ -87,7 +90,7 @@ def train_captioner(arguments: argparse.Namespace) -> None:
     if arguments.push is None:
         stay_offline([arguments.data, *([] if arguments.base is None else [arguments.base])])
     out: Path = arguments.out or Path("runs") / f"{Path(arguments.data).resolve().stem}-captioner"
-    found = {
+    asked_for = {
         "data.source": arguments.data,
         "data.image_root": None if arguments.image_root is None else str(arguments.image_root),
         "stage": arguments.stage,
@@ -96,23 +99,23 @@ def train_captioner(arguments: argparse.Namespace) -> None:
         "run.output_dir": str(out),
         **run_options_of(arguments),
     }
-    given = {name: value for name, value in found.items() if value is not None}
+    given = {name: value for name, value in asked_for.items() if value is not None}
     further = further_of(arguments.settings)
     with few_lines():
         from hubgen.training import train_captioner as script
 
         asked = checked_settings(script, given, further)  # what is wrong with it is said at once
-        examples = script.opened(asked.data, asked.data.source, asked.data.split)
-        pictures = asked.data.repeats * sum(examples.repeats)
+        found = script.open_told(asked.data, asked.data.split, 0)
+        pictures = len(found.row(asked.data, 1))
         batch = asked.run.batch_size if {"run.batch_size"} & {*given, *further} else None
-        chosen = usual(asked, pictures, min(examples.sizes, key=min), batch)
+        chosen = usual(asked, pictures, [found.examples.sizes[row] for row in range(min(len(found), LOOKED_AT))], batch)
         settings = checked_settings(script, {**chosen, **given}, further)
         check_out(settings.run.output_dir)
         say("\n".join(column(plan(settings, {*given, *further}, pictures))))
         run(script, settings)
 
 
-def usual(asked: Any, pictures: int, smallest: tuple[int, int], batch: int | None) -> dict[str, Any]:
+def usual(asked: Any, pictures: int, sizes: Sequence[tuple[int, int]], batch: int | None) -> dict[str, Any]:
     """The settings that are chosen, by dotted name; what is given wins over them.
 
     A captioner that knows pictures already goes through the data once, at the rate of ShareGPT4V. One from scratch sees
@@ -121,7 +124,7 @@ def usual(asked: Any, pictures: int, smallest: tuple[int, int], batch: int | Non
     Args:
         asked: The settings with what is given alone.
         pictures: Of an epoch.
-        smallest: Height and width of the smallest picture.
+        sizes: Height and width of some pictures.
         batch: Pictures of a step, if they were given.
     """
     if asked.base.model is not None or asked.base.vision_tower is not None:
@@ -132,7 +135,7 @@ def usual(asked: Any, pictures: int, smallest: tuple[int, int], batch: int | Non
         return {"run.batch_size": size, "run.max_train_steps": steps, "optim.lr_warmup_steps": warmup, **large}
     size = batch or min(pictures, 16 if pictures < 1000 else 64)
     steps = min(MOST, max(LEAST, math.ceil(EPOCHS * pictures / size / 50) * 50))
-    side = max(32, min(128, min(smallest) // 16 * 16))
+    side = max(32, min(128, min(map(min, sizes)) // 16 * 16))
     return {
         "base.image_size": side,
         "run.batch_size": size,

@@ -16,7 +16,7 @@ import yaml
 
 SCRIPTS = ("train_text_to_image", "train_class_to_image", "train_unconditional", "train_autoencoder")
 SCRIPTS += ("train_lora", "train_dreambooth", "train_controlnet", "train_ip_adapter")
-SCRIPTS += ("train_instruct_pix2pix",)
+SCRIPTS += ("train_instruct_pix2pix", "train_captioner")
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([f"hubgen.training.{script}" for script in SCRIPTS])
 

@@ -20,6 +20,7 @@ SCRIPTS = {
     "controlnet": "train_controlnet",
     "ip-adapter": "train_ip_adapter",
     "instruct-pix2pix": "train_instruct_pix2pix",
+    "captioner": "train_captioner",
 }
 
 

@@ -1,31 +1,97 @@
 """What a captioner is told about pictures, and what it learns of that: the answers.
 
-    told = Told(examples, captioner, template, s.data, s.run.seed)
+    told = Told(pictures, captioner, template, s.data, longest)
     batches = run.batches(told.row(run.batch_size), told.read)
     ...
-    total = answers(*batch)                             # summed over the tokens of the answers
+    total = answers(*batch.to(device))                  # summed over the tokens of the answers
 
 A step's loss is the mean over the tokens of all of its answers, however its pictures are dealt to processes and
 batches: `read` counts those of the others too.
 """
 
 from collections.abc import Sequence
-from functools import cached_property
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 from hubgen.captioning.captioner import Captioner
-from hubgen.captioning.conversations import Conversations, check_texts, conversation_of
-from hubgen.captioning.generate import Asked, captions_of
-from hubgen.captioning.templates import IGNORED, Conversation, Encoded, Template, encode
-from hubgen.data.captions import Captions
-from hubgen.data.examples import Examples, counted
+from hubgen.captioning.conversations import Conversations, check_words, conversation_of, is_conversations
+from hubgen.captioning.generate import Asked, write_captions
+from hubgen.captioning.templates import IGNORED, PROMPT, Conversation, Encoded, Template, encode
+from hubgen.data.errors import DataError
+from hubgen.data.examples import Examples
+from hubgen.data.lazy import Lazy
 from hubgen.data.order import Draw, EndlessRow
-from hubgen.training.kit.parse import SettingsError
+from hubgen.data.views import Views
+from hubgen.training.kit.groups import CaptionedData, need
+from hubgen.training.kit.parse import FREE, Range
+from hubgen.training.kit.pictures import Pictures, captions_of, open_pictures
 from hubgen.training.kit.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskedData(CaptionedData):
+    """Pictures with captions or conversations. Of `CaptionedData`, what changes pictures is not for captioners."""
+
+    image_root: Annotated[Path | None, FREE] = None
+    """Of a file of conversations (source x.json): the folder of its pictures; that of the file if not given."""
+
+    prompt: str = PROMPT
+    """In the stage instruct: the question that captions are the answers to."""
+
+    max_tokens: Annotated[int, Range(1)] = 2048
+    """Tokens of a text at most, those of its picture among them; the model may take fewer."""
+
+    caption_variants: Annotated[float, Range(0, 1)] = 0.0
+    """How often a picture is told with another of its wordings than the first."""
+
+    caption_dropout: Annotated[float, Range(0, 1)] = 0.0
+    """Not for captioners."""
+
+    cache: Annotated[bool, FREE] = False
+    """Not for captioners: none of their inputs are kept."""
+
+    def __post_init__(self) -> None:
+        plain = CaptionedData(source="", caption_dropout=0.0, cache=False)
+        for name in UNUSED:
+            found = getattr(self, name)
+            need(found == getattr(plain, name), f"data.{name}", found, "nothing: it is not for captioners")
+        need(self.image_root is None or is_conversations(self.source), "data.image_root", str(self.image_root),
+             "nothing: it is for files of conversations (.json, .jsonl)")  # fmt: skip
+
+
+UNUSED = ("size", "buckets", "random_crops", "random_moves", "mirror", "upscale", "mask_column", "caption_dropout",
+          "tag_orders", "kept_tags", "cache")  # fmt: skip
+"""Settings that have no sense here: the captioner's processor sizes pictures, and words must stay true to them"""
+
+
+def open_told(data: AskedData, split: str, seed: int, train: bool = True) -> Pictures:
+    """The pictures of a split, or of a file of conversations.
+
+    Args:
+        data: The settings.
+        split: Which; of a file, all.
+        seed: Of the run.
+        train: Whether captions are drawn.
+
+    Raises:
+        DataError: A picture or row cannot be used.
+    """
+    if not is_conversations(data.source):
+        return open_pictures(data, split, seed, side=1, caption_column=data.caption_column, train=train)
+    path = Path(data.source).expanduser()
+    examples = Conversations(path, data.image_root or path.parent, data.on_bad_picture, data.max_pixels)
+    return Pictures(examples, whole_views(examples), 1, seed)
+
+
+def whole_views(examples: Examples) -> Views:
+    """Views that tell no picture from another: all are of one bucket."""
+    return Views(examples.sizes, examples.digests, [(1, 1)])
 
 
 class Answers(nn.Module):
@@ -38,6 +104,7 @@ class Answers(nn.Module):
     def __init__(self, model: Any):
         super().__init__()
         self.model = model
+        self._no_split_modules = model._no_split_modules  # what FSDP shards one by one
 
     def forward(self, text: Encoded, pixels: torch.Tensor) -> torch.Tensor:
         """The sum over the answers' tokens of -log p(token | picture, text before), for pixels (B, 3, H, W)."""
@@ -76,111 +143,112 @@ class Told:
     """Pictures with conversations, as the steps of a run take them.
 
     Args:
-        examples: The pictures, with captions or conversations.
+        pictures: With captions or conversations; they are shown whole, and the captioner's processor sizes them.
         captioner: That reads them.
         template: How conversations are written.
-        prompt: The question that a caption is the answer to.
-        variants: How often another wording than the first is taken, where there is one.
-        seed: Of the run.
+        data: The settings.
+        longest: Tokens that a text may have, those of the picture among them.
     """
 
     def __init__(
-        self,
-        examples: Examples,
-        captioner: Captioner,
-        template: Template,
-        prompt: str,
-        variants: float = 0.0,
-        seed: int = 0,
+        self, pictures: Pictures, captioner: Captioner, template: Template, data: AskedData, longest: int
     ) -> None:
-        self.examples, self.captioner, self.template, self.prompt = examples, captioner, template, prompt
-        self.captions = Captions(examples.captions, variants=variants)
-        self.seed = seed
+        self.pictures, self.captioner, self.template = pictures, captioner, template
+        self.data, self.longest = data, longest
+        self.captions = captions_of(pictures, data)
+        self._image_tokens = captioner.image_tokens
 
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def row(self, batch_size: int, repeats: int) -> EndlessRow:
+    def row(self, batch_size: int) -> EndlessRow:
         """The endless row that a run takes them from."""
-        size = [repeats * number for number in self.examples.repeats]
-        self._row = EndlessRow([0] * len(self.examples), batch_size, self.seed, size)
+        self._row = self.pictures.row(self.data, batch_size)
         return self._row
-
-    def names(self, draws: Sequence[Draw]) -> list[str]:
-        """Of pictures, for messages."""
-        return [self.examples.file_names[draw.row] for draw in draws]
 
     def read(self, draws: Sequence[Draw]) -> Batch:
         """What a step is told about pictures, on the CPU."""
         step = self._row.draws(draws[0].place // self._row.batch_size)
         mine = {draw.place for draw in draws}
         others = [draw for draw in step if draw.place not in mine]
-        text = self._encoded([self._drawn(draw) for draw in draws])
-        count = learned(text) + (learned(self._encoded([self._drawn(draw) for draw in others])) if others else 0)
+        text = self._encoded([draw.row for draw in draws], [self._drawn(draw) for draw in draws])
+        count = learned(text)
+        if others:
+            count += learned(self._encoded([draw.row for draw in others], [self._drawn(draw) for draw in others]))
         return Batch(text, self.pixels([draw.row for draw in draws]), count)
 
     def plain(self, rows: Sequence[int]) -> Batch:
         """The same of some rows, each with its first wording."""
-        text = self._encoded([self._first(row) for row in rows])
+        text = self._encoded(rows, [self.first(row) for row in rows])
         return Batch(text, self.pixels(rows), learned(text))
 
     def pixels(self, rows: Sequence[int]) -> torch.Tensor:
         """Pictures as the vision tower takes them, (B, 3, H, W)."""
-        return self.captioner.pixels([self.examples.picture(row) for row in rows])
+        return self.captioner.pixels(self.shown(rows))
 
-    def check(self, longest: int, skip: bool) -> None:
-        """Checks every text that may be told.
+    def shown(self, rows: Sequence[int]) -> list[Image.Image]:
+        """Pictures, RGB."""
+        return [self.pictures.examples.picture(row) for row in rows]
 
-        Args:
-            longest: Tokens that a text may have, those of the picture among them.
-            skip: Whether pictures with longer ones are left out.
+    def check(self) -> None:
+        """Checks every text that may be told, and leaves out those that do not fit, if the settings say so.
+
+        Texts of shards with counts are checked when they are read.
 
         Raises:
-            DataError: A text holds `<image>`.
-            SettingsError: A conversation does not suit the template, or is too long and not to be skipped.
+            DataError: A text does not suit the template, or is too long.
         """
-        long: dict[int, str] = {}
-        for row, name in enumerate(self.examples.file_names):
-            told = self._all(row)
-            check_texts(told, [name] * len(told))
+        examples, bad = self.pictures.examples, dict[int, str]()
+        if isinstance(examples.sizes, Lazy):
+            return
+        for row in range(len(examples)):
             try:
-                length = self._encoded(told).ids.shape[1]
-            except ValueError as error:
-                raise SettingsError(f"setting 'stage': {name}: {error}.") from error
-            if length > longest:
-                long[row] = f"{name}: got {length} tokens, expected at most {longest} (data.max_tokens)"
-        if long and not skip:
-            more = f"; {counted(len(long), 'picture')} in all" if len(long) > 1 else ""
-            raise SettingsError(f"setting 'data.max_tokens': {next(iter(long.values()))}{more}.")
-        if long:
-            self.examples.drop(long)
+                for conversation in self._all(row):
+                    self._encoded([row], [conversation])
+            except DataError as problem:
+                if self.data.on_bad_picture == "fail":
+                    raise
+                bad[row] = str(problem)
+        if bad:
+            examples.drop(bad)
+            self.pictures = replace(self.pictures, views=whole_views(examples))
 
     def answers(self, row: int) -> list[str]:
         """Every first answer that is right for a picture."""
-        return [conversation[0].answer for conversation in self._all(row)]
+        if isinstance(self.pictures.examples, Conversations):
+            return [self.first(row)[0].answer]
+        return list(self.captions.wordings[row])
 
     def question(self, row: int) -> str | None:
         """The first question about a picture; `None` for a template without questions."""
-        return None if self.template.chat is None else self._first(row)[0].question
+        return None if self.template.chat is None else self.first(row)[0].question
+
+    def first(self, row: int) -> Conversation:
+        """What is told about a picture that is only looked at."""
+        return self._of(row, self.captions.first(row))
 
     def _all(self, row: int) -> list[Conversation]:
-        wordings = self.examples.captions[row]
-        chosen = wordings if self.captions.variants and not isinstance(self.examples, Conversations) else wordings[:1]
-        return [conversation_of(self.examples, row, wording, self.prompt) for wording in chosen]
-
-    def _first(self, row: int) -> Conversation:
-        return conversation_of(self.examples, row, self.captions.first(row), self.prompt)
+        if isinstance(self.pictures.examples, Conversations):
+            return [self.first(row)]
+        return [self._of(row, text) for text in self.captions.all([row]) if text]
 
     def _drawn(self, draw: Draw) -> Conversation:
-        caption = self.captions.drawn(self.seed, draw.place, draw.row)
-        return conversation_of(self.examples, draw.row, caption, self.prompt)
+        return self._of(draw.row, self.captions.drawn(self.pictures.seed, draw.place, draw.row))
 
-    def _encoded(self, conversations: Sequence[Conversation]) -> Encoded:
-        return encode(conversations, self.template, self.captioner.processor, self._image_tokens)
+    def _of(self, row: int, caption: str) -> Conversation:
+        return conversation_of(self.pictures.examples, row, caption, self.data.prompt)
 
-    @cached_property
-    def _image_tokens(self) -> int:
-        return self.captioner.image_tokens
+    def _encoded(self, rows: Sequence[int], conversations: Sequence[Conversation]) -> Encoded:
+        """Raises DataError where one does not fit."""
+        names = [self.pictures.examples.file_names[row] for row in rows]
+        for name, conversation in zip(names, conversations, strict=True):
+            check_words(conversation, name)
+        try:
+            text = encode(conversations, self.template, self.captioner.processor, self._image_tokens)
+        except ValueError as problem:
+            raise DataError(f"{names[0]}: {problem}") from problem
+        lengths = text.mask.sum(dim=1).tolist()
+        if max(lengths) > self.longest:
+            name = names[lengths.index(max(lengths))]
+            raise DataError(f"{name}: got a text of {max(lengths)} tokens, expected at most {self.longest}")
+        return text
 
 
 def learned(text: Encoded) -> int:
@@ -205,20 +273,24 @@ def measure(run: Run, answers: Answers, told: Told, most: int, max_new_tokens: i
     """
     sums, size = torch.zeros(5, dtype=torch.float64), run.options.batch_size
     by_question: dict[str | None, list[int]] = {}
-    for row in range(min(most, len(told.examples))):
+    for row in range(min(most, len(told.pictures))):
         by_question.setdefault(told.question(row), []).append(row)
     batches = [(question, rows[first : first + size]) for question, rows in by_question.items()
                for first in range(0, len(rows), size)]  # fmt: skip
-    for question, rows in batches[run.rank :: run.world_size]:
+    # Every process is as often at work, because those of a sharded network move together.
+    rounds = -(-len(batches) // run.world_size)
+    for number in range(run.rank, rounds * run.world_size, run.world_size):
+        question, rows = batches[number % len(batches)]
         batch = told.plain(rows)
         with run.accelerator.autocast():
             loss = answers(*batch.to(run.device))
-            pictures = [told.examples.picture(row) for row in rows]
-            captions = captions_of(told.captioner, pictures, Asked(question, max_new_tokens))
+            asked = Asked(question, max_new_tokens)
+            captions = write_captions(told.captioner, told.shown(rows), asked, together=run.world_size > 1)
         exact = [plain_words(caption.text) in map(plain_words, told.answers(row))
                  for caption, row in zip(captions, rows, strict=True)]  # fmt: skip
         usable = sum(caption.status == "ok" for caption in captions)
-        sums += torch.tensor([loss.item(), batch.of_step, sum(exact), usable, len(rows)], dtype=torch.float64)
+        if number < len(batches):
+            sums += torch.tensor([loss.item(), batch.of_step, sum(exact), usable, len(rows)], dtype=torch.float64)
     if run.world_size > 1:
         sums = run.accelerator.reduce(sums.to(run.device), "sum").cpu()
     loss, tokens, exact, usable, count = sums.tolist()

@@ -4,13 +4,12 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import diffusers
 import torch
 from torch import nn
 
-from hubgen.data.examples import Examples
 from hubgen.formats.atomic import sweep, written
 from hubgen.hub.card import (
     CLASS_TO_IMAGE,
@@ -27,16 +26,8 @@ from hubgen.hub.records import TrainingRecord, describe_data
 from hubgen.training.kit.grids import cut_grid, last_grid
 from hubgen.training.kit.groups import Publish
 from hubgen.training.kit.parse import SettingsError, settings_to_dict
+from hubgen.training.kit.pictures import Pictures
 from hubgen.training.kit.run import Run
-
-
-class Shown(Protocol):
-    """Pictures that a run was shown."""
-
-    examples: Examples
-
-    def __len__(self) -> int: ...
-
 
 SAMPLES = 9
 """Pictures that a card shows, at most"""
@@ -58,7 +49,7 @@ def check_push(publish: Publish) -> None:
         raise SettingsError(f"setting 'publish.push_to_hub': {error}") from error
 
 
-def record_of(run: Run, script: str, settings: Any, pictures: Shown, source: str, measured: str) -> TrainingRecord:
+def record_of(run: Run, script: str, settings: Any, pictures: Pictures, source: str, measured: str) -> TrainingRecord:
     """How the weights of a run came about.
 
     Args:

@@ -24,7 +24,7 @@ from PIL import Image
 
 from hubgen.acceleration.device import choose_device
 from hubgen.captioning.captioner import Captioner, open_captioner, open_parts
-from hubgen.captioning.generate import STATUSES, Asked, captions_of, check_asked
+from hubgen.captioning.generate import STATUSES, Asked, check_asked, write_captions
 from hubgen.captioning.templates import PROMPT
 from hubgen.checks import whole
 from hubgen.data.errors import DataError
@@ -144,7 +144,7 @@ class Recaption(Stage):
         pictures = _pictures(shard, table, values["caption_status"])
         while batch := list(islice(pictures, self.batch_size)):
             rows, shown = zip(*batch, strict=True)
-            for row, caption in zip(rows, captions_of(self._captioner, shown, self.asked), strict=True):
+            for row, caption in zip(rows, write_captions(self._captioner, shown, self.asked), strict=True):
                 values["synthetic_caption"][row] = caption.text if caption.status == "ok" else None
                 values["caption_status"][row] = caption.status
         for row, status in enumerate(values["caption_status"]):
