@@ -310,10 +310,11 @@ def has_captions(source: str) -> bool:
         ValueError: There is no such folder.
     """
     from hubgen.data import metadata
+    from hubgen.data.sources import is_counted
     from hubgen.data.webdataset import is_shards
 
     folder = Path(source).expanduser()
-    if is_shards(source) or (not folder.exists() and HUB_ID.fullmatch(source)):
+    if is_counted(source) or is_shards(source) or (not folder.exists() and HUB_ID.fullmatch(source)):
         return True
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "no such folder"

@@ -75,8 +75,10 @@ def open_examples(
             raise DataError(f"`on_error`: got {on_error!r} for {source}, expected 'fail': {FILTERED}")
         if beside or picture != IMAGE:
             raise DataError(f"{source}: got shards, whose rows have one picture, expected also {', '.join(beside)}")
-        from hubgen.data.shard_feed import ShardExamples
-
+        try:
+            from hubgen.data.shard_feed import ShardExamples
+        except ImportError as error:
+            raise DataError(f"{source}: needs pyarrow to be read: pip install 'hubgen[train]' ({error})") from error
         options = {"caption_column": caption_column, "columns": columns, "max_pixels": max_pixels, **(shards or {})}
         return ShardExamples(source, split, copies=copies, **options)
     if is_shards(source) or (inner.is_dir() and is_shards(str(inner))):

@@ -184,6 +184,8 @@ class Run:
                 batch_size=None,
                 sampler=numbers,
                 num_workers=num_workers,
+                # Not sent to them by pickle, whatever Python's default is: `read` knows the whole run.
+                multiprocessing_context="fork" if num_workers else None,
                 collate_fn=_as_it_is,
                 worker_init_fn=ignore_signals,
             )
