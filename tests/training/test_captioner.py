@@ -74,10 +74,12 @@ def final(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{file.name}/{key}": value for file in files for key, value in load_file(file).items()}
 
 
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses(folder: Path) -> list[float]:
-    return [
-        row["loss"] for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in row
-    ]
+    return [row["loss"] for row in metrics(folder) if "loss" in row]
 
 
 def test_a_run_that_was_stopped_and_resumed_equals_an_uninterrupted_one(
