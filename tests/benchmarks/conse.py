@@ -8,6 +8,7 @@ know: no symbols (letters, flags, coins), nothing from a folder "cartoon", and t
 """
 
 import argparse
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from hubgen.data.pictures import read_picture
 from hubgen.data.web.embedders import BATCH, embedder
 from tests.benchmarks.report import environment, write_json
 
-STAMPS = Path("/usr/share/tuxpaint/stamps")
+STAMPS = Path(os.environ.get("TUXPAINT_STAMPS", "/usr/share/tuxpaint/stamps"))
 RESULTS = Path(__file__).parent / "results" / "web_data" / "conse.json"
 PACKAGE = "tuxpaint-stamps-default 2022.06.04-1 (Debian)"
 FIRST = (1, 5, 10)

@@ -5,6 +5,8 @@ stages      what is done to one shard, and how the result is committed
 engine      the loop over shards: in this process, in several, on Ray or Slurm (`attempts`, `engine_*`, `slurm_*`)
 crawl       files of a crawl -> candidates (`wat`, `rules`, `text`, `dedup`, and the recipes)
 download    candidates -> shards (`candidates`, `fetch`, `transfer`, `optout`, `turns`, `resize`)
+scores      columns that say what a pair is worth (`embedding_scores`, `tags`, `heads`, `decoding`)
+filters     shards -> shards with the rows to keep (`where`, `hash_lists`, and the recipes' rules)
 embeddings  shards -> vectors of their pictures (`embedders`)
 index       vectors -> search (faiss); `duplicates` marks pictures that are nearly the same
 """

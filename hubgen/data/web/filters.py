@@ -232,8 +232,8 @@ def write_report(stage: Filter, out: Path) -> dict[str, Any]:
         for reason, number in stats["dropped"].items():
             dropped[reason] = dropped.get(reason, 0) + number
     where = None if stage.where is None else stage.where.text
-    report = {"recipe": stage.recipe, "where": where, "not_applied": list(stage.not_applied), "shards": len(names)}
-    report |= {"rows": counts["rows"], "dropped": dropped, "kept": counts["kept"]}
+    report: dict[str, Any] = {"recipe": stage.recipe, "where": where, "not_applied": list(stage.not_applied)}
+    report |= {"shards": len(names), "rows": counts["rows"], "dropped": dropped, "kept": counts["kept"]}
     with written(out / REPORT) as temporary:
         temporary.write_text(json.dumps(report, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
     return report

@@ -24,6 +24,7 @@ from hubgen.data.web.rules import load_recipe
 from hubgen.data.web.scores import Score
 from hubgen.data.web.shards import file_digest, open_shards
 from hubgen.data.web.tags import ANIMALS, NSFW, PROMPTS, UNDER_AGE, Tags
+from tests.benchmarks.conse import STAMPS, measured
 from tests.data.web.contrastive import save_model
 from tests.data.web.pairs import write_pairs
 
@@ -187,6 +188,13 @@ def test_vectors_of_another_dimension_or_model_are_refused(pairs: Path, clip: Em
     vectors = given(tmp_path / "c", ([[1, 0]] * 4, [[1, 0]] * 4), keys=keys[:1])
     with pytest.raises(DataError, match="c: got no 00001.npy, expected the vectors of"):
         scored(pairs, EmbeddingScores(Stored(vectors)))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not STAMPS.is_dir(), reason="needs Debian's tuxpaint-stamps-default")
+def test_conse_finds_the_pictures_of_captions() -> None:
+    found = measured(STAMPS)
+    assert found["captions"] == 403 and found["picture_of_caption"]["R@5"] >= 0.35
 
 
 # ---- tags ----
