@@ -46,6 +46,22 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return folder
 
 
+@pytest.fixture(scope="module")
+def pipes(official: Callable[[str], Path]) -> Callable[[str], Any]:
+    """`pipes("sdxl")`: hubgen's pipeline of such a folder, loaded once a module, without progress bars."""
+    from hubgen.pipelines.class_to_image import ClassToImagePipeline
+    from hubgen.pipelines.text_to_image import TextToImagePipeline
+
+    @functools.cache
+    def pipe(name: str) -> Any:
+        cls = ClassToImagePipeline if name == "dit" else TextToImagePipeline
+        opened = cls.from_pretrained(official(name))
+        opened.set_progress_bar_config(disable=True)
+        return opened
+
+    return pipe
+
+
 @pytest.fixture
 def shows(record_property: Callable[[str, Any], None]) -> Callable[..., None]:
     """`shows("sdxl", "inpainting")`: what the test shows if it passes, for the table of tests/compatibility.py."""

@@ -24,8 +24,8 @@ def drawn(pipe: TextToImagePipeline, prompt: str | list[str] = PROMPT, **options
 
 
 @pytest.mark.parametrize("layout", ["sd1", "sdxl", "sd3", "flux-dev"])
-def test_every_family_shows_its_maps_and_draws_the_same(layout: str, official: Official) -> None:
-    pipe = TextToImagePipeline.from_pretrained(official(layout))
+def test_every_family_shows_its_maps_and_draws_the_same(layout: str, pipes: Callable[[str], Any]) -> None:
+    pipe = pipes(layout)
     plain, maps = drawn(pipe), AttentionMaps()
     seen = drawn(pipe, controls=[maps])
     assert (seen - plain).abs().max() < 1e-4 * plain.std()
@@ -57,14 +57,14 @@ def test_they_are_the_positive_prompts_and_each_picture_has_its_own(backbone: st
     assert not torch.allclose(second, first, atol=1e-3)
 
 
-def test_words_have_the_places_of_their_tokens(official: Official) -> None:
+def test_words_have_the_places_of_their_tokens(pipes: Callable[[str], Any]) -> None:
     assert models.pipeline().condition.word_places("the Cats, the cat <x>") == {
         "the": (1, 5),
         "Cats": (2, 3),
         "cat": (6,),
         "<x>": (),
     }
-    sd3 = TextToImagePipeline.from_pretrained(official("sd3")).condition
+    sd3 = pipes("sd3").condition
     clip, t5 = sd3.text(0), sd3.text(2, sd3.t5_tokens)
     own, behind = clip.word_places(PROMPT), t5.word_places(PROMPT)
     both = tuple(clip.max_length + place for place in behind["cat"])

@@ -1,5 +1,6 @@
 """ControlNets in the one pipeline: the latents of diffusers' pipelines for them, and what must stay bit-equal."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -77,14 +78,21 @@ class Sides:
     """Ours and diffusers' pipelines of the same parts."""
 
     def __init__(self, folder: Path, kind: str):
-        self.ours = TextToImagePipeline.from_pretrained(folder)
-        self.theirs = diffusers.DiffusionPipeline.from_pretrained(folder)
-        self.family = kind
-        self.ours.set_progress_bar_config(disable=True)
-        vae = self.theirs.vae
-        if kind == "sd3":  # whose pipeline draws from the posterior without a generator
-            self.ours.vae = certain_(self.ours.vae)
-            self.theirs.register_modules(vae=certain_(vae))
+        self.folder, self.family = folder, kind
+
+    @functools.cached_property
+    def ours(self) -> Any:
+        return self.ready(TextToImagePipeline.from_pretrained(self.folder))
+
+    @functools.cached_property
+    def theirs(self) -> Any:
+        return self.ready(diffusers.DiffusionPipeline.from_pretrained(self.folder))
+
+    def ready(self, pipe: Any) -> Any:
+        pipe.set_progress_bar_config(disable=True)
+        if self.family == "sd3":  # whose pipeline draws from the posterior without a generator
+            certain_(pipe.vae)
+        return pipe
 
     @property
     def backbone(self) -> Any:
@@ -448,7 +456,9 @@ def widened(pipe: Any, control: bool = False) -> Any:
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd3", "sd3.5", "flux-dev", "dit"])
-def test_a_network_for_a_base_steers_the_base_that_was_widened(name: str, official: Official) -> None:
+def test_a_network_for_a_base_steers_the_base_that_was_widened(
+    name: str, official: Official, sides: Callable[[str], Sides]
+) -> None:
     """It is shown x_t alone. As long as the new inputs have no weights, the call is that of the base."""
     cls = ClassToImagePipeline if name == "dit" else TextToImagePipeline
     pipe = cls.from_pretrained(official(name))
@@ -456,9 +466,7 @@ def test_a_network_for_a_base_steers_the_base_that_was_widened(name: str, offici
     if name == "dit":
         net = quiet_(randomize_(DiTControlNetModel.from_transformer(pipe.backbone), 7))
     else:
-        theirs = diffusers.DiffusionPipeline.from_pretrained(official(name))
-        theirs = theirs.unet if hasattr(theirs, "unet") else theirs.transformer
-        net = quiet_(net_of(theirs, **(STABILITYS if name == "sd3.5" else {})))
+        net = quiet_(net_of(sides(name).backbone, **(STABILITYS if name == "sd3.5" else {})))
     wide = widened(pipe)
     call: dict[str, Any] = {
         **CALL,

@@ -1,5 +1,7 @@
 """IP-Adapters in the one pipeline: the latents of diffusers' pipelines, and what must stay bit-equal."""
 
+import copy
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from tests.official_images import mask, picture
 from tests.parity import randomize_
 
 Official = Callable[[str], Path]
+Pipes = Callable[[str], Any]
 CALL: dict[str, Any] = {"prompt": "a red cat", "guidance_scale": 4.0, "num_inference_steps": 3, "output_type": "latent"}
 SIZE: dict[str, Any] = {"height": 32, "width": 40}
 CELLS = [
@@ -36,12 +39,13 @@ def seeded() -> torch.Generator:
 
 
 class Sides:
-    """Ours and diffusers' pipelines of the same parts; theirs with an adapter in it, so each test has its own."""
+    """Ours and diffusers' pipelines of the same parts; theirs with an adapter in it, on a backbone of its own."""
 
-    def __init__(self, folder: Path, path: Path):
-        self.ours = TextToImagePipeline.from_pretrained(folder)
-        self.folder, self.path = folder, path
-        self.ours.set_progress_bar_config(disable=True)
+    def __init__(self, ours: Any, folder: Path, path: Path):
+        self.ours, self.folder, self.path = ours, folder, path
+        self.base = diffusers.DiffusionPipeline.from_pretrained(folder)
+        self.base.set_progress_bar_config(disable=True)
+        self.part = "unet" if hasattr(self.base, "unet") else "transformer"
 
     @property
     def flux(self) -> bool:
@@ -50,10 +54,9 @@ class Sides:
     def theirs(
         self, *layouts: str, encoder: Any = (None, None), paths: list[Path] | None = None, backbone: Any = None
     ) -> Any:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(self.folder)
-        if backbone is not None:
-            pipe.register_modules(**{"unet" if hasattr(pipe, "unet") else "transformer": backbone})
-        pipe.set_progress_bar_config(disable=True)
+        pipe = copy.copy(self.base)
+        own = copy.deepcopy(getattr(self.base, self.part)) if backbone is None else backbone
+        pipe.register_modules(**{self.part: own})
         pipe.register_modules(image_encoder=encoder[0], feature_extractor=encoder[1])
         files = [self.path / f"{layout}.safetensors" for layout in layouts] if paths is None else paths
         names = [file.name for file in files]
@@ -81,9 +84,13 @@ class Sides:
         assert (found - expected).abs().max() < 1e-4 * expected.std()
 
 
-@pytest.fixture
-def sides(official: Official, tmp_path: Path) -> Callable[[str], Sides]:
-    return lambda name: Sides(official(name), tmp_path)
+@pytest.fixture(scope="module")
+def sides(official: Official, pipes: Pipes, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Sides]:
+    @functools.cache
+    def get(name: str) -> Sides:
+        return Sides(pipes(name), official(name), tmp_path_factory.mktemp(name))
+
+    return get
 
 
 def encoder_of(layout: str) -> tuple[Any, Any]:
@@ -275,8 +282,10 @@ def test_the_encoder_may_be_the_pipelines(sides: Callable[[str], Sides]) -> None
     adapter = Adapter.read(both.written("base"))
     expected = both.drawn([IPAdapter(adapter, picture(3), image_encoder=encoder, feature_extractor=extractor)])
     assert torch.equal(both.drawn([IPAdapter(adapter, picture(3), image_encoder=encoder)]), expected)
-    both.ours.register_modules(image_encoder=encoder, feature_extractor=extractor)
-    assert torch.equal(both.drawn([IPAdapter(adapter, picture(3))]), expected)
+    ours = copy.copy(both.ours)
+    ours.register_modules(image_encoder=encoder, feature_extractor=extractor)
+    found = ours(**CALL, **SIZE, controls=[IPAdapter(adapter, picture(3))], generator=seeded()).images
+    assert torch.equal(found, expected)
 
 
 # ---- diffusers' pipelines and loaders with hubgen's backbones ----
@@ -291,7 +300,8 @@ def test_diffusers_loads_adapters_into_our_backbones(name: str, layout: str, sid
         face = torch.randn(1, FACE, generator=seeded())
         theirs = {"ip_adapter_image_embeds": [torch.stack([torch.zeros_like(face), face])]}
     expected = scaled(both.theirs(layout, encoder=encoder))
-    mixed = both.theirs(layout, encoder=encoder, backbone=both.ours.backbone)
+    own = type(both.ours.backbone).from_pretrained(both.folder, subfolder=both.part)
+    mixed = both.theirs(layout, encoder=encoder, backbone=own)
     scaled(mixed)
     found = mixed(**{**CALL, **SIZE, **theirs}, generator=seeded()).images
     reference = expected(**{**CALL, **SIZE, **theirs}, generator=seeded()).images
@@ -350,8 +360,11 @@ def test_processors_are_those_of_before_after_an_exception(kind: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "layout"), [("sd1", "base"), ("sd3.5", "sd3"), ("flux-dev", "instantx")])
-def test_acceleration_and_half_precision_take_it_along(name: str, layout: str, sides: Callable[[str], Sides]) -> None:
-    both = sides(name)
+def test_acceleration_and_half_precision_take_it_along(
+    name: str, layout: str, official: Official, tmp_path: Path
+) -> None:
+    both = Sides(TextToImagePipeline.from_pretrained(official(name)), official(name), tmp_path)
+    both.ours.set_progress_bar_config(disable=True)
     control = IPAdapter(tensors(layout, both.ours.backbone), **given(layout, picture(3)), scale=0.7, mask=mask(1))
     plain, without = both.drawn([control]), both.drawn([])
     hubgen.optimize(both.ours)

@@ -16,6 +16,7 @@ from hubgen.pipelines.inversion import Inversion
 from hubgen.pipelines.text_to_image import TextToImagePipeline
 
 Official = Callable[[str], Path]
+Pipes = Callable[[str], Any]
 
 PROMPT, OTHER = "a red cat", "the big blue heart"
 CALL: dict[str, Any] = {"num_inference_steps": 4, "height": 32, "width": 32}
@@ -25,24 +26,6 @@ GUIDED: dict[str, dict[str, Any]] = {
     "sd3": {"guidance_scale": 4.0},
     "flux-dev": {"true_cfg_scale": 4.0, "negative_prompt": ""},
 }
-
-
-@pytest.fixture(scope="module")
-def pipes() -> dict[str, TextToImagePipeline]:
-    return {}
-
-
-@pytest.fixture
-def made(official: Official, pipes: dict[str, TextToImagePipeline]) -> Callable[[str], Any]:
-    """Tiny pipelines of official layouts, each loaded once."""
-
-    def make(name: str) -> Any:
-        if name not in pipes:
-            pipes[name] = TextToImagePipeline.from_pretrained(official(name))
-            pipes[name].set_progress_bar_config(disable=True)
-        return pipes[name]
-
-    return make
 
 
 def inverted(pipe: Any, count: int = 1, **changes: Any) -> Inversion:
@@ -60,9 +43,9 @@ def error(pipe: Any, inversion: Inversion, **options: Any) -> float:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["sd1", "sd3"])
-def test_the_negative_prompts_own_embeddings_change_nothing(name: str, made: Callable[[str], Any]) -> None:
+def test_the_negative_prompts_own_embeddings_change_nothing(name: str, pipes: Pipes) -> None:
     """To the last bit; and one picture's serve several."""
-    pipe = made(name)
+    pipe = pipes(name)
     inversion, prompts = inverted(pipe), [PROMPT, OTHER]
     own = pipe.encode_prompt(prompts, negative_prompt="a dog")[1][None].expand(4, -1, -1, -1)
     call = {"negative_prompt": "a dog", "guidance_scale": 4.0}
@@ -74,8 +57,8 @@ def test_the_negative_prompts_own_embeddings_change_nothing(name: str, made: Cal
 
 
 @pytest.mark.parametrize("name", GUIDED)
-def test_it_leads_a_guided_call_nearer_to_the_picture(name: str, made: Callable[[str], Any]) -> None:
-    pipe, guided = made(name), GUIDED[name]
+def test_it_leads_a_guided_call_nearer_to_the_picture(name: str, pipes: Pipes) -> None:
+    pipe, guided = pipes(name), GUIDED[name]
     inversion = inverted(pipe)
     parameters = list(pipe.backbone.parameters())
     needed = [parameter.requires_grad for parameter in parameters]
@@ -87,17 +70,17 @@ def test_it_leads_a_guided_call_nearer_to_the_picture(name: str, made: Callable[
     assert found < 0.9 * without
 
 
-def test_the_optimised_call_is_the_call_with_what_it_found(made: Callable[[str], Any]) -> None:
-    pipe = made("sd1")
+def test_the_optimised_call_is_the_call_with_what_it_found(pipes: Pipes) -> None:
+    pipe = pipes("sd1")
     inversion = inverted(pipe)
     fit = NullTextFit(inversion.trajectory, 4.0)
     during = back(pipe, inversion, guidance_scale=4.0, controls=[fit])
     assert torch.equal(back(pipe, inversion, guidance_scale=4.0, controls=[fit.result]), during)
 
 
-def test_every_step_begins_with_what_the_one_before_found_and_ends_early(made: Callable[[str], Any]) -> None:
+def test_every_step_begins_with_what_the_one_before_found_and_ends_early(pipes: Pipes) -> None:
     """An error that every state is below ends a step's optimisation after one of Adam's steps, of its length."""
-    pipe = made("sd1")
+    pipe = pipes("sd1")
     inversion, start = inverted(pipe), pipe.encode_prompt(PROMPT)[1]
     null = pipe.null_text(inversion, guidance_scale=4.0, early_stop=1e9, learning_rate=0.1).embeddings
     moves = torch.diff(torch.cat([start[None], null]), dim=0).abs().flatten(1).amax(1)
@@ -107,10 +90,10 @@ def test_every_step_begins_with_what_the_one_before_found_and_ends_early(made: C
     assert torch.equal(one, null)
 
 
-def test_pictures_of_a_batch_are_optimised_as_alone(made: Callable[[str], Any]) -> None:
-    pipe = made("sd1")
-    both, options = inverted(pipe, 2), {"guidance_scale": 4.0, "early_stop": 0.0}
-    alone = pipe.null_text(inverted(pipe), **options).embeddings
+def test_pictures_of_a_batch_are_optimised_as_alone(pipes: Pipes) -> None:
+    pipe = pipes("sd1")
+    both, options = inverted(pipe, 2, num_inference_steps=2), {"guidance_scale": 4.0, "early_stop": 0.0}
+    alone = pipe.null_text(inverted(pipe, num_inference_steps=2), **options).embeddings
     together = pipe.null_text(both, **options).embeddings
     assert together.shape[1] == 2
     close = (together[:, :1] - alone).abs() < 1e-3  # where a gradient is near 0, rounding may turn Adam's step round
@@ -118,27 +101,27 @@ def test_pictures_of_a_batch_are_optimised_as_alone(made: Callable[[str], Any]) 
     assert error(pipe, both, guidance_scale=4.0, controls=[NullText(together)]) < error(pipe, both, guidance_scale=4.0)
 
 
-def test_bfloat16_weights_are_optimised_in_float32(made: Callable[[str], Any], official: Official) -> None:
+def test_bfloat16_weights_are_optimised_in_float32(pipes: Pipes, official: Official) -> None:
     pipe = TextToImagePipeline.from_pretrained(official("sd3"), torch_dtype=torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
-    inversion = inverted(pipe)
+    inversion = inverted(pipe, num_inference_steps=2)
     null = pipe.null_text(inversion, guidance_scale=4.0)
     assert null.embeddings.dtype == torch.float32
     assert error(pipe, inversion, guidance_scale=4.0, controls=[null]) < error(pipe, inversion, guidance_scale=4.0)
 
 
-def test_the_optimisation_goes_with_an_adapter_and_gradient_checkpointing(made: Callable[[str], Any]) -> None:
+def test_the_optimisation_goes_with_an_adapter_and_gradient_checkpointing(pipes: Pipes) -> None:
     from peft import LoraConfig
 
-    pipe = made("sd3")
-    inversion = inverted(pipe)
+    pipe = pipes("sd3")
+    inversion = inverted(pipe, num_inference_steps=2)
     pipe.transformer.enable_gradient_checkpointing()
     kept = pipe.null_text(inversion, guidance_scale=4.0).embeddings
     pipe.transformer.disable_gradient_checkpointing()
     torch.testing.assert_close(pipe.null_text(inversion, guidance_scale=4.0).embeddings, kept, atol=1e-5, rtol=0)
     pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "style")
     try:
-        styled = inverted(pipe)
+        styled = inverted(pipe, num_inference_steps=2)
         null = pipe.null_text(styled, guidance_scale=4.0)
         adapted = error(pipe, styled, guidance_scale=4.0, controls=[null])
         assert adapted < error(pipe, styled, guidance_scale=4.0)
@@ -147,8 +130,8 @@ def test_the_optimisation_goes_with_an_adapter_and_gradient_checkpointing(made: 
         pipe.transformer.delete_adapters("style")
 
 
-def test_bad_ones_are_named(made: Callable[[str], Any]) -> None:
-    pipe, flux = made("sd3"), made("flux-dev")
+def test_bad_ones_are_named(pipes: Pipes) -> None:
+    pipe, flux = pipes("sd3"), pipes("flux-dev")
     inversion = inverted(pipe)
     null = NullText(torch.zeros(4, 1, 77, 32))
     for message, call in [

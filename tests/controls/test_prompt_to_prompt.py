@@ -24,7 +24,7 @@ from hubgen.pipelines.class_to_image import ClassToImagePipeline
 from hubgen.pipelines.text_to_image import TextToImagePipeline
 from hubgen.schedulers.ddim import DDIMScheduler
 from tests import models
-from tests.benchmarks import edits
+from tests.benchmarks import edit_figures, edits
 from tests.official import clip_text, clip_tokenizer
 from tests.official_images import picture
 
@@ -38,20 +38,6 @@ STEPS = 4
 ALL_TOKENS = {"self_tokens": 64}
 """Of tiny U-Nets' layers, so that they have some that are edited"""
 MAPPERS = Path(__file__).with_name("prompt_to_prompt_mappers.json")
-
-
-@pytest.fixture(scope="module")
-def pipes(official: Official) -> Pipes:
-    made: dict[str, Any] = {}
-
-    def get(name: str) -> Any:
-        if name not in made:
-            cls = ClassToImagePipeline if name == "dit" else TextToImagePipeline
-            made[name] = cls.from_pretrained(official(name))
-            made[name].set_progress_bar_config(disable=True)
-        return made[name]
-
-    return get
 
 
 def drawn(pipe: Any, prompts: list[Any], *controls: Control, **options: Any) -> torch.Tensor:
@@ -494,3 +480,18 @@ def test_strips_of_edits_are_drawn(tiny_model: Path, tmp_path: Path) -> None:
     prompts = ["--source", SOURCE, "--edit", EDIT, "--blend", "cat"]
     edits.main(["--model", str(tiny_model), *prompts, "--steps", "4", "--output", str(tmp_path)])
     assert {path.stem for path in tmp_path.iterdir()} == set(edits.STRIPS)
+
+
+def test_figures_of_edits_are_stored_and_are_1_and_0_where_an_edit_is_the_source_or_none(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    arguments = ["--model", str(tiny_model), "--steps", "2", "--output", str(tmp_path)]
+    edit_figures.main(arguments)
+    found = json.loads((tmp_path / "edits.json").read_text())
+    assert found["null-text"].keys() == {"without", "with"} and "| euler |" in (tmp_path / "edits.md").read_text()
+    source, plain = torch.ones(3, 8, 8), torch.ones(3, 8, 8)
+    source[1:, 2:6], plain[[0, 2], 1:5] = 0.1, 0.1  # a red stripe, and a green one elsewhere
+    assert edit_figures.kept_and_shown(source, plain, source, "green") == (1.0, 0.0)
+    assert edit_figures.kept_and_shown(source, plain, plain, "green") == (0.0, 1.0)
+    recoloured = source[[1, 0, 2]]
+    assert edit_figures.kept_and_shown(source, plain, recoloured, "green") == (1.0, 1.0)

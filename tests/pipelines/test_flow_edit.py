@@ -19,29 +19,12 @@ from tests.parity import quiet_
 from tests.pipelines.test_inversion import Rows
 
 Official = Callable[[str], Path]
+Pipes = Callable[[str], Any]
 
 SOURCE, PROMPT = "a red cat", "the big blue heart"
 FLOWS = ["sd3", "flux-dev"]
 SCALES: dict[str, Any] = {"source_guidance_scale": 3.0, "guidance_scale": 3.0}
 CALL: dict[str, Any] = {"num_inference_steps": 5, "height": 32, "width": 32, "output_type": "latent"}
-
-
-@pytest.fixture(scope="module")
-def pipes() -> dict[str, TextToImagePipeline]:
-    return {}
-
-
-@pytest.fixture
-def made(official: Official, pipes: dict[str, TextToImagePipeline]) -> Callable[[str], Any]:
-    """Tiny pipelines of official layouts, each loaded once."""
-
-    def make(name: str) -> Any:
-        if name not in pipes:
-            pipes[name] = TextToImagePipeline.from_pretrained(official(name))
-            pipes[name].set_progress_bar_config(disable=True)
-        return pipes[name]
-
-    return make
 
 
 def latents(count: int = 1) -> torch.Tensor:
@@ -57,22 +40,21 @@ def edited(pipe: Any, source: Any = SOURCE, prompt: Any = PROMPT, **changes: Any
     return pipe.flow_edit(image, source, prompt, **{**CALL, "generator": seeded(), **changes}).images
 
 
-@pytest.mark.parametrize("options", [{}, {"n_avg": 3}, {"n_max": 5}], ids=str)
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(("count", "options"), [(1, {}), (3, {"n_avg": 3, "n_max": 5})], ids=str)
 @pytest.mark.parametrize("name", FLOWS)
 def test_equal_prompts_leave_the_latents_as_they_are(
-    name: str, count: int, options: dict[str, Any], made: Callable[[str], Any]
+    name: str, count: int, options: dict[str, Any], pipes: Pipes
 ) -> None:
     image = latents(count)
-    assert torch.equal(edited(made(name), SOURCE, SOURCE, image=image, **SCALES, **options), image)
-    assert (edited(made(name), image=image, **SCALES, **options) - image).abs().max() > 0.1
+    assert torch.equal(edited(pipes(name), SOURCE, SOURCE, image=image, **SCALES, **options), image)
+    assert (edited(pipes(name), image=image, **SCALES, **options) - image).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("sampled", [0, 2])
 @torch.no_grad()
-def test_it_is_the_papers_walk(sampled: int, made: Callable[[str], Any]) -> None:
+def test_it_is_the_papers_walk(sampled: int, pipes: Pipes) -> None:
     """2412.08629, algorithm 1, with the state z = x + d, and the velocities of diffusers' transformer's signature."""
-    pipe, x, noise = made("sd3"), latents(), seeded()
+    pipe, x, noise = pipes("sd3"), latents(), seeded()
     found = edited(pipe, n_max=4, n_min=sampled, n_avg=2, source_guidance_scale=2.0, guidance_scale=5.0)
     pipe(SOURCE, **CALL, guidance_scale=1.0)
     sigmas = pipe.scheduler.sigmas
@@ -101,11 +83,9 @@ def test_it_is_the_papers_walk(sampled: int, made: Callable[[str], Any]) -> None
 
 @pytest.mark.parametrize("name", FLOWS)
 @pytest.mark.parametrize("steps", [3, 5])
-def test_of_sampled_steps_alone_it_is_an_image_to_image_call(
-    steps: int, name: str, made: Callable[[str], Any]
-) -> None:
+def test_of_sampled_steps_alone_it_is_an_image_to_image_call(steps: int, name: str, pipes: Pipes) -> None:
     """From the same noise; of all steps, a plain call, in which nothing is left of the picture."""
-    pipe, options = made(name), {"guidance_scale": 3.0}
+    pipe, options = pipes(name), {"guidance_scale": 3.0}
     found = edited(pipe, n_max=steps, n_min=steps, **options)
     expected = pipe(PROMPT, image=latents(), strength=steps / 5, generator=seeded(), **CALL, **options).images
     assert (found - expected).abs().max() < 1e-5 * expected.std()
@@ -114,14 +94,14 @@ def test_of_sampled_steps_alone_it_is_an_image_to_image_call(
         assert (other - found).abs().max() < 1e-5 * expected.std()
 
 
-def test_the_source_is_asked_at_compared_steps_alone(made: Callable[[str], Any]) -> None:
-    pipe, rows = made("sd3"), Rows()
+def test_the_source_is_asked_at_compared_steps_alone(pipes: Pipes) -> None:
+    pipe, rows = pipes("sd3"), Rows()
     edited(pipe, n_max=4, n_min=1, n_avg=2, **SCALES, controls=[rows])
     assert rows.seen == [2] * (3 * 2 * 2 + 1)
 
 
-def test_pictures_of_a_batch_come_out_as_alone(made: Callable[[str], Any]) -> None:
-    pipe, prompts = made("sd3"), [PROMPT, "a dog"]
+def test_pictures_of_a_batch_come_out_as_alone(pipes: Pipes) -> None:
+    pipe, prompts = pipes("sd3"), [PROMPT, "a dog"]
     together = edited(pipe, prompt=prompts, image=latents(2), generator=[seeded(1), seeded(2)])
     for i, prompt in enumerate(prompts):
         alone = edited(pipe, prompt=prompt, image=latents(2)[i : i + 1], generator=[seeded(i + 1)])
@@ -129,19 +109,19 @@ def test_pictures_of_a_batch_come_out_as_alone(made: Callable[[str], Any]) -> No
 
 
 @pytest.mark.parametrize("name", FLOWS)
-def test_defaults_are_the_papers(name: str, made: Callable[[str], Any]) -> None:
+def test_defaults_are_the_papers(name: str, pipes: Pipes) -> None:
     written = {
         "sd3": {"num_inference_steps": 50, "n_max": 33, "source_guidance_scale": 3.5, "guidance_scale": 13.5},
         "flux-dev": {"num_inference_steps": 28, "n_max": 24, "source_guidance_scale": 1.5, "guidance_scale": 5.5},
     }[name]
-    pipe = made(name)
+    pipe = pipes(name)
     assert torch.equal(edited(pipe, num_inference_steps=None), edited(pipe, **written))
     assert pipe.num_timesteps == written["n_max"]
 
 
 @pytest.mark.parametrize("name", FLOWS)
-def test_acceleration_changes_nothing_but_rounding(name: str, made: Callable[[str], Any]) -> None:
-    pipe = made(name)
+def test_acceleration_changes_nothing_but_rounding(name: str, pipes: Pipes) -> None:
+    pipe = pipes(name)
     fast = edited(pipe, **SCALES)
     restore(pipe)
     plain = edited(pipe, **SCALES)
@@ -149,8 +129,8 @@ def test_acceleration_changes_nothing_but_rounding(name: str, made: Callable[[st
     assert (fast - plain).abs().max() < 1e-4 * plain.std()
 
 
-def test_controls_steer_both_prompts(made: Callable[[str], Any], official: Official) -> None:
-    pipe, theirs = made("sd3"), diffusers.DiffusionPipeline.from_pretrained(official("sd3"))
+def test_controls_steer_both_prompts(pipes: Pipes, official: Official) -> None:
+    pipe, theirs = pipes("sd3"), diffusers.DiffusionPipeline.from_pretrained(official("sd3"))
     net, hint = quiet_(net_of(theirs.transformer)), torch.rand(1, 3, 32, 32)
     plain = edited(pipe, **SCALES)
     assert torch.equal(edited(pipe, **SCALES, controls=[ControlNet(net, hint, scale=0.0)]), plain)
@@ -187,9 +167,9 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("name", "changes", "message"), BAD, ids=[message[:40] for _, _, message in BAD])
 def test_a_bad_argument_is_named_before_the_backbone_runs(
-    name: str, changes: dict[str, Any], message: str, made: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+    name: str, changes: dict[str, Any], message: str, pipes: Pipes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipe = made(name)
+    pipe = pipes(name)
     own = pipe.scheduler
 
     def ran(*args: Any, **kwargs: Any) -> None:
@@ -201,8 +181,8 @@ def test_a_bad_argument_is_named_before_the_backbone_runs(
     assert pipe.scheduler is own
 
 
-def test_a_step_cache_is_refused(made: Callable[[str], Any]) -> None:
-    pipe = made("sd3")
+def test_a_step_cache_is_refused(pipes: Pipes) -> None:
+    pipe = pipes("sd3")
     pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))
     try:
         with pytest.raises(ValueError, match="flow_edit: got a backbone with a step cache"):

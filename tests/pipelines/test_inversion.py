@@ -17,7 +17,6 @@ from hubgen.controls.attention_maps import AttentionMaps
 from hubgen.controls.control import Control, Prepared, Start, Target
 from hubgen.controls.controlnet import ControlNet
 from hubgen.hub.bundled import bundled_model
-from hubgen.pipelines.class_to_image import ClassToImagePipeline
 from hubgen.pipelines.inversion import Inversion
 from hubgen.pipelines.text_to_image import TextToImagePipeline
 from hubgen.schedulers.flow_match_midpoint import FlowMatchMidpointScheduler
@@ -25,29 +24,11 @@ from tests.controls.test_controlnet import net_of
 from tests.parity import quiet_
 
 Official = Callable[[str], Path]
+Pipes = Callable[[str], Any]
 
 PROMPT = "a red cat"
 CALL: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 5, "height": 32, "width": 32}
 FLOWS = ["sd3", "flux-dev"]
-
-
-@pytest.fixture(scope="module")
-def pipes() -> dict[str, Any]:
-    return {}
-
-
-@pytest.fixture
-def made(official: Official, pipes: dict[str, Any]) -> Callable[[str], Any]:
-    """Tiny pipelines of official layouts, each loaded once."""
-
-    def make(name: str) -> Any:
-        if name not in pipes:
-            cls = ClassToImagePipeline if name == "dit" else TextToImagePipeline
-            pipes[name] = cls.from_pretrained(official(name))
-            pipes[name].set_progress_bar_config(disable=True)
-        return pipes[name]
-
-    return make
 
 
 def images(count: int = 1) -> torch.Tensor:
@@ -87,9 +68,9 @@ class Rows(Control):
 
 @pytest.mark.parametrize(("name", "guidance"), [("sd1", 1.0), ("sd1", 3.0), ("sd2", 1.0), ("sdxl", 1.0)])
 def test_on_variance_preserving_paths_it_is_the_walk_of_diffusers_inverse_scheduler(
-    name: str, guidance: float, made: Callable[[str], Any], official: Official
+    name: str, guidance: float, pipes: Pipes, official: Official
 ) -> None:
-    pipe = made(name)
+    pipe = pipes(name)
     inversion = inverted(pipe, guidance_scale=guidance)
     theirs = diffusers.DiffusionPipeline.from_pretrained(official(name))
     theirs.set_progress_bar_config(disable=True)
@@ -104,8 +85,8 @@ def test_on_variance_preserving_paths_it_is_the_walk_of_diffusers_inverse_schedu
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", FLOWS)
-def test_along_flows_it_is_eulers_method_on_the_grid_from_below(name: str, made: Callable[[str], Any]) -> None:
-    pipe = made(name)
+def test_along_flows_it_is_eulers_method_on_the_grid_from_below(name: str, pipes: Pipes) -> None:
+    pipe = pipes(name)
     inversion = inverted(pipe)
     pipe(**CALL, guidance_scale=1.0, output_type="latent")
     sigmas, x = pipe.scheduler.sigmas.flip(0), inversion.data
@@ -130,9 +111,9 @@ def test_along_flows_it_is_eulers_method_on_the_grid_from_below(name: str, made:
 
 @pytest.mark.parametrize("name", FLOWS)
 def test_rf_of_full_strength_ends_at_the_noise_and_at_the_picture_and_of_none_is_eulers(
-    name: str, made: Callable[[str], Any]
+    name: str, pipes: Pipes
 ) -> None:
-    pipe, whole = made(name), (0.0, 1.0)
+    pipe, whole = pipes(name), (0.0, 1.0)
     full = inverted(pipe, "rf", gamma=1.0, eta=1.0, eta_span=whole, generator=seeded())
     noise = torch.randn(full.data.shape, generator=seeded())
     assert (full.latents - noise).abs().max() < 1e-5
@@ -146,16 +127,16 @@ def test_rf_of_full_strength_ends_at_the_noise_and_at_the_picture_and_of_none_is
 
 
 @pytest.mark.parametrize("name", FLOWS)
-def test_the_first_step_of_fireflow_is_the_midpoints_there_and_back(name: str, made: Callable[[str], Any]) -> None:
-    pipe = made(name)
+def test_the_first_step_of_fireflow_is_the_midpoints_there_and_back(name: str, pipes: Pipes) -> None:
+    pipe = pipes(name)
     one, other = (inverted(pipe, method, num_inference_steps=1) for method in ("midpoint", "fireflow"))
     assert torch.equal(one.latents, other.latents)
     assert torch.equal(back(pipe, one), back(pipe, other))
 
 
 @pytest.mark.parametrize("name", FLOWS)
-def test_second_order_comes_back_nearer(name: str, made: Callable[[str], Any]) -> None:
-    pipe, errors = made(name), {}
+def test_second_order_comes_back_nearer(name: str, pipes: Pipes) -> None:
+    pipe, errors = pipes(name), {}
     for method in ("euler", "midpoint", "fireflow"):
         inversion = inverted(pipe, method, num_inference_steps=10)
         errors[method] = (back(pipe, inversion) - inversion.data).square().mean().item()
@@ -163,14 +144,14 @@ def test_second_order_comes_back_nearer(name: str, made: Callable[[str], Any]) -
 
 
 @pytest.mark.parametrize(("method", "calls"), [("euler", 5), ("midpoint", 10), ("fireflow", 6), ("rf", 5)])
-def test_a_guided_inversion_guides_every_call_of_the_model(method: str, calls: int, made: Callable[[str], Any]) -> None:
+def test_a_guided_inversion_guides_every_call_of_the_model(method: str, calls: int, pipes: Pipes) -> None:
     rows = Rows()
-    inverted(made("sd3"), method, guidance_scale=3.0, controls=[rows])
+    inverted(pipes("sd3"), method, guidance_scale=3.0, controls=[rows])
     assert rows.seen == [2] * calls
 
 
-def test_the_latents_are_the_posteriors_mean_and_latents_are_taken_as_they_are(made: Callable[[str], Any]) -> None:
-    pipe = made("sd3")
+def test_the_latents_are_the_posteriors_mean_and_latents_are_taken_as_they_are(pipes: Pipes) -> None:
+    pipe = pipes("sd3")
     with torch.no_grad():
         mean = normalised(posterior(pipe.vae, 2 * images() - 1)[0], pipe.vae)
     one = inverted(pipe)
@@ -182,8 +163,8 @@ def test_the_latents_are_the_posteriors_mean_and_latents_are_taken_as_they_are(m
 
 
 @pytest.mark.parametrize("method", ["euler", "rf"])
-def test_pictures_of_a_batch_come_out_as_alone(method: str, made: Callable[[str], Any]) -> None:
-    pipe, prompts = made("sd3"), [PROMPT, "the big blue heart"]
+def test_pictures_of_a_batch_come_out_as_alone(method: str, pipes: Pipes) -> None:
+    pipe, prompts = pipes("sd3"), [PROMPT, "the big blue heart"]
     together = inverted(pipe, method, image=images(2), prompt=prompts, generator=[seeded(1), seeded(2)])
     returned = back(pipe, together)
     for i, prompt in enumerate(prompts):
@@ -194,8 +175,8 @@ def test_pictures_of_a_batch_come_out_as_alone(method: str, made: Callable[[str]
     assert (same.latents[0] - together.latents[0]).abs().max() < 1e-4
 
 
-def test_the_noises_serve_several_prompts_in_turns(made: Callable[[str], Any]) -> None:
-    pipe, prompts = made("sd3"), [PROMPT, "the big blue heart"]
+def test_the_noises_serve_several_prompts_in_turns(pipes: Pipes) -> None:
+    pipe, prompts = pipes("sd3"), [PROMPT, "the big blue heart"]
     inversion = inverted(pipe, "rf", generator=seeded())
     both = back(pipe, inversion, prompts)
     for i, prompt in enumerate(prompts):
@@ -204,11 +185,9 @@ def test_the_noises_serve_several_prompts_in_turns(made: Callable[[str], Any]) -
 
 
 @pytest.mark.parametrize("method", ["midpoint", "fireflow"])
-def test_a_pipeline_with_the_methods_scheduler_makes_the_same(
-    method: str, made: Callable[[str], Any], tmp_path: Path
-) -> None:
+def test_a_pipeline_with_the_methods_scheduler_makes_the_same(method: str, pipes: Pipes, tmp_path: Path) -> None:
     """Also after it was saved and loaded: methods are schedulers like others."""
-    pipe = made("sd3")
+    pipe = pipes("sd3")
     inversion = inverted(pipe, method)
     expected, call = back(pipe, inversion), {**CALL, "guidance_scale": 1.0, "output_type": "latent"}
     own = TextToImagePipeline(**{**pipe.components, "scheduler": inversion.scheduler})
@@ -221,8 +200,8 @@ def test_a_pipeline_with_the_methods_scheduler_makes_the_same(
     assert torch.equal(loaded(**call, latents=inversion.latents).images, expected)
 
 
-def test_a_picture_is_begun_at_whole_midpoint_steps(made: Callable[[str], Any]) -> None:
-    pipe = made("sd3")
+def test_a_picture_is_begun_at_whole_midpoint_steps(pipes: Pipes) -> None:
+    pipe = pipes("sd3")
     midpoint = FlowMatchMidpointScheduler.from_config(pipe.scheduler.config)
     own = TextToImagePipeline(**{**pipe.components, "scheduler": midpoint})
     own.set_progress_bar_config(disable=True)
@@ -234,8 +213,8 @@ def test_a_picture_is_begun_at_whole_midpoint_steps(made: Callable[[str], Any]) 
         assert found.isfinite().all() and 0 < len(rows.seen) < 10 and len(rows.seen) % 2 == 0
 
 
-def test_the_pipeline_has_its_own_scheduler_again_also_after_an_error(made: Callable[[str], Any]) -> None:
-    pipe = made("sd1")
+def test_the_pipeline_has_its_own_scheduler_again_also_after_an_error(pipes: Pipes) -> None:
+    pipe = pipes("sd1")
     own, config = pipe.scheduler, dict(pipe.config)
 
     def fail(*args: Any) -> dict[str, Any]:
@@ -248,18 +227,18 @@ def test_the_pipeline_has_its_own_scheduler_again_also_after_an_error(made: Call
     assert pipe.scheduler is own and dict(pipe.config) == config
 
 
-def test_an_inversion_that_is_stopped_is_none(made: Callable[[str], Any]) -> None:
+def test_an_inversion_that_is_stopped_is_none(pipes: Pipes) -> None:
     def stop(pipe: Any, step: int, *args: Any) -> dict[str, Any]:
         pipe._interrupt = step == 1
         return {}
 
     with pytest.raises(RuntimeError, match="interrupted after 2 of 5 steps"):
-        inverted(made("sd3"), callback_on_step_end=stop)
+        inverted(pipes("sd3"), callback_on_step_end=stop)
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd3"])
-def test_controls_steer_the_way_up_as_well(name: str, made: Callable[[str], Any], official: Official) -> None:
-    pipe, theirs = made(name), diffusers.DiffusionPipeline.from_pretrained(official(name))
+def test_controls_steer_the_way_up_as_well(name: str, pipes: Pipes, official: Official) -> None:
+    pipe, theirs = pipes(name), diffusers.DiffusionPipeline.from_pretrained(official(name))
     net = quiet_(net_of(theirs.unet if name == "sd1" else theirs.transformer))
     hint, plain = images(), inverted(pipe)
     off = inverted(pipe, controls=[ControlNet(net, hint, scale=0.0)])
@@ -273,8 +252,8 @@ def test_controls_steer_the_way_up_as_well(name: str, made: Callable[[str], Any]
 
 
 @pytest.mark.parametrize("name", ["sd1", *FLOWS])
-def test_acceleration_changes_nothing_but_rounding(name: str, made: Callable[[str], Any]) -> None:
-    pipe = made(name)
+def test_acceleration_changes_nothing_but_rounding(name: str, pipes: Pipes) -> None:
+    pipe = pipes(name)
     fast = inverted(pipe)
     restore(pipe)
     plain = inverted(pipe)
@@ -284,9 +263,9 @@ def test_acceleration_changes_nothing_but_rounding(name: str, made: Callable[[st
 
 @pytest.mark.parametrize(("scheduler", "method"), [(None, "euler"), ("flow", "midpoint")])
 def test_classes_are_inverted_as_prompts_are(
-    scheduler: str | None, method: str, made: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+    scheduler: str | None, method: str, pipes: Pipes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipe = made("dit")
+    pipe = pipes("dit")
     if scheduler is not None:
         monkeypatch.setattr(pipe, "scheduler", diffusers.FlowMatchEulerDiscreteScheduler())
     inversion = pipe.invert(images(2), [1, 3], method, num_inference_steps=4)
@@ -349,9 +328,9 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("name", "changes", "message"), BAD, ids=[message[:40] for _, _, message in BAD])
 def test_a_bad_argument_is_named_before_any_network_runs(
-    name: str, changes: dict[str, Any], message: str, made: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+    name: str, changes: dict[str, Any], message: str, pipes: Pipes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipe = made(name)
+    pipe = pipes(name)
 
     def ran(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a network ran")
@@ -374,16 +353,16 @@ def test_a_bad_argument_is_named_before_any_network_runs(
     ids=lambda scheduler: type(scheduler).__name__,
 )
 def test_a_scheduler_whose_steps_are_not_walked_back_is_named(
-    scheduler: Any, made: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+    scheduler: Any, pipes: Pipes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipe = made("sd1")
+    pipe = pipes("sd1")
     monkeypatch.setattr(pipe, "scheduler", scheduler)
     with pytest.raises(ValueError, match=f"`scheduler`: got a {type(scheduler).__name__}, expected"):
         inverted(pipe)
 
 
-def test_what_the_way_back_has_already_is_refused(made: Callable[[str], Any]) -> None:
-    pipe = made("sd3")
+def test_what_the_way_back_has_already_is_refused(pipes: Pipes) -> None:
+    pipe = pipes("sd3")
     inversion = inverted(pipe, image=images(2))
     for name, value in (("num_inference_steps", 9), ("height", 64), ("latents", images()), ("image", images())):
         with pytest.raises(ValueError, match=f"`{name}`: got .*, expected none: the way back"):
