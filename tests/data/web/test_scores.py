@@ -1,3 +1,4 @@
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tests.data.web.pairs import write_pairs
 
 def scored(folder: Path, *parts: Part) -> Report:
     shards = open_shards(folder)
-    stage = Score(parts)
+    stage = pickle.loads(pickle.dumps(Score(parts)))  # as an engine sends it
     report = run(stage, stage.works(shards), folder)
     assert report.failed == {}
     return report
