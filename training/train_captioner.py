@@ -24,7 +24,6 @@ from hubgen.captioning.captioner import (
     image_processor,
     open_captioner,
     put_together,
-    side_of,
     small_captioner,
 )
 from hubgen.captioning.card import captioner_card
@@ -193,7 +192,7 @@ def begun(settings: Settings, pictures: Pictures) -> Captioner:
         raise SettingsError(f"setting 'base': {error}") from error
     processor = captioner.processor
     processor.chat_template = template.chat
-    side, padded = side_of(processor), settings.stage == "instruct"
+    side, padded = captioner.model.config.vision_config.image_size, settings.stage == "instruct"
     processor.image_processor = image_processor(side, processor.image_processor, padded)
     captioner.model.generation_config.eos_token_id = ends
     return captioner

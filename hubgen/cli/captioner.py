@@ -17,11 +17,13 @@ from hubgen.cli.inspect import size_text
 from hubgen.cli.messages import few_lines, say
 from hubgen.cli.plan import column
 from hubgen.cli.scripts import (
+    NO_CAPTIONS,
     add_run_options,
     check_packages,
     check_push,
     checked_settings,
     further_of,
+    has_captions,
     run,
     run_options_of,
 )
@@ -46,8 +48,8 @@ examples:
   instruct  projector and language model, on questions and answers
 
 What is not given is chosen by the number of pictures and the kind of base, and printed in a plan before anything
-learns. The same command goes on where it was stopped, or, with more --steps, where it had ended. --set reaches every
-setting of the script (`python -m hubgen.training.train_captioner --help` lists them). On several accelerators:
+learns. The same command goes on where it was stopped. --set reaches every setting of the script
+(`python -m hubgen.training.train_captioner --help` lists them). On several accelerators:
   accelerate launch -m hubgen.training.train_captioner --config DIR/recipe.yaml
 
 exit status:
@@ -101,8 +103,17 @@ def train_captioner(arguments: argparse.Namespace) -> None:
     }
     given = {name: value for name, value in asked_for.items() if value is not None}
     further = further_of(arguments.settings)
+    if not arguments.data.lower().endswith((".json", ".jsonl")) and not has_captions(arguments.data):
+        raise ValueError(NO_CAPTIONS.format(folder=arguments.data).partition("; or give one")[0])
     with few_lines():
+        from hubgen.captioning.captioner import open_parts
         from hubgen.training import train_captioner as script
+
+        if arguments.base is not None:
+            try:
+                open_parts(arguments.base)
+            except ValueError as error:
+                raise ValueError(f"--base {error}") from error
 
         asked = checked_settings(script, given, further)  # what is wrong with it is said at once
         found = script.open_told(asked.data, asked.data.split, 0)

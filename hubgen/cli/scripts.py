@@ -10,9 +10,15 @@ from typing import Any
 
 from hubgen.cli.arguments import count, positive, positive_number, repository, seed
 from hubgen.cli.messages import say
+from hubgen.hub.finding import HUB_ID
 
 NEEDED = ("datasets", "tensorboard")
 """Packages of the extra `train`"""
+NO_CAPTIONS = (
+    "{folder}: its pictures have no captions; expected a metadata.jsonl with rows of file_name and text, a text file "
+    "beside each picture (cat.txt for cat.png), or folders named 10_CAPTION; or give one caption for all: "
+    '--trigger "WORDS"'
+)
 
 
 def check_packages() -> None:
@@ -21,6 +27,26 @@ def check_packages() -> None:
     if missing:
         are = "is" if len(missing) == 1 else "are"
         raise ValueError(f"training needs {' and '.join(missing)}, which {are} missing: pip install 'hubgen[train]'")
+
+
+def has_captions(source: str) -> bool:
+    """Whether the pictures of a folder have captions; shards and data sets of the Hub have.
+
+    Raises:
+        ValueError: There is no such folder.
+    """
+    from hubgen.data import metadata
+    from hubgen.data.sources import is_counted
+    from hubgen.data.webdataset import is_shards
+
+    folder = Path(source).expanduser()
+    if is_counted(source) or is_shards(source) or (not folder.exists() and HUB_ID.fullmatch(source)):
+        return True
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "no such folder"
+        raise ValueError(f"{source}: {what}, expected a folder of pictures")
+    inner = folder / "train"
+    return is_shards(str(inner)) or metadata.has_captions(inner if inner.is_dir() else folder)
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:

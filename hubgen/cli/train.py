@@ -16,15 +16,17 @@ from hubgen.cli.data import check_out
 from hubgen.cli.messages import few_lines, say
 from hubgen.cli.plan import column, plan
 from hubgen.cli.scripts import (
+    NO_CAPTIONS,
     add_run_options,
     check_packages,
     check_push,
     checked_settings,
     further_of,
+    has_captions,
     run,
     run_options_of,
 )
-from hubgen.hub.finding import BUNDLED, HUB_ID, find_model, read_index
+from hubgen.hub.finding import BUNDLED, find_model, read_index
 from hubgen.training.kit.usual import Material, completed
 
 LORA_DESCRIPTION = """\
@@ -127,12 +129,6 @@ examples:
       --base stabilityai/stable-diffusion-xl-base-1.0 --prompt "sks dog on the moon"
 
 """
-
-NO_CAPTIONS = (
-    "{folder}: its pictures have no captions; expected a metadata.jsonl with rows of file_name and text, a text file "
-    "beside each picture (cat.txt for cat.png), or folders named 10_CAPTION; or give one caption for all: "
-    '--trigger "WORDS"'
-)
 
 
 def add_train(commands: Any) -> None:
@@ -301,26 +297,6 @@ def check_words(option: str, words: str | None) -> str | None:
     if words is not None and not words.strip():
         raise ValueError(f"{option}: got {words!r}, expected words")
     return None if words is None else words.strip()
-
-
-def has_captions(source: str) -> bool:
-    """Whether the pictures of a folder have captions; shards and data sets of the Hub have.
-
-    Raises:
-        ValueError: There is no such folder.
-    """
-    from hubgen.data import metadata
-    from hubgen.data.sources import is_counted
-    from hubgen.data.webdataset import is_shards
-
-    folder = Path(source).expanduser()
-    if is_counted(source) or is_shards(source) or (not folder.exists() and HUB_ID.fullmatch(source)):
-        return True
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "no such folder"
-        raise ValueError(f"{source}: {what}, expected a folder of pictures")
-    inner = folder / "train"
-    return is_shards(str(inner)) or metadata.has_captions(inner if inner.is_dir() else folder)
 
 
 # ---- from options to a run ----
