@@ -4,8 +4,8 @@
     print(shipment)
     print(shipment.send())                                        # the address
 
-A folder may be a pipeline, a network, an adapter, an IP-Adapter (`ip-adapter*.safetensors`), a learned word, a data set
-or a Space. Of each kind only the files are sent that it is known to need: what else lies there stays here, and is said.
+A folder may be a pipeline, a captioner, a network, an adapter, an IP-Adapter (`ip-adapter*.safetensors`), a learned
+word, a data set or a Space. Of each kind only the files are sent that it is known to need: what else lies there stays here, and is said.
 A pipeline that diffusers lacks is sent with its code (`hubgen.hub.carried_code`), also if the folder is without.
 """
 
@@ -82,6 +82,7 @@ KINDS = (
     Kind("PEFT adapter", "model", _has("adapter_model.safetensors"), (*WEIGHTS, "adapter_config.json")),
     Kind("IP-Adapter", "model", _has("ip-adapter*.safetensors"), WEIGHTS),
     Kind("learned word", "model", _has("*embeds.safetensors"), WEIGHTS),
+    Kind("captioner", "model", _has("processor_config.json"), (*WEIGHTS, "*.json", "*.jinja", "*.model")),
     Kind("network", "model", _has("config.json"), (*WEIGHTS, "config.json", "*.py")),
     Kind(
         "data set",
@@ -177,7 +178,7 @@ def prepare(
     """Checks that a folder can be sent.
 
     Args:
-        folder: A pipeline, a network, an adapter, a learned word, a data set or a Space.
+        folder: A pipeline, a captioner, a network, an adapter, a learned word, a data set or a Space.
         repo_id: `owner/name`.
         private: Whether the repository is private, if it is made.
         revision: Branch, made if it is not there; the main one if not given.

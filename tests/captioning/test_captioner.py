@@ -32,6 +32,7 @@ from hubgen.captioning.captioner import (
     small_captioner,
 )
 from hubgen.captioning.templates import IGNORED, PLAIN, V1, Turn, encode
+from hubgen.hub.publish import prepare
 from hubgen.training.kit.answers import Answers
 from tests.captioning.taught import NAMED, QUESTION, SIDE, drawn, untaught
 
@@ -96,6 +97,12 @@ def test_the_same_texts_give_the_same_tokenizer_and_every_text_comes_back() -> N
     assert first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str()
     for text in ("a red ball", "ein blåer Bär 🐻, 熊", "  two  spaces"):
         assert first.decode(first.encode(text), skip_special_tokens=True) == text
+
+
+def test_all_that_transformers_needs_is_sent_to_the_hub(saved: Path) -> None:
+    shipment = prepare(saved, "owner/captioner", licence_needed=False)
+    assert shipment.kind.name == "captioner" and shipment.left == ()
+    assert {"model.safetensors", "config.json", "tokenizer.json", "processor_config.json"} <= shipment.files.keys()
 
 
 # ---- put together ----

@@ -8,5 +8,6 @@ download    candidates -> shards (`candidates`, `fetch`, `transfer`, `optout`, `
 scores      columns that say what a pair is worth (`embedding_scores`, `tags`, `heads`, `decoding`)
 filters     shards -> shards with the rows to keep (`where`, `hash_lists`, and the recipes' rules)
 embeddings  shards -> vectors of their pictures (`embedders`)
+recaption   captions that a model writes, beside those of the web (`hubgen.captioning`)
 index       vectors -> search (faiss); `duplicates` marks pictures that are nearly the same
 """

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import pickle
 import random
 import shutil
 import time
@@ -159,17 +160,21 @@ def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(model: Path, 
 
 
 @pytest.mark.slow
-def test_a_pool_and_ray_write_the_same_bytes_as_a_loop(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ray_writes_the_same_bytes_as_a_loop(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    folders = [shards_of(tmp_path / name, 3, 4, failures=True) for name in ("loop", "pool", "ray")]
-    for folder, (engine, workers) in zip(folders, (("local", 1), ("local", 2), ("ray", 2)), strict=True):
-        if engine == "ray":
-            pytest.importorskip("ray")
+    loop, ray = (shards_of(tmp_path / name, 3, 4, failures=True) for name in ("loop", "ray"))
+    for folder, engine in ((loop, "local"), (ray, "ray")):
         stage = Recaption.of(str(model), max_new_tokens=12, batch_size=3)
-        assert run(stage, stage.works(open_shards(folder)), folder, engine=engine, workers=workers).failed == {}
-        assert contents(folder) == contents(folders[0])
+        works, workers = stage.works(open_shards(folder)), 2 if engine == "ray" else 1
+        assert run(stage, works, folder, engine=engine, workers=workers).failed == {}
+    assert contents(loop) == contents(ray)
+
+
+def test_a_stage_goes_to_another_process_as_it_is(model: Path) -> None:
+    stage = Recaption.of(str(model), beams=2)
+    sent = pickle.loads(pickle.dumps(stage))
+    assert sent == stage and sent.settings == stage.settings
 
 
 # ---- the command ----
