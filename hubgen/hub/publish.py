@@ -5,7 +5,8 @@
     print(shipment.send())                                        # the address
 
 A folder may be a pipeline, a captioner, a network, an adapter, an IP-Adapter (`ip-adapter*.safetensors`), a learned
-word, a data set or a Space. Of each kind only the files are sent that it is known to need: what else lies there stays here, and is said.
+word, a data set or a Space. Of each kind only the files are sent that it is known to need: what else lies there stays
+here, and is said.
 A pipeline that diffusers lacks is sent with its code (`hubgen.hub.carried_code`), also if the folder is without.
 """
 
@@ -80,9 +81,9 @@ KINDS = (
     ),
     Kind("adapter", "model", _has("pytorch_lora_weights.safetensors"), WEIGHTS),
     Kind("PEFT adapter", "model", _has("adapter_model.safetensors"), (*WEIGHTS, "adapter_config.json")),
+    Kind("captioner", "model", _has("processor_config.json"), (*WEIGHTS, "*.json", "*.jinja", "*.model")),
     Kind("IP-Adapter", "model", _has("ip-adapter*.safetensors"), WEIGHTS),
     Kind("learned word", "model", _has("*embeds.safetensors"), WEIGHTS),
-    Kind("captioner", "model", _has("processor_config.json"), (*WEIGHTS, "*.json", "*.jinja", "*.model")),
     Kind("network", "model", _has("config.json"), (*WEIGHTS, "config.json", "*.py")),
     Kind(
         "data set",
