@@ -42,7 +42,7 @@ def add_data(commands: Any) -> None:
         commands,
         "data",
         summary="build data to train on",
-        description="Build image-text folders to train on.",
+        description="Make data to train on: folders of pictures with captions, and shards of pictures from the web.",
         epilog="Each has a page of its own: `hubgen data emoji --help`.",
     )
     kinds = parser.add_subparsers(title="kinds of data", metavar="KIND", required=True)
@@ -78,9 +78,9 @@ def add_data(commands: Any) -> None:
     add_edits(kinds)
     add_crawl(kinds)
     add_download(kinds)
-    add_recaption(kinds)
     add_score(kinds)
     add_filter(kinds)
+    add_recaption(kinds)
     add_search(kinds)
 
 
