@@ -71,11 +71,11 @@ def add_crawl(kinds: Any) -> None:
 def data_crawl(arguments: argparse.Namespace) -> None:
     """`hubgen data crawl`: tables of pairs, and the report."""
     from hubgen.cli.messages import say
-    from hubgen.data.web.text import needed
+    from hubgen.data.web.crawling.text import needed
 
     needed("pyarrow")
     engine = engine_of(arguments)
-    from hubgen.data.web.crawl import IncompleteCrawl, crawl
+    from hubgen.data.web.crawling.crawl import IncompleteCrawl, crawl
     from hubgen.data.web.rules import load_recipe
 
     asked = {"capacity": arguments.bloom_capacity, "error": arguments.bloom_error}

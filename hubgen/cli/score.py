@@ -123,7 +123,7 @@ def data_score(arguments: argparse.Namespace) -> None:
     from hubgen.cli.messages import few_lines
 
     with few_lines():
-        from hubgen.data.web.scores import SCORED, Score
+        from hubgen.data.web.scoring.scores import SCORED, Score
         from hubgen.data.web.shards import open_shards
 
         shards = open_shards(arguments.shards)
@@ -162,7 +162,7 @@ def parts_of(arguments: argparse.Namespace) -> Any:
     Raises:
         DataError: A model, a file or a package is not there, or does not fit.
     """
-    from hubgen.data.web.scores import Joined, LaionHash, Language
+    from hubgen.data.web.scoring.scores import Joined, LaionHash, Language
 
     if arguments.scorer is not None:
         yield embedding_scores(arguments)
@@ -176,8 +176,8 @@ def parts_of(arguments: argparse.Namespace) -> Any:
 
 def embedding_scores(arguments: argparse.Namespace) -> Any:
     """What makes the columns of a scorer."""
-    from hubgen.data.web.embedders import embedder
-    from hubgen.data.web.embedding_scores import EmbeddingScores, Live, Stored, Vectors
+    from hubgen.data.web.embedding.embedders import embedder
+    from hubgen.data.web.scoring.embedding_scores import EmbeddingScores, Live, Stored, Vectors
 
     kind, _, folder = arguments.scorer.partition(":")
     similarity = arguments.similarity is not False
@@ -221,10 +221,10 @@ def data_filter(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--out {out}: is the folder of the shards, expected another one")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: is a file, expected the folder to write")
-    from hubgen.data.web.filters import REPORT, Filter, write_report
+    from hubgen.data.web.filtering.filters import REPORT, Filter, write_report
+    from hubgen.data.web.filtering.where import WhereError, parse_where
     from hubgen.data.web.rules import load_recipe
     from hubgen.data.web.shards import open_shards
-    from hubgen.data.web.where import WhereError, parse_where
 
     recipe = None if arguments.recipe is None else load_recipe(arguments.recipe)
     try:

@@ -155,8 +155,8 @@ def data_embed(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--out {out}: is the folder of the shards, expected another one")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: is a file, expected the folder to write")
-    from hubgen.data.web.embedders import embedder
-    from hubgen.data.web.embeddings import Embed
+    from hubgen.data.web.embedding.embedders import embedder
+    from hubgen.data.web.embedding.embeddings import Embed
     from hubgen.data.web.shards import open_shards
 
     shards = open_shards(arguments.shards)
@@ -170,8 +170,8 @@ def data_embed(arguments: argparse.Namespace) -> None:
 
 def data_index(arguments: argparse.Namespace) -> None:
     """`hubgen data index`: vectors to an index."""
-    from hubgen.data.web.embeddings import StoredEmbeddings
-    from hubgen.data.web.index import build_index
+    from hubgen.data.web.embedding.embeddings import StoredEmbeddings
+    from hubgen.data.web.embedding.index import build_index
 
     if arguments.out.resolve() == arguments.embeddings.resolve():
         raise ValueError(f"--out {arguments.out}: is the folder of the vectors, expected another one")
@@ -184,8 +184,8 @@ def data_index(arguments: argparse.Namespace) -> None:
 
 def data_search(arguments: argparse.Namespace) -> None:
     """`hubgen data search`: the nearest pictures."""
-    from hubgen.data.web.embedders import embedder
-    from hubgen.data.web.index import SearchIndex
+    from hubgen.data.web.embedding.embedders import embedder
+    from hubgen.data.web.embedding.index import SearchIndex
 
     index = SearchIndex.open(arguments.index)
     name = arguments.model or index.info["embedder"]
@@ -217,8 +217,8 @@ def data_duplicates(arguments: argparse.Namespace) -> None:
     engine_of(arguments)
     if not 0 < arguments.threshold <= 1:
         raise ValueError(f"--threshold: got {arguments.threshold:g}, expected a cosine above 0, at most 1")
-    from hubgen.data.web.duplicates import MarkDuplicates
-    from hubgen.data.web.embeddings import StoredEmbeddings
+    from hubgen.data.web.embedding.duplicates import MarkDuplicates
+    from hubgen.data.web.embedding.embeddings import StoredEmbeddings
     from hubgen.data.web.shards import open_shards
 
     shards = open_shards(arguments.shards)

@@ -140,7 +140,7 @@ def engine_of(arguments: argparse.Namespace) -> Any:
         raise ValueError(f"--gpus-per-worker: got {gpus:g}, expected a whole number for --engine slurm")
     if gpus:
         options["gpus"] = int(gpus) if arguments.engine == "slurm" else gpus
-    from hubgen.data.web.engine import ENGINES as FOUND
+    from hubgen.data.web.engines.engine import ENGINES as FOUND
 
     return FOUND[arguments.engine](**options)
 
@@ -168,9 +168,9 @@ def download_of(arguments: argparse.Namespace) -> Any:
         ValueError: They do not fit together, or a package is missing.
     """
     check_numbers(arguments)
-    from hubgen.data.web.download import Columns, Download, Manners
-    from hubgen.data.web.fetch import Limits
-    from hubgen.data.web.resize import FORMATS, MAX_PIXELS, Resizing
+    from hubgen.data.web.downloading.download import Columns, Download, Manners
+    from hubgen.data.web.downloading.fetch import Limits
+    from hubgen.data.web.downloading.resize import FORMATS, MAX_PIXELS, Resizing
 
     caption = None if arguments.no_captions else (arguments.caption_col or "text")
     digest = None if arguments.compute_hash == "none" else arguments.compute_hash
@@ -243,7 +243,7 @@ def run_stage(stage: Any, works: Any, out: Path, arguments: argparse.Namespace) 
         SystemExit: Of status 3: some shards failed.
     """
     from hubgen.cli.messages import say
-    from hubgen.data.web.engine import run
+    from hubgen.data.web.engines.engine import run
     from hubgen.data.web.shards import STATS, read_stats
 
     report = run(stage, works, out, engine=engine_of(arguments), workers=arguments.workers, show_progress=True)

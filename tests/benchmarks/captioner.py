@@ -21,7 +21,7 @@ import pyarrow as pa
 from accelerate.state import AcceleratorState
 
 from hubgen.captioning.captioner import open_captioner
-from hubgen.data.web.engine import run as run_stage
+from hubgen.data.web.engines.engine import run as run_stage
 from hubgen.data.web.recaption import MARKS, Recaption
 from hubgen.data.web.shards import STATS, SUCCESS, Outcome, open_shards, shard_name, write_shard, write_stats
 from hubgen.training.kit.parse import parse_settings

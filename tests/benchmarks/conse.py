@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from hubgen.data.pictures import read_picture
-from hubgen.data.web.embedders import BATCH, embedder
+from hubgen.data.web.embedding.embedders import BATCH, embedder
 from tests.benchmarks.report import environment, write_json
 
 STAMPS = Path(os.environ.get("TUXPAINT_STAMPS", "/usr/share/tuxpaint/stamps"))

@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from hubgen.data.web.embeddings import StoredEmbeddings
-from hubgen.data.web.index import build_index, nearest, unit
+from hubgen.data.web.embedding.embeddings import StoredEmbeddings
+from hubgen.data.web.embedding.index import build_index, nearest, unit
 from tests.benchmarks import report
 
 RESULTS = Path(__file__).parent / "results" / "web_data"

@@ -25,10 +25,10 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet
 
-from hubgen.data.web.crawl import Parse, digest_of
-from hubgen.data.web.download import Download, Manners
-from hubgen.data.web.engine import run
-from hubgen.data.web.resize import Resizing
+from hubgen.data.web.crawling.crawl import Parse, digest_of
+from hubgen.data.web.downloading.download import Download, Manners
+from hubgen.data.web.downloading.resize import Resizing
+from hubgen.data.web.engines.engine import run
 from hubgen.data.web.rules import load_recipe
 from hubgen.data.web.shards import read_stats
 from hubgen.data.web.stages import Stage, Work

@@ -23,8 +23,8 @@ from urllib.parse import urlsplit
 
 from hubgen.checks import is_number, is_whole
 from hubgen.data.errors import DataError
-from hubgen.data.web.robots import OPT_OUTS
-from hubgen.data.web.wat import IMAGE
+from hubgen.data.web.crawling.wat import IMAGE
+from hubgen.data.web.downloading.robots import OPT_OUTS
 
 STAGES = ("crawl", "download", "filter")
 RECIPES = Path(__file__).parent / "recipes"
@@ -335,7 +335,7 @@ class Recipe:
     Attributes:
         name: Of the recipe.
         steps: Of each stage, in order.
-        clean: Names of what is done to a text, in order; see `hubgen.data.web.text`.
+        clean: Names of what is done to a text, in order; see `hubgen.data.web.crawling.text`.
         longest_url: Characters that an address is cut to; `None`: it is not.
         longest_text: As `longest_url`, of texts.
         detector: "cld3" or "fasttext".
@@ -423,7 +423,7 @@ def recipe_of(content: Any, name: str, where: str) -> Recipe:
             if not is_right(content[key]):
                 raise DataError(f"{where}: {key}: found {content[key]!r}, expected {expected}")
             given[key] = tuple(content[key]) if isinstance(content[key], list) else content[key]
-    from hubgen.data.web.text import CLEANING
+    from hubgen.data.web.crawling.text import CLEANING
 
     for key, known in (("unique", CRAWLED), ("clean", tuple(CLEANING))):
         for one in given.get(key, ()):

@@ -40,7 +40,7 @@ def recaption(folder: Path, model: Path) -> None:
     """All of it, in this process."""
     import torch
 
-    from hubgen.data.web.engine import run
+    from hubgen.data.web.engines.engine import run
     from hubgen.data.web.recaption import Recaption
     from hubgen.data.web.shards import open_shards
     from hubgen.data.web.stages import recover

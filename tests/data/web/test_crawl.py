@@ -12,8 +12,8 @@ import pytest
 
 from hubgen.cli import main
 from hubgen.data.errors import DataError
-from hubgen.data.web.crawl import IncompleteCrawl, KeepNew, Parse, crawl
-from hubgen.data.web.engine import run
+from hubgen.data.web.crawling.crawl import IncompleteCrawl, KeepNew, Parse, crawl
+from hubgen.data.web.engines.engine import run
 from hubgen.data.web.rules import CRAWLED, load_recipe
 from hubgen.data.web.stages import Work
 from tests.data.web.wats import TEXT, WebPage, anchor, image, write_warc, write_wat
@@ -338,7 +338,7 @@ def test_a_file_that_is_cut_off_fails_alone_and_is_done_once_it_is_whole(files: 
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_file_cut_anywhere_gives_the_pages_before_or_says_so(packed: bool, tmp_path: Path) -> None:
-    from hubgen.data.web.wat import CutFile, read_pages
+    from hubgen.data.web.crawling.wat import CutFile, read_pages
 
     path = tmp_path / "a.wat"
     write_wat(path, [picture(str(number)) for number in range(3)], packed=packed)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hubgen.data.web.dedup import Bloom, laion_hash, repeats_in, row_key, write_keys
+from hubgen.data.web.crawling.dedup import Bloom, laion_hash, repeats_in, row_key, write_keys
 
 NAMES = 200_000
 

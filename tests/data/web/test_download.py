@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from hubgen.cli import main
-from hubgen.data.web.download import Columns, Download, Manners
-from hubgen.data.web.engine import run
-from hubgen.data.web.fetch import Limits
-from hubgen.data.web.resize import Resizing
+from hubgen.data.web.downloading.download import Columns, Download, Manners
+from hubgen.data.web.downloading.fetch import Limits
+from hubgen.data.web.downloading.resize import Resizing
+from hubgen.data.web.engines.engine import run
 from hubgen.data.web.shards import open_shards
 from tests.data.web import layout
 from tests.data.web.site import Answer, Site, file_of, in_turn, picture, reply, serving

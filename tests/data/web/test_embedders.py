@@ -8,8 +8,8 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from hubgen.data.errors import DataError
-from hubgen.data.web import embedders
-from hubgen.data.web.embedders import ConSE, class_names, embedder
+from hubgen.data.web.embedding import embedders
+from hubgen.data.web.embedding.embedders import ConSE, class_names, embedder
 from tests.data.web.contrastive import DIMENSIONS, save_model
 from tests.data.web.site import picture
 from tests.models import text_encoder

@@ -15,16 +15,16 @@ from safetensors.torch import save_file
 
 from hubgen.data.errors import DataError
 from hubgen.data.pictures import decode_picture
-from hubgen.data.web.embedders import Embedder, embedder
-from hubgen.data.web.embedding_scores import EmbeddingScores, Live, Stored, unit
-from hubgen.data.web.embeddings import Embed
-from hubgen.data.web.engine import run
-from hubgen.data.web.filters import Filter
-from hubgen.data.web.heads import read_head
+from hubgen.data.web.embedding.embedders import Embedder, embedder
+from hubgen.data.web.embedding.embeddings import Embed
+from hubgen.data.web.engines.engine import run
+from hubgen.data.web.filtering.filters import Filter
 from hubgen.data.web.rules import load_recipe
-from hubgen.data.web.scores import Score
+from hubgen.data.web.scoring.embedding_scores import EmbeddingScores, Live, Stored, unit
+from hubgen.data.web.scoring.heads import read_head
+from hubgen.data.web.scoring.scores import Score
+from hubgen.data.web.scoring.tags import ANIMALS, NSFW, PROMPTS, UNDER_AGE, Tags
 from hubgen.data.web.shards import file_digest, open_shards
-from hubgen.data.web.tags import ANIMALS, NSFW, PROMPTS, UNDER_AGE, Tags
 from tests.benchmarks.conse import STAMPS, measured
 from tests.data.web.contrastive import save_model
 from tests.data.web.pairs import write_pairs

@@ -10,9 +10,9 @@ import pytest
 from hubgen.cli import main
 from hubgen.data.errors import DataError
 from hubgen.data.pictures import decode_picture
-from hubgen.data.web.embedders import embedder
-from hubgen.data.web.embeddings import Embed, StoredEmbeddings
-from hubgen.data.web.engine import run
+from hubgen.data.web.embedding.embedders import embedder
+from hubgen.data.web.embedding.embeddings import Embed, StoredEmbeddings
+from hubgen.data.web.engines.engine import run
 from hubgen.data.web.shards import Outcome, StoredShard, open_shards, read_table, write_shard, write_stats, write_table
 from tests.data.web.contrastive import save_model
 from tests.data.web.site import file_of, picture

@@ -15,12 +15,12 @@ import pytest
 
 from hubgen.cli import main
 from hubgen.data.errors import DataError
-from hubgen.data.web.download import Download, Manners
-from hubgen.data.web.engine import ENGINES, Report, run
-from hubgen.data.web.engine_local import Local, dealt
-from hubgen.data.web.engine_ray import OnRay
-from hubgen.data.web.fetch import Limits
-from hubgen.data.web.resize import Resizing
+from hubgen.data.web.downloading.download import Download, Manners
+from hubgen.data.web.downloading.fetch import Limits
+from hubgen.data.web.downloading.resize import Resizing
+from hubgen.data.web.engines.engine import ENGINES, Report, run
+from hubgen.data.web.engines.local import Local, dealt
+from hubgen.data.web.engines.ray import OnRay
 from hubgen.data.web.shards import open_shards, read_stats
 from hubgen.data.web.stages import works_on
 from tests.data.web.example_stages import CaptionLengths, Devices
@@ -359,7 +359,7 @@ def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(workers: int,
     seed = random.randrange(10**6)
     moments = random.Random(seed)
     context = multiprocessing.get_context("forkserver")  # which has imported when the second run begins
-    context.set_forkserver_preload(["hubgen.data.web.download", "hubgen.cli"])
+    context.set_forkserver_preload(["hubgen.data.web.downloading.download", "hubgen.cli"])
     with serving(answers(pause=0.25)) as site:
         source, out = candidates(site, tmp_path / "c.parquet"), tmp_path / "out"
         command = ["data", "download", str(source), "--rows", "3", "--size", "8", "--threads", "1"]

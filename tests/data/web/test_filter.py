@@ -11,12 +11,12 @@ import pytest
 
 from hubgen.cli import main
 from hubgen.data.errors import DataError
-from hubgen.data.web.engine import run
-from hubgen.data.web.filters import Filter, write_report
-from hubgen.data.web.hash_lists import HashList
+from hubgen.data.web.engines.engine import run
+from hubgen.data.web.filtering.filters import Filter, write_report
+from hubgen.data.web.filtering.hash_lists import HashList
+from hubgen.data.web.filtering.where import parse_where
 from hubgen.data.web.rules import load_recipe, recipe_of
 from hubgen.data.web.shards import file_digest, open_shards, read_stats
-from hubgen.data.web.where import parse_where
 from hubgen.data.webdataset import WebDataset
 from tests.data.web.pairs import write_pairs
 

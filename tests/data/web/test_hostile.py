@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from hubgen.data.web.fetch import Fetcher, Limits
+from hubgen.data.web.downloading.fetch import Fetcher, Limits
+from hubgen.data.web.downloading.transfer import LocalFault, Unusable, checked_url, is_public
 from hubgen.data.web.shards import open_shards
-from hubgen.data.web.transfer import LocalFault, Unusable, checked_url, is_public
 from tests.data.web.site import Answer, Site, file_of, in_turn, picture, redirect, reply, serving
 
 GOOD = file_of(picture(40, 30))

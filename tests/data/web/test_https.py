@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from hubgen.data.web import transfer
-from hubgen.data.web.fetch import Fetcher, Limits
+from hubgen.data.web.downloading import transfer
+from hubgen.data.web.downloading.fetch import Fetcher, Limits
 from tests.data.web.site import Site, file_of, picture, redirect, reply, serving
 
 CONTENT = file_of(picture(10, 10)) * 1000

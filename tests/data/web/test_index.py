@@ -12,9 +12,9 @@ from PIL import Image
 from hubgen.cli import main
 from hubgen.data.errors import DataError
 from hubgen.data.pictures import decode_picture
-from hubgen.data.web import duplicates, index
-from hubgen.data.web.duplicates import near_duplicates
-from hubgen.data.web.index import SearchIndex, build_index, nearest, unit
+from hubgen.data.web.embedding import duplicates, index
+from hubgen.data.web.embedding.duplicates import near_duplicates
+from hubgen.data.web.embedding.index import SearchIndex, build_index, nearest, unit
 from hubgen.data.web.shards import Outcome, open_shards, read_table, write_shard, write_stats
 from tests.benchmarks.search_index import KINDS, measure, stored, vectors_of
 from tests.data.web.contrastive import save_model

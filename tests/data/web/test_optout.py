@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from hubgen.data.web.optout import Robots, forbidding_header
+from hubgen.data.web.downloading.optout import Robots, forbidding_header
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from hubgen.captioning.generate import Asked, write_captions
 from hubgen.captioning.templates import PROMPT, V1
 from hubgen.cli import main
 from hubgen.data.errors import DataError
-from hubgen.data.web.engine import run
+from hubgen.data.web.engines.engine import run
 from hubgen.data.web.recaption import COLUMNS, Recaption, digest_of
 from hubgen.data.web.shards import STATS, TABLE, open_shards, read_stats, write_table
 from tests.captioning.taught import NAMED, taught, untaught
@@ -126,7 +126,7 @@ def test_the_digest_of_a_captioner_changes_with_any_of_its_files(model: Path, tm
 def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(model: Path, tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["tests.data.web.recaptioning", "hubgen.data.web.recaption", "hubgen.data.web.engine"]
+        ["tests.data.web.recaptioning", "hubgen.data.web.recaption", "hubgen.data.web.engines.engine"]
     )
     seed = random.randrange(10**6)
     moments = random.Random(seed)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hubgen.data.errors import DataError
-from hubgen.data.web.robots import robots_words
+from hubgen.data.web.downloading.robots import robots_words
 from hubgen.data.web.rules import (
     RULES,
     Sieve,

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from hubgen.cli import main
-from hubgen.data.web.embedders import embedder
-from hubgen.data.web.embedding_scores import EmbeddingScores, Live
-from hubgen.data.web.engine import run
-from hubgen.data.web.scores import LaionHash, Score
+from hubgen.data.web.embedding.embedders import embedder
+from hubgen.data.web.engines.engine import run
+from hubgen.data.web.scoring.embedding_scores import EmbeddingScores, Live
+from hubgen.data.web.scoring.scores import LaionHash, Score
 from hubgen.data.web.shards import file_digest, open_shards
 from tests.data.web.contrastive import save_model
 from tests.data.web.pairs import write_pairs

@@ -6,8 +6,8 @@ import pyarrow as pa
 import pytest
 
 from hubgen.data.errors import DataError
-from hubgen.data.web.engine import Report, run
-from hubgen.data.web.scores import Joined, LaionHash, Language, Part, Score
+from hubgen.data.web.engines.engine import Report, run
+from hubgen.data.web.scoring.scores import Joined, LaionHash, Language, Part, Score
 from hubgen.data.web.shards import open_shards
 from tests.data.web.pairs import write_pairs
 

@@ -9,11 +9,11 @@ import pytest
 
 from hubgen.cli import main
 from hubgen.data.errors import DataError
-from hubgen.data.web import engine_slurm
-from hubgen.data.web.engine import run
-from hubgen.data.web.engine_slurm import OnSlurm
+from hubgen.data.web.engines import slurm as engine_slurm
+from hubgen.data.web.engines.engine import run
+from hubgen.data.web.engines.slurm import OnSlurm
+from hubgen.data.web.engines.slurm_tasks import JOB, LOG, Share
 from hubgen.data.web.shards import open_shards
-from hubgen.data.web.slurm_tasks import JOB, LOG, Share
 from hubgen.data.web.stages import Work, works_on
 from tests.data.web import cluster
 from tests.data.web.example_stages import CaptionLengths

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from hubgen.data.errors import DataError
-from hubgen.data.web.text import CLEANING, Detector, clean, needed
+from hubgen.data.web.crawling.text import CLEANING, Detector, clean, needed
 
 
 def test_each_step_does_one_thing() -> None:

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from hubgen.data.web.turns import InOrder
+from hubgen.data.web.downloading.turns import InOrder
 
 
 def test_results_come_in_the_order_of_the_rows() -> None:

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pytest
 
 from hubgen.data.errors import DataError
+from hubgen.data.web.filtering.where import least_of_top, parse_where
 from hubgen.data.web.shards import open_shards
-from hubgen.data.web.where import least_of_top, parse_where
 from tests.data.web.pairs import write_pairs
 
 TABLE = pa.table(

@@ -26,8 +26,7 @@ from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 from hubgen.data.errors import DataError
-from hubgen.data.web.attempts import Engine
-from hubgen.data.web.dedup import (
+from hubgen.data.web.crawling.dedup import (
     Bloom,
     buckets_for,
     check_bloom,
@@ -36,12 +35,13 @@ from hubgen.data.web.dedup import (
     row_key,
     write_keys,
 )
-from hubgen.data.web.engine import Report, run
+from hubgen.data.web.crawling.text import Detector, clean, needed
+from hubgen.data.web.crawling.wat import CutFile, Link, Page, check_file, read_pages
+from hubgen.data.web.engines.attempts import Engine
+from hubgen.data.web.engines.engine import Report, run
 from hubgen.data.web.rules import CRAWLED, Recipe, Sieve
 from hubgen.data.web.shards import STATS, TABLE, read_stats, read_table, shard_name, table_rows, write_table
 from hubgen.data.web.stages import Stage, Work, alone_in, to_do
-from hubgen.data.web.text import Detector, clean, needed
-from hubgen.data.web.wat import CutFile, Link, Page, check_file, read_pages
 from hubgen.formats.atomic import written
 
 PARSED, REPEATS, SEEN = ".parsed", ".repeats", ".seen"
@@ -360,7 +360,7 @@ def crawl(
         error: Of the Bloom filter: share of new pairs that it may drop once it holds so many.
         on_error: What becomes of a file that ends too soon or is broken from some byte on: "fail", or "skip" to take
             what stands before.
-        engine: See `hubgen.data.web.engine`; a Bloom filter's turn is always local.
+        engine: See `hubgen.data.web.engines.engine`; a Bloom filter's turn is always local.
         workers: Processes.
         show_progress: Whether bars show how far it is.
 

@@ -14,7 +14,7 @@ from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
-from hubgen.data.web.attempts import Result, Results, attempt, prepared
+from hubgen.data.web.engines.attempts import Result, Results, attempt, prepared
 from hubgen.data.web.stages import Stage, Work
 from hubgen.errors import one_line
 

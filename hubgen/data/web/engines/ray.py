@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hubgen.data.web.attempts import Result, Results, attempt, prepared
+from hubgen.data.web.engines.attempts import Result, Results, attempt, prepared
 from hubgen.data.web.stages import Stage, Work
 
 

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from hubgen.data.errors import DataError
-from hubgen.data.web.embeddings import StoredEmbeddings
+from hubgen.data.web.embedding.embeddings import StoredEmbeddings
 from hubgen.data.web.shards import read_table, write_table
 from hubgen.formats.atomic import written
 

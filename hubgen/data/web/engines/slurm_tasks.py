@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hubgen.data.web.attempts import attempt, prepared
+from hubgen.data.web.engines.attempts import attempt, prepared
 from hubgen.data.web.shards import shard_name
 from hubgen.data.web.stages import Stage, Work
 from hubgen.formats.atomic import written

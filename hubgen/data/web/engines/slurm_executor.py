@@ -1,4 +1,4 @@
-"""datatrove's executor for Slurm, as `engine_slurm` needs it. Jobs load it from a pickle, so it stands in a module."""
+"""datatrove's executor for Slurm, as `slurm` needs it. Jobs load it from a pickle, so it stands in a module."""
 
 import shlex
 import sys

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from hubgen.data.web.attempts import Engine
-from hubgen.data.web.engine_local import Local
-from hubgen.data.web.engine_ray import OnRay
-from hubgen.data.web.engine_slurm import OnSlurm, refuse_if_jobs_run
+from hubgen.data.web.engines.attempts import Engine
+from hubgen.data.web.engines.local import Local
+from hubgen.data.web.engines.ray import OnRay
+from hubgen.data.web.engines.slurm import OnSlurm, refuse_if_jobs_run
 from hubgen.data.web.stages import Stage, Work, alone_in, to_do
 
 ENGINES: dict[str, Callable[..., Engine]] = {"local": Local, "ray": OnRay, "slurm": OnSlurm}

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import urljoin
 
 from hubgen.data.errors import DataError
-from hubgen.data.web.robots import robots_words
+from hubgen.data.web.downloading.robots import robots_words
 
 GZIP = b"\x1f\x8b"
 WARC = b"WARC/"

@@ -25,13 +25,13 @@ import torch
 from hubgen.acceleration.device import choose_device
 from hubgen.data.errors import DataError
 from hubgen.data.web.decoding import pictures_of
-from hubgen.data.web.embedders import BATCH, Embedder, embedder
-from hubgen.data.web.embeddings import StoredEmbeddings
-from hubgen.data.web.heads import Head, read_head
-from hubgen.data.web.scores import Part
+from hubgen.data.web.embedding.embedders import BATCH, Embedder, embedder
+from hubgen.data.web.embedding.embeddings import StoredEmbeddings
+from hubgen.data.web.scoring.heads import Head, read_head
+from hubgen.data.web.scoring.scores import Part
+from hubgen.data.web.scoring.tags import COLUMNS, PROMPTS, Tags
 from hubgen.data.web.shards import STATS, StoredShard, file_digest, read_stats, read_table
 from hubgen.data.web.stages import STAGES
-from hubgen.data.web.tags import COLUMNS, PROMPTS, Tags
 
 AS_ONE = 1e-5
 """How far from 1 a length may be that single precision makes of 1; halves are farther, and brought to it"""
@@ -210,8 +210,8 @@ class EmbeddingScores(Part):
         vectors: Where they come from.
         similarity: Whether the cosine of picture and caption is a column: `similarity` of a CLIP, `conse_similarity` of
             ConSE, whose numbers mean something else.
-        tags: Whether LAION's tags are; see `hubgen.data.web.tags`.
-        heads: Names of further columns, and the files of their networks; see `hubgen.data.web.heads`.
+        tags: Whether LAION's tags are; see `hubgen.data.web.scoring.tags`.
+        heads: Names of further columns, and the files of their networks; see `hubgen.data.web.scoring.heads`.
 
     Raises:
         DataError: Tags are asked of another model than a CLIP, or a head does not fit.

@@ -22,8 +22,8 @@ import pyarrow as pa
 import pyarrow.compute
 
 from hubgen.data.errors import DataError
-from hubgen.data.web.embeddings import StoredEmbeddings
-from hubgen.data.web.index import empty_index, faiss_threads, unit
+from hubgen.data.web.embedding.embeddings import StoredEmbeddings
+from hubgen.data.web.embedding.index import empty_index, faiss_threads, unit
 from hubgen.data.web.shards import SUCCESS, TABLE, StoredShard, read_table, write_table
 from hubgen.data.web.stages import Stage, Work, works_on
 from hubgen.formats.atomic import written

@@ -26,7 +26,8 @@ import numpy as np
 import pyarrow.compute as pc
 
 from hubgen.data.errors import DataError
-from hubgen.data.web.hash_lists import HashList
+from hubgen.data.web.filtering.hash_lists import HashList
+from hubgen.data.web.filtering.where import Top, Where, least_of_top
 from hubgen.data.web.rules import Recipe, Sieve, Step
 from hubgen.data.web.shards import (
     STATS,
@@ -39,7 +40,6 @@ from hubgen.data.web.shards import (
     table_schema,
 )
 from hubgen.data.web.stages import STAGES, Stage, Work, works_on
-from hubgen.data.web.where import Top, Where, least_of_top
 from hubgen.formats.atomic import written
 
 REPORT = "report.json"

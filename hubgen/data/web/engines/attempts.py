@@ -3,7 +3,7 @@
     result = attempt(prepared(stage), work, folder)
     result.problem      # None, or what went wrong in one line
 
-`Engine` is the form of an engine; `engine_local`, `engine_ray` and `engine_slurm` have one each.
+`Engine` is the form of an engine; `local`, `ray` and `slurm` have one each.
 """
 
 import os

@@ -4,8 +4,8 @@
     stage = Score((Language("cld3"), LaionHash()))
     run(stage, stage.works(shards), Path("shards"))          # language, language_score, hash
 
-A `Part` makes some columns; those that look at pictures are in `hubgen.data.web.embedding_scores`. Scores are stored,
-and `hubgen data filter` decides. Every row stays: one without a value has null. A column that is there already is never
+A `Part` makes some columns; those that look at pictures are in `embedding_scores`. Scores are stored, and
+`hubgen data filter` decides. Every row stays: one without a value has null. A column that is there already is never
 written over, so another part of the same name is an error.
 """
 
@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hubgen.data.errors import DataError
-from hubgen.data.web.dedup import laion_hash
+from hubgen.data.web.crawling.dedup import laion_hash
+from hubgen.data.web.crawling.text import Detector, needed
 from hubgen.data.web.shards import (
     TABLE,
     StoredShard,
@@ -30,7 +31,6 @@ from hubgen.data.web.shards import (
     write_table,
 )
 from hubgen.data.web.stages import STAGES, Stage, Work, works_on
-from hubgen.data.web.text import Detector, needed
 
 SCORED = "scored"
 """Field of `_stats.json`: of each column that was added, how many rows have a value"""
@@ -151,7 +151,7 @@ class Language(Part):
     """`language` of each caption, "" where the detector is not sure, and `language_score`, its probability.
 
     Args:
-        detector: "cld3" or "fasttext", see `hubgen.data.web.text.Detector`.
+        detector: "cld3" or "fasttext", see `hubgen.data.web.crawling.text.Detector`.
         least_score: Probability from which a language counts as known.
     """
 
@@ -180,7 +180,7 @@ class Language(Part):
 
 
 class LaionHash(Part):
-    """`hash`, by which LAION's tables of scores are joined; see `hubgen.data.web.dedup.laion_hash`."""
+    """`hash`, by which LAION's tables of scores are joined; see `hubgen.data.web.crawling.dedup.laion_hash`."""
 
     reads = ("url", "caption")
 

@@ -21,8 +21,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import SplitResult, urljoin
 
-from hubgen.data.web.optout import Robots, forbidding_header
-from hubgen.data.web.transfer import Clock, LocalFault, Names, TimedOut, Unusable, answer, body, checked_url
+from hubgen.data.web.downloading.optout import Robots, forbidding_header
+from hubgen.data.web.downloading.transfer import Clock, LocalFault, Names, TimedOut, Unusable, answer, body, checked_url
 
 RETRIED = frozenset({408, 425, 429})
 """And 500 to 599"""

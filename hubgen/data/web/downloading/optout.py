@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from functools import cached_property
 from urllib.parse import quote, unquote_to_bytes, urlsplit
 
-from hubgen.data.web.robots import OPT_OUTS, robots_words
+from hubgen.data.web.downloading.robots import OPT_OUTS, robots_words
 
 
 def forbidding_header(robots_tags: Iterable[str], tdm_reservation: str | None, agent: str) -> str | None:

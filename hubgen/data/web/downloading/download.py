@@ -19,9 +19,10 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 
 from hubgen.data.errors import DataError
-from hubgen.data.web.candidates import candidate_files, read_rows, schema_of, works_of
-from hubgen.data.web.fetch import Fetched, Fetcher, Limits
-from hubgen.data.web.resize import Resizing
+from hubgen.data.web.downloading.candidates import candidate_files, read_rows, schema_of, works_of
+from hubgen.data.web.downloading.fetch import Fetched, Fetcher, Limits
+from hubgen.data.web.downloading.resize import Resizing
+from hubgen.data.web.downloading.turns import InOrder
 from hubgen.data.web.shards import (
     COLUMNS,
     NOT_DOWNLOADED,
@@ -35,7 +36,6 @@ from hubgen.data.web.shards import (
     write_shard,
 )
 from hubgen.data.web.stages import Stage, Work, is_committed
-from hubgen.data.web.turns import InOrder
 
 DIGESTS = ("md5", "sha256", "sha512")
 RESERVED = (*COLUMNS, *PLACE)

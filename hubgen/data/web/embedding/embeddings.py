@@ -27,7 +27,7 @@ import pyarrow as pa
 
 from hubgen.data.errors import DataError
 from hubgen.data.pictures import decode_picture
-from hubgen.data.web.embedders import BATCH, Embedder
+from hubgen.data.web.embedding.embedders import BATCH, Embedder
 from hubgen.data.web.shards import (
     READY,
     STATS,

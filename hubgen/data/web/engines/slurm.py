@@ -16,8 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from hubgen.data.errors import DataError
-from hubgen.data.web.attempts import Result, Results
-from hubgen.data.web.slurm_tasks import JOB, LOG, NAME, RESULTS, Share, write_tasks
+from hubgen.data.web.engines.attempts import Result, Results
+from hubgen.data.web.engines.slurm_tasks import JOB, LOG, NAME, RESULTS, Share, write_tasks
 from hubgen.data.web.stages import Stage, Work
 
 MOST_TASKS = 1000
@@ -93,7 +93,7 @@ class OnSlurm:
         """Submits the array, and returns."""
         from loguru import logger
 
-        from hubgen.data.web.slurm_executor import Executor
+        from hubgen.data.web.engines.slurm_executor import Executor
 
         executor = Executor(
             [Share(folder)],

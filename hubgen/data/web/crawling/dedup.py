@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from hubgen.checks import is_number, whole
-from hubgen.data.web.text import needed
+from hubgen.data.web.crawling.text import needed
 
 KEY = np.dtype([("high", "<u8"), ("low", "<u8"), ("row", "<u4")])
 """A line of a file of keys: the key's halves, and the row that has it"""

@@ -1,0 +1,6 @@
+"""Shards -> shards with the rows to keep.
+
+filters           the stage and its report
+where             conditions on columns
+hash_lists        pictures and URLs that go unseen
+"""
