@@ -28,7 +28,7 @@ from hubgen.captioning.generate import STATUSES, Asked, check_asked, write_capti
 from hubgen.captioning.templates import PROMPT
 from hubgen.checks import whole
 from hubgen.data.errors import DataError
-from hubgen.data.pictures import decode_picture, on_white
+from hubgen.data.web.decoding import pictures_of
 from hubgen.data.web.shards import TABLE, StoredShard, file_digest, table_columns, write_table
 from hubgen.data.web.stages import STAGES, Stage, Work, works_on
 
@@ -141,7 +141,7 @@ class Recaption(Stage):
         shard = StoredShard(work.source.parent, work.name)
         table = shard.read()
         values: dict[str, list[str | None]] = {name: [None] * len(table) for name in COLUMNS}
-        pictures = _pictures(shard, table, values["caption_status"])
+        pictures = _readable(shard, table, values["caption_status"])
         while batch := list(islice(pictures, self.batch_size)):
             rows, shown = zip(*batch, strict=True)
             for row, caption in zip(rows, write_captions(self._captioner, shown, self.asked), strict=True):
@@ -158,17 +158,13 @@ class Recaption(Stage):
         return {MARKS: {status: marks[status] for status in (*STATUSES, UNREADABLE) if marks[status]}}
 
 
-def _pictures(shard: StoredShard, table: Any, statuses: list[str | None]) -> Iterator[tuple[int, Image.Image]]:
+def _readable(shard: StoredShard, table: Any, statuses: list[str | None]) -> Iterator[tuple[int, Image.Image]]:
     """Row and picture of each row that has one, RGB; one that cannot be decoded is noted among the statuses."""
-    places = zip(table.column("offset").to_pylist(), table.column("size").to_pylist(), strict=True)
-    for row, (offset, size) in enumerate(places):
-        if offset is None:
-            continue
-        content = shard.picture(offset, size)
-        try:
-            yield row, on_white(decode_picture(content, f"{shard.tar} at {offset}"))
-        except DataError:
+    for row, picture in pictures_of(shard, table):
+        if picture is None:
             statuses[row] = UNREADABLE
+        else:
+            yield row, picture
 
 
 def digest_of(folder: Path) -> str:

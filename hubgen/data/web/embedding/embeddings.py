@@ -19,6 +19,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 
 from hubgen.data.errors import DataError
-from hubgen.data.pictures import decode_picture
+from hubgen.data.web.decoding import pictures_of
 from hubgen.data.web.embedding.embedders import BATCH, Embedder
 from hubgen.data.web.shards import (
     READY,
@@ -99,11 +100,14 @@ class Embed(Stage):
         files = {VECTORS: np.empty((len(table), self.embedder.dimension), self.dtype)}
         if self.texts:
             files[TEXTS] = np.empty_like(files[VECTORS])
+        decoded = pictures_of(shard, table)
         for start in range(0, len(table), BATCH):
             rows = table.slice(start, BATCH).to_pylist()
-            pictures = [
-                decode_picture(shard.picture(row["offset"], row["size"]), f"{shard.tar}: {row['key']}") for row in rows
-            ]
+            pictures = []
+            for row, (_, picture) in zip(rows, islice(decoded, len(rows)), strict=True):
+                if picture is None:
+                    raise DataError(f"{shard.tar}: {row['key']}: is no picture that can be decoded")
+                pictures.append(picture)
             files[VECTORS][start : start + BATCH] = self.embedder.pictures(pictures)
             if self.texts:
                 files[TEXTS][start : start + BATCH] = self.embedder.texts([row["caption"] or "" for row in rows])
