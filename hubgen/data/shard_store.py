@@ -182,11 +182,11 @@ class RemoteStore(Store):
 
     def __init__(self, url: str, split: str, copies: Path, most: int | None = None) -> None:
         self.url, self.most = url.rstrip("/"), most
-        self._systems: dict[int, Any] = {}
+        self._systems: dict[int, tuple[Any, str]] = {}
         self._ahead: tuple[int, queue.SimpleQueue[int]] | None = None
         listed = self._list()
         if split in listed and listed[split].get("type") == "directory":
-            self.url = f"{self.url}/{split}"
+            self.url, self._systems = f"{self.url}/{split}", {}
             listed = self._list()
         elif split != TRAIN:
             raise DataError(f"{self.url}/{split}: no such folder, expected one of shards for the split {split!r}")
@@ -203,18 +203,22 @@ class RemoteStore(Store):
     @property
     def _system(self) -> Any:
         """fsspec's file system, one for each process: its connections do not survive a fork."""
+        return self._opened()[0]
+
+    def _opened(self) -> tuple[Any, str]:
+        """The file system, and the folder in it."""
         if os.getpid() not in self._systems:
             import fsspec
 
-            self._systems = {os.getpid(): fsspec.core.url_to_fs(self.url)[0]}
+            self._systems = {os.getpid(): fsspec.core.url_to_fs(self.url)}
         return self._systems[os.getpid()]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_systems": {}, "_ahead": None}
 
     def _path(self, name: str = "") -> str:
-        inside = self._system._strip_protocol(self.url)
-        return f"{inside}/{name}" if name else str(inside)
+        _, inside = self._opened()
+        return f"{inside}/{name}" if name else inside
 
     @contextmanager
     def _said(self, what: str) -> Iterator[None]:
