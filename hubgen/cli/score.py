@@ -124,9 +124,9 @@ def data_score(arguments: argparse.Namespace) -> None:
 
     with few_lines():
         from hubgen.data.web.scoring.scores import SCORED, Score
-        from hubgen.data.web.shards import open_shards
+        from hubgen.data.web.stages import open_to_add
 
-        shards = open_shards(arguments.shards)
+        shards = open_to_add(arguments.shards)
         stage = Score(tuple(parts_of(arguments)))
         stats = run_stage(stage, stage.works(shards), arguments.shards, arguments)
     rows, pictures = (sum(entry[name] for entry in stats) for name in ("count", "successes"))

@@ -219,9 +219,9 @@ def data_duplicates(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--threshold: got {arguments.threshold:g}, expected a cosine above 0, at most 1")
     from hubgen.data.web.embedding.duplicates import MarkDuplicates
     from hubgen.data.web.embedding.embeddings import StoredEmbeddings
-    from hubgen.data.web.shards import open_shards
+    from hubgen.data.web.stages import open_to_add
 
-    shards = open_shards(arguments.shards)
+    shards = open_to_add(arguments.shards)
     stage = MarkDuplicates.of(shards, StoredEmbeddings.open(arguments.embeddings), arguments.threshold)
     stats = run_stage(stage, stage.works(shards), arguments.shards, arguments)
     marked, total = (sum(entry[name] for entry in stats) for name in ("near_duplicates", "count"))

@@ -85,6 +85,12 @@ def test_impossible_stages_are_named(stages):
         EfficientNetLite0().forward_features(pictures(), stages=stages)
 
 
+def test_loading_draws_no_random_numbers() -> None:
+    before = torch.get_rng_state()
+    EfficientNetLite0.from_pretrained()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_file_of_another_network_is_refused_by_its_name(tmp_path):
     torch.save({"_conv_stem.weight": torch.zeros(32, 3, 3, 3)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"other\.pth does not hold the weights of EfficientNet-Lite0"):

@@ -232,6 +232,7 @@ class Run:
                     self._validate(validate, step)
                     self._clock = time.perf_counter()
                 if stop and step < last:
+                    self.checkpoints.close()  # the folder is free for the next, also within this process
                     raise Interrupted(
                         interruption.signal_number or signal.SIGTERM,
                         f"step {step} is saved in {self.checkpoints.folder}; the same command goes on from there.",

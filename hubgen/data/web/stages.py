@@ -34,6 +34,7 @@ from hubgen.data.web.shards import (
     TABLE,
     StoredShard,
     file_digest,
+    open_shards,
     read_stats,
     shard_name,
     shard_names,
@@ -239,6 +240,18 @@ def alone_in(folder: Path) -> Iterator[None]:
             raise DataError(f"{folder}: another run writes to it; expected one at a time") from None
         recover(folder)
         yield
+
+
+def open_to_add(folder: Path) -> list[StoredShard]:
+    """The shards of a folder that a stage adds to; what a killed run left there is finished first.
+
+    Raises:
+        DataError: See `open_shards`; or another run writes to the folder.
+    """
+    if any(folder.glob(f"{READY}*")):
+        with alone_in(folder):  # which recovers it
+            pass
+    return open_shards(folder)
 
 
 def to_do(stage: Stage, works: Sequence[Work], folder: Path) -> list[Work]:

@@ -42,11 +42,9 @@ def recaption(folder: Path, model: Path) -> None:
 
     from hubgen.data.web.engines.engine import run
     from hubgen.data.web.recaption import Recaption
-    from hubgen.data.web.shards import open_shards
-    from hubgen.data.web.stages import recover
+    from hubgen.data.web.stages import open_to_add
 
     torch.set_num_threads(1)
-    recover(folder)
     stage = Recaption.of(str(model), max_new_tokens=12, batch_size=3)
-    report = run(stage, stage.works(open_shards(folder)), folder)
+    report = run(stage, stage.works(open_to_add(folder)), folder)
     assert report.failed == {}

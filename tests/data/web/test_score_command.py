@@ -15,7 +15,8 @@ from hubgen.data.web.embedding.embedders import embedder
 from hubgen.data.web.engines.engine import run
 from hubgen.data.web.scoring.embedding_scores import EmbeddingScores, Live
 from hubgen.data.web.scoring.scores import LaionHash, Score
-from hubgen.data.web.shards import file_digest, open_shards
+from hubgen.data.web.shards import READY, file_digest
+from hubgen.data.web.stages import open_to_add
 from tests.data.web.contrastive import save_model
 from tests.data.web.pairs import write_pairs
 
@@ -84,7 +85,7 @@ def test_bad_input_is_one_line_before_any_work(
 
 def score_all(folder: Path, clip: str) -> None:
     """What the command does, in a process that can be killed."""
-    shards = open_shards(folder)
+    shards = open_to_add(folder)
     stage = Score((EmbeddingScores(Live(embedder(clip, "cpu")), tags=True), LaionHash()))
     assert run(stage, stage.works(shards), folder).failed == {}
 
@@ -100,11 +101,22 @@ def scored(folder: Path) -> dict[str, tuple[int, int]]:
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
 
 
+def test_what_was_ready_when_a_run_was_killed_is_moved_by_the_same_command(tmp_path: Path) -> None:
+    folder = write_pairs(tmp_path / "shards", {"caption": ["a cat"]}, {"caption": ["a dog"]})
+    assert main(["data", "score", str(folder), "--hash"]) == 0
+    before = contents(folder)
+    (folder / f"{READY}00000").mkdir()
+    for ending in (".parquet", "_stats.json"):  # as if it had been killed between two moves
+        (folder / f"00000{ending}").rename(folder / f"{READY}00000" / f"00000{ending}")
+    assert main(["data", "score", str(folder), "--hash"]) == 0
+    assert contents(folder) == before and not list(folder.glob(f"{READY}*"))
+
+
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(clip: str, tmp_path: Path) -> None:
     seed = random.randrange(10**6)
     moments = random.Random(seed)
-    captions = [{"caption": [f"a red cat {row}" for row in range(10)]} for _ in range(30)]
+    captions = [{"caption": [f"a red cat {row}" for row in range(10)]} for _ in range(60)]
     whole, out = (write_pairs(tmp_path / name, *captions, failed={(3, 2)}) for name in ("whole", "out"))
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload([__name__])  # so that a killed process costs no imports
@@ -122,7 +134,7 @@ def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(clip: str, tm
         process = started(out)
         while process.is_alive() and len(scored(out)) <= len(done):
             time.sleep(0.002)  # up to its first commit
-        time.sleep(moments.uniform(0, 0.2))
+        time.sleep(moments.uniform(0, 0.1))
         process.kill()
         process.join()
         now = scored(out)
