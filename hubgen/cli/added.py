@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from hubgen.cli.messages import say
-from hubgen.hub.added import Added, Used, find_added, is_local, sha256_of, words_of
+from hubgen.formats.digests import file_digest
+from hubgen.hub.added import Added, Used, find_added, is_local, words_of
 from hubgen.hub.provenance import UsedEmbedding, UsedLora
 
 NONE = "none"
@@ -46,7 +47,7 @@ def find_again(used: Sequence[Used], told: str) -> list[Added[Used]]:
     for one in used:
         shown = f"{told}--{one.option} {one.file}"
         added = Added(one, find_added(one.option, one.file, one.revision, shown), shown)
-        digest = sha256_of(added.path)
+        digest = file_digest(added.path)
         if digest != one.sha256:
             raise added.error(
                 f"got a file with the sha256 {digest}, expected {one.sha256}, that of the one that the picture was "

@@ -56,9 +56,10 @@ from hubgen.data.emoji_variants import (
     variants_of,
 )
 from hubgen.data.errors import DataError
-from hubgen.data.packages import NpmPackage, fetch, file_digest
+from hubgen.data.packages import NpmPackage, fetch
 from hubgen.data.pictures import on_white, pad_to_square, scale
 from hubgen.formats.atomic import TEMPORARY, sweep, written
+from hubgen.formats.digests import file_digest
 
 STYLES = ("fluent", "noto")
 TRAIN, VALIDATION, HELD_OUT = "train", "validation", "test"  # folder names that `datasets` recognises as splits
@@ -156,7 +157,7 @@ def build_emoji_dataset(
     wanted = packages_of(variants)
     given = given_packages(wanted, more_archives)
     if wanted:
-        digests = {one.name: file_digest(given[one]) if one in given else one.sha512 for one in wanted}
+        digests = {one.name: file_digest(given[one], "sha512") if one in given else one.sha512 for one in wanted}
         settings["packages_sha512"] = digests
     finished = _check_folder(output, settings)
     if finished is not None:
@@ -214,7 +215,7 @@ def build_emoji_dataset(
         "language": "en",
         "sources": [
             source.record,
-            {"from": f"npm emojibase-data {names_version}", "sha512": file_digest(names_path)},
+            {"from": f"npm emojibase-data {names_version}", "sha512": file_digest(names_path, "sha512")},
             *(record_of(package, path) for package, path in packages.items()),
         ],
         "rows": {split: len(rows[split]) for split in rows},
@@ -289,8 +290,8 @@ def _settings(style: str, size: int, seed: int, held_out: int, archive: Any, nam
         "size": size,
         "seed": seed,
         "held_out": held_out,
-        "pictures_sha512": pinned.sha512 if pictures is None else file_digest(Path(pictures)),
-        "names_sha512": NAMES.sha512 if names is None else file_digest(Path(names)),
+        "pictures_sha512": pinned.sha512 if pictures is None else file_digest(Path(pictures), "sha512"),
+        "names_sha512": NAMES.sha512 if names is None else file_digest(Path(names), "sha512"),
     }
 
 

@@ -16,8 +16,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from hubgen.data.emoji_captions import clean_label
 from hubgen.data.errors import DataError
-from hubgen.data.packages import DEB_MAGIC, NpmPackage, fetch, file_digest, read_deb_member, read_members
+from hubgen.data.packages import DEB_MAGIC, NpmPackage, fetch, read_deb_member, read_members
 from hubgen.data.pictures import decode_picture
+from hubgen.formats.digests import file_digest
 
 MAX_SOURCE_PIXELS = 4096 * 4096
 
@@ -187,7 +188,7 @@ def font_source(path: Path, emoji: list[Emoji]) -> EmojiSource:
         glyph = drawn_glyph(font, one.emoji)
         if glyph is not None:
             pictures[key_of(one.hexcode)] = glyph.copy
-    record = {"from": f"font {path.name}", "sha512": file_digest(path), "license": "OFL-1.1"}
+    record = {"from": f"font {path.name}", "sha512": file_digest(path, "sha512"), "license": "OFL-1.1"}
     return EmojiSource(pictures, record, "Copyright Google LLC (Noto Color Emoji)", "flat icon")
 
 
@@ -238,7 +239,7 @@ def name_inside(path: Path) -> str:
 
 def record_of(package: NpmPackage, path: Path) -> dict[str, str]:
     """What build.json says of a source."""
-    digest = file_digest(path)
+    digest = file_digest(path, "sha512")
     version = package.version if digest == package.sha512 else "(archive by path, other than the pinned version)"
     return {"from": f"npm {package.name} {version}", "sha512": digest, "license": package.license}
 

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from hubgen.data.errors import DataError
 from hubgen.formats.atomic import written
+from hubgen.formats.digests import file_digest
 
 NPM_REGISTRY = "https://registry.npmjs.org"
 CONNECT_TIMEOUT = 15.0  # seconds
@@ -73,12 +74,6 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "hubgen" / "packages"
 
 
-def file_digest(path: Path, algorithm: str = "sha512") -> str:
-    """Hexadecimal digest of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, algorithm).hexdigest()
-
-
 def fetch(package: NpmPackage, progress: bool = True) -> Path:
     """Path of the package's archive in the cache, downloaded first where it is not there yet.
 
@@ -86,7 +81,7 @@ def fetch(package: NpmPackage, progress: bool = True) -> Path:
     """
     path = cache_folder() / package.file_name
     if path.is_file():
-        if file_digest(path) == package.sha512:
+        if file_digest(path, "sha512") == package.sha512:
             return path
         path.unlink()  # damaged on disk: fetch it again
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from hubgen.formats.digests import file_digest
 from hubgen.hub.finding import HUB_ID
 from hubgen.hub.provenance import UsedEmbedding, UsedFile, UsedLora
 
@@ -67,7 +67,7 @@ def found(kind: str, file: str, argument: str, used: Callable[[dict[str, Any]], 
     shown = f"{argument} {file}"
     path = find_added(kind, file, shown=shown)
     revision = None if is_local(file) else snapshot_of(path)
-    return Added(used({"file": file, "sha256": sha256_of(path), "revision": revision}), path, shown)
+    return Added(used({"file": file, "sha256": file_digest(path), "revision": revision}), path, shown)
 
 
 def find_added(kind: str, file: str, revision: str | None = None, shown: str | None = None) -> Path:
@@ -127,12 +127,6 @@ def snapshot_of(path: Path) -> str | None:
     """The commit of a file in the Hub's cache."""
     parts = path.parts
     return parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-2] else None
-
-
-def sha256_of(path: Path) -> str:
-    """Of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_loras(loras: Sequence[Added[UsedLora]], parts: Mapping[str, Any]) -> None:

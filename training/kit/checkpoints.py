@@ -14,7 +14,6 @@ unpickled. Tensors that are sharded over processes are gathered, so that a file 
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -32,6 +31,7 @@ from torch.optim import Optimizer
 
 from hubgen.errors import FULL
 from hubgen.formats.atomic import sweep, written
+from hubgen.formats.digests import file_digest
 
 FORMAT = 2
 """Version of the layout above, part of every manifest."""
@@ -287,12 +287,6 @@ class Checkpoints:
             path = folder / f"optimizer.{name}.safetensors"
             _restore_optimizer(optimizer, load_file(path), state["optimizers"][name], path)
         return state["step"], state["extra"]
-
-
-def file_digest(path: Path) -> str:
-    """Hex sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def bare(optimizer: Any) -> Any:

@@ -29,8 +29,9 @@ from hubgen.captioning.templates import PROMPT
 from hubgen.checks import whole
 from hubgen.data.errors import DataError
 from hubgen.data.web.decoding import pictures_of
-from hubgen.data.web.shards import TABLE, StoredShard, file_digest, table_columns, write_table
+from hubgen.data.web.shards import TABLE, StoredShard, table_columns, write_table
 from hubgen.data.web.stages import STAGES, Stage, Work, works_on
+from hubgen.formats.digests import file_digest
 
 COLUMNS = ("synthetic_caption", "captioner", "prompt", "caption_status")
 """That the stage adds: the caption, null unless its status is `ok`; who wrote it; what was asked, null for a captioner

@@ -11,7 +11,6 @@ read such a folder; `open_shards` reads img2dataset's too, whose tables lack `of
 Layout, columns and words of img2dataset 1.47 (https://github.com/rom1504/img2dataset).
 """
 
-import hashlib
 import io
 import json
 import math
@@ -328,12 +327,6 @@ def read_stats(path: Path) -> dict[str, Any]:
 def write_stats(path: Path, stats: Mapping[str, Any]) -> None:
     """Writes a `_stats.json`."""
     path.write_text(json.dumps(stats, indent=4) + "\n", encoding="utf-8")
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def table_columns(path: Path) -> list[str]:

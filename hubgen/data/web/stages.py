@@ -33,7 +33,6 @@ from hubgen.data.web.shards import (
     STATS,
     TABLE,
     StoredShard,
-    file_digest,
     open_shards,
     read_stats,
     shard_name,
@@ -41,6 +40,7 @@ from hubgen.data.web.shards import (
     write_stats,
 )
 from hubgen.formats.atomic import sweep, written
+from hubgen.formats.digests import file_digest
 
 STAGES = "stages"
 """Field of `_stats.json`: the records of what was done to a shard, in order."""

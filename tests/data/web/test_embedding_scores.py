@@ -24,7 +24,8 @@ from hubgen.data.web.scoring.embedding_scores import EmbeddingScores, Live, Stor
 from hubgen.data.web.scoring.heads import read_head
 from hubgen.data.web.scoring.scores import Score
 from hubgen.data.web.scoring.tags import ANIMALS, NSFW, PROMPTS, UNDER_AGE, Tags
-from hubgen.data.web.shards import file_digest, open_shards
+from hubgen.data.web.shards import open_shards
+from hubgen.formats.digests import file_digest
 from tests.benchmarks.conse import STAMPS, measured
 from tests.data.web.contrastive import save_model
 from tests.data.web.pairs import write_pairs

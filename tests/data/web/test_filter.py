@@ -16,8 +16,9 @@ from hubgen.data.web.filtering.filters import Filter, write_report
 from hubgen.data.web.filtering.hash_lists import HashList
 from hubgen.data.web.filtering.where import parse_where
 from hubgen.data.web.rules import load_recipe, recipe_of
-from hubgen.data.web.shards import file_digest, open_shards, read_stats
+from hubgen.data.web.shards import open_shards, read_stats
 from hubgen.data.webdataset import WebDataset
+from hubgen.formats.digests import file_digest
 from tests.data.web.pairs import write_pairs
 
 TAGGED = {

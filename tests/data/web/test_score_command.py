@@ -15,8 +15,9 @@ from hubgen.data.web.embedding.embedders import embedder
 from hubgen.data.web.engines.engine import run
 from hubgen.data.web.scoring.embedding_scores import EmbeddingScores, Live
 from hubgen.data.web.scoring.scores import LaionHash, Score
-from hubgen.data.web.shards import READY, file_digest
+from hubgen.data.web.shards import READY
 from hubgen.data.web.stages import open_to_add
+from hubgen.formats.digests import file_digest
 from tests.data.web.contrastive import save_model
 from tests.data.web.pairs import write_pairs
 

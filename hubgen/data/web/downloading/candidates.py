@@ -17,6 +17,7 @@ import pyarrow.parquet
 from hubgen.data.errors import DataError
 from hubgen.data.web.shards import table_rows, table_schema
 from hubgen.data.web.stages import Work
+from hubgen.formats.digests import file_digest
 
 KINDS = ("parquet", "csv", "tsv", "jsonl")
 ENDINGS = tuple(f".{kind}{packed}" for kind in KINDS for packed in (("",) if kind == "parquet" else ("", ".gz")))
@@ -59,8 +60,7 @@ def works_of(files: Sequence[Path], rows: int) -> list[Work]:
     works: list[Work] = []
     for path in files:
         count = table_rows(path) if _kind(path) == "parquet" else len(_whole(path))
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = file_digest(path)
         for start in range(0, count, rows):
             stop = min(start + rows, count)
             part = hashlib.sha256(f"{digest} {start} {stop}".encode()).hexdigest()

@@ -42,6 +42,7 @@ from hubgen.data.web.shards import (
     write_table,
 )
 from hubgen.data.web.stages import STAGES, Stage, Work
+from hubgen.formats.digests import file_digest
 
 VECTORS, TEXTS = ".npy", ".text.npy"
 SHOWN = ("key", "caption", "url")
@@ -241,8 +242,7 @@ class StoredEmbeddings:
         sums = hashlib.sha256()
         for part in self.parts:
             for path in (part.vectors, part.table):
-                with path.open("rb") as file:
-                    sums.update(hashlib.file_digest(file, "sha256").digest())
+                sums.update(bytes.fromhex(file_digest(path)))
         return sums.hexdigest()
 
 

@@ -34,13 +34,13 @@ from hubgen.data.web.shards import (
     SUCCESS,
     StoredShard,
     copy_rows,
-    file_digest,
     read_stats,
     shard_names,
     table_schema,
 )
 from hubgen.data.web.stages import STAGES, Stage, Work, works_on
 from hubgen.formats.atomic import written
+from hubgen.formats.digests import file_digest
 
 REPORT = "report.json"
 NO_PICTURE, LISTED, NULL = "no_picture", "hash_list", " (null)"

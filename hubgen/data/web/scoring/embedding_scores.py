@@ -30,8 +30,9 @@ from hubgen.data.web.embedding.embeddings import StoredEmbeddings
 from hubgen.data.web.scoring.heads import Head, read_head
 from hubgen.data.web.scoring.scores import Part
 from hubgen.data.web.scoring.tags import COLUMNS, PROMPTS, Tags
-from hubgen.data.web.shards import STATS, StoredShard, file_digest, read_stats, read_table
+from hubgen.data.web.shards import STATS, StoredShard, read_stats, read_table
 from hubgen.data.web.stages import STAGES
+from hubgen.formats.digests import file_digest
 
 AS_ONE = 1e-5
 """How far from 1 a length may be that single precision makes of 1; halves are farther, and brought to it"""

@@ -24,13 +24,13 @@ from hubgen.data.web.crawling.text import Detector, needed
 from hubgen.data.web.shards import (
     TABLE,
     StoredShard,
-    file_digest,
     read_table,
     table_columns,
     table_schema,
     write_table,
 )
 from hubgen.data.web.stages import STAGES, Stage, Work, works_on
+from hubgen.formats.digests import file_digest
 
 SCORED = "scored"
 """Field of `_stats.json`: of each column that was added, how many rows have a value"""
