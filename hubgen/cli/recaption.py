@@ -27,10 +27,6 @@ A captioner of your own: `hubgen train captioner --help`. Captions are greedy or
 each worker computes on one thread: --workers is how many are used.
 
 {ENGINE_HELP}
-
-exit status:
-  0 done, 2 bad arguments or files (one line says what), 3 some shards failed and the others are done, 130 interrupted,
-  1 a fault in hubgen
 """
 
 

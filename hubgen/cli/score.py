@@ -38,10 +38,6 @@ examples:
 On a CPU, each worker computes on one thread: --workers is how many are used.
 
 {ENGINE_HELP}
-
-exit status:
-  0 done, 2 bad arguments or files (one line says what), 3 some shards failed and the others are done, 130 interrupted,
-  1 a fault in hubgen
 """
 
 FILTER_DESCRIPTION = """\
@@ -70,10 +66,6 @@ laion-400m, laion-5b, or a YAML file of your own. The columns come from `hubgen 
 sha512, url. Pictures are not looked at.
 
 {ENGINE_HELP}
-
-exit status:
-  0 done, 2 bad arguments or files (one line says what), 3 some shards failed and the others are done, 130 interrupted,
-  1 a fault in hubgen
 """
 
 

@@ -5,13 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from hubgen.cli.arguments import add_command, count, finite, positive
-from hubgen.cli.web import add_engine, engine_of, run_stage
+from hubgen.cli.web import ENGINE_HELP, add_engine, engine_of, run_stage
 
-EXIT_STATUS = """\
-exit status:
-  0 done, 2 bad arguments or files (one line says what), 3 some shards failed and the others are done, 130 interrupted,
-  1 a fault in hubgen
-"""
 MODELS = """\
 --model:
   clip:NAME   a CLIP or SigLIP of transformers: a folder, or OWNER/NAME on the Hub
@@ -34,7 +29,8 @@ examples:
   hubgen data embed shards --model thumbnail --out thumbnails
 
 {MODELS}
-{EXIT_STATUS}"""
+{ENGINE_HELP}
+"""
 
 INDEX_DESCRIPTION = """\
 Make an index of vectors, for `hubgen data search`. Up to 10,000 vectors are all compared at a search; of more, those of
@@ -84,7 +80,8 @@ examples:
 Vectors of `thumbnail` find copies of other sizes and compressions; those of a CLIP find the same thing too, with a
 threshold of its own. Needs faiss: pip install "hubgen[index]".
 
-{EXIT_STATUS}"""
+{ENGINE_HELP}
+"""
 
 
 def add_search(kinds: Any) -> None:

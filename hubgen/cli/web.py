@@ -19,7 +19,12 @@ ENGINE_HELP = """\
 Needs pyarrow: pip install "hubgen[web]". --workers are processes of this machine. --engine ray makes them actors of the
 cluster that RAY_ADDRESS names, or of this machine: pip install "hubgen[ray]". --engine slurm makes them jobs of one
 array, and waits for them: pip install "hubgen[slurm]"; all machines see the same files, and sbatch's other options are
-given by its variables (SBATCH_ACCOUNT, SBATCH_QOS). What is written does not depend on the engine."""
+given by its variables (SBATCH_ACCOUNT, SBATCH_QOS). What is written does not depend on the engine.
+
+exit status:
+  0 done, 2 bad arguments or files (one line says what), 3 some shards failed and the others are done, 130 interrupted,
+  1 a fault in hubgen"""
+"""Ends the help of every stage's command"""
 
 DOWNLOAD_DESCRIPTION = """\
 Download the pictures of a table of URLs and captions, and write them in shards: 00000.tar with the pictures,
@@ -45,10 +50,6 @@ examples:
   keep_ratio_largest   the longer side becomes SIZE
 
 {ENGINE_HELP}
-
-exit status:
-  0 done, 2 bad arguments or files (one line says what), 3 some shards failed and the others are done, 130 interrupted,
-  1 a fault in hubgen
 """
 
 
